@@ -1,0 +1,10 @@
+//! Mixture-of-experts for Candle.
+
+pub mod block;
+pub mod checkpoint;
+pub mod ep;
+pub mod experts;
+pub mod models;
+pub mod order;
+pub mod perfect_router;
+pub mod routing;

@@ -1,0 +1,3 @@
+//! Models.
+
+pub mod gpt_oss;

@@ -1,0 +1,1 @@
+//! The perfect_router room.
