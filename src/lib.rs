@@ -4,6 +4,7 @@ pub mod block;
 pub mod checkpoint;
 pub mod ep;
 pub mod experts;
+mod host;
 pub mod models;
 pub mod order;
 pub mod perfect_router;

@@ -1,1 +1,182 @@
-//! The experts room.
+//! Experts: the grouped two-layer perceptrons of a mixture.
+//!
+//! For each row of an [`ExpertOrder`], with the hidden state `x` of its token and the matrices of its expert:
+//!
+//! ```text
+//! gate, up = rows of (W1 x + b1)
+//! h        = round(activation(gate, up))          to the dtype of the hidden states
+//! out      = W2 h + b2                            float32
+//! ```
+//!
+//! Products accumulate in float32; biases and the activation are float32. A row's result does not depend on which other
+//! rows are in the batch, to the bit. MXFP4 weights are decoded in registers, never as a whole.
+
+mod activation;
+mod cpu;
+mod simd;
+mod weights;
+
+pub use activation::Activation;
+pub(crate) use cpu::linear;
+pub use weights::{ExpertWeights, MXFP4_BLOCK};
+
+use crate::order::ExpertOrder;
+use candle_core::{DType, Result, Tensor, bail};
+
+const OP: &str = "experts";
+
+/// How the rows of the first projection divide into gate and up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GateUpRows {
+    /// Row `2j` is gate `j`, row `2j + 1` is up `j` (GPT-OSS).
+    Interleaved,
+    /// All gate rows, then all up rows.
+    Concatenated,
+}
+
+/// A projection of every local expert: weights and, where the model has one, a bias.
+#[derive(Debug, Clone)]
+pub struct ExpertProjection {
+    weights: ExpertWeights,
+    bias: Option<Tensor>,
+}
+
+impl ExpertProjection {
+    /// `bias` is `[num_local_experts, out_features]` in f32, bf16 or f16; it is kept in f32.
+    ///
+    /// # Errors
+    /// A bias of another shape or dtype.
+    pub fn new(weights: ExpertWeights, bias: Option<Tensor>) -> Result<Self> {
+        let bias = match bias {
+            None => None,
+            Some(bias) => {
+                if bias.dims() != [weights.num_experts(), weights.out_features()] {
+                    bail!(
+                        "{OP}: bias has shape {:?}, expected {:?}",
+                        bias.shape(),
+                        [weights.num_experts(), weights.out_features()]
+                    )
+                }
+                if !matches!(bias.dtype(), DType::F32 | DType::BF16 | DType::F16) {
+                    bail!("{OP}: bias has dtype {:?}, expected f32, bf16 or f16", bias.dtype())
+                }
+                Some(bias.to_dtype(DType::F32)?.contiguous()?)
+            }
+        };
+        Ok(Self { weights, bias })
+    }
+
+    /// The matrices.
+    pub fn weights(&self) -> &ExpertWeights {
+        &self.weights
+    }
+}
+
+/// The local experts of a rank.
+#[derive(Debug, Clone)]
+pub struct Experts {
+    gate_up: ExpertProjection,
+    down: ExpertProjection,
+    gate_up_rows: GateUpRows,
+    activation: Activation,
+}
+
+impl Experts {
+    /// `gate_up` is `[2 * intermediate_size, hidden_size]` per expert, `down` is `[hidden_size, intermediate_size]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit each other, or an activation with a limit that is not above 0.
+    pub fn new(
+        gate_up: ExpertProjection,
+        down: ExpertProjection,
+        gate_up_rows: GateUpRows,
+        activation: Activation,
+    ) -> Result<Self> {
+        activation.check(OP)?;
+        let (first, second) = (&gate_up.weights, &down.weights);
+        if first.num_experts() != second.num_experts() {
+            bail!("{OP}: gate_up has {} experts and down has {}", first.num_experts(), second.num_experts())
+        }
+        if second.in_features().checked_mul(2) != Some(first.out_features()) {
+            bail!(
+                "{OP}: gate_up has {} rows, expected twice the {} columns of down",
+                first.out_features(),
+                second.in_features()
+            )
+        }
+        if first.in_features() != second.out_features() {
+            bail!(
+                "{OP}: gate_up has {} columns, expected the {} rows of down",
+                first.in_features(),
+                second.out_features()
+            )
+        }
+        Ok(Self { gate_up, down, gate_up_rows, activation })
+    }
+
+    /// Local experts.
+    pub fn num_experts(&self) -> usize {
+        self.down.weights.num_experts()
+    }
+
+    /// Width of the hidden states.
+    pub fn hidden_size(&self) -> usize {
+        self.down.weights.out_features()
+    }
+
+    /// Width between the two projections.
+    pub fn intermediate_size(&self) -> usize {
+        self.down.weights.in_features()
+    }
+
+    /// Bytes of one expert's weights, biases included.
+    pub fn bytes_per_expert(&self) -> usize {
+        let bias = |p: &ExpertProjection| p.bias.as_ref().map_or(0, |_| 4 * p.weights.out_features());
+        let bytes = |p: &ExpertProjection| p.weights.bytes_per_expert() + bias(p);
+        bytes(&self.gate_up) + bytes(&self.down)
+    }
+
+    /// Applies the experts to the rows of `order`: `hidden` is `[num_tokens, hidden_size]` in f32, bf16 or f16; the result
+    /// is f32 `[num_rows, hidden_size]`, a row per place of `order.sorted_slots` that is in use, not yet weighted.
+    ///
+    /// # Errors
+    /// Shapes, dtypes or a number of experts that do not fit, or tensors that do not live on the CPU.
+    pub fn forward(&self, hidden: &Tensor, order: &ExpertOrder) -> Result<Tensor> {
+        if hidden.dims() != [order.num_tokens(), self.hidden_size()] {
+            bail!(
+                "{OP}: hidden has shape {:?}, expected {:?}",
+                hidden.shape(),
+                [order.num_tokens(), self.hidden_size()]
+            )
+        }
+        if !matches!(hidden.dtype(), DType::F32 | DType::BF16 | DType::F16) {
+            bail!("{OP}: hidden has dtype {:?}, expected f32, bf16 or f16", hidden.dtype())
+        }
+        if order.local_experts().len() != self.num_experts() {
+            bail!(
+                "{OP}: the order covers {} local experts, expected {}",
+                order.local_experts().len(),
+                self.num_experts()
+            )
+        }
+        cpu::forward(self, hidden, order)
+    }
+}
+
+/// Brings rows home: `sum over k of topk_weights[t, k] * rows[slot_rank[t * top_k + k]]`, in slot order, in float32.
+///
+/// `rows` is f32 `[num_rows, hidden_size]` as [`Experts::forward`] returns it, `topk_weights` f32 `[num_tokens, top_k]`;
+/// slots outside the order add nothing. The result is f32 `[num_tokens, hidden_size]`.
+///
+/// # Errors
+/// Shapes or dtypes that do not fit.
+pub fn weighted_sum(rows: &Tensor, topk_weights: &Tensor, order: &ExpertOrder) -> Result<Tensor> {
+    if topk_weights.dims() != [order.num_tokens(), order.top_k()] {
+        bail!(
+            "{OP}: topk_weights has shape {:?}, expected {:?}",
+            topk_weights.shape(),
+            [order.num_tokens(), order.top_k()]
+        )
+    }
+    cpu::weighted_sum(rows, topk_weights, order)
+}

@@ -1,1 +1,187 @@
-//! The routing room.
+//! Routing: `router_logits` to the chosen experts and their weights.
+//!
+//! [`Router::route`] is one fused Candle custom op. Its contract, the same for every method, dtype and device:
+//!
+//! * `router_logits` is `[num_tokens, num_experts]` in f32, f16 or bf16, with any strides and start offset; the
+//!   scores are computed in float32. Zero tokens give empty outputs.
+//! * `topk_ids` is u32 `[num_tokens, top_k]`: `top_k` distinct ids below `num_experts`, best first. Ties go to the
+//!   lower id; -0 equals +0; NaN ranks below every number, -inf included. `top_k` is exact, from 1 to `num_experts`.
+//! * `topk_weights` is f32 `[num_tokens, top_k]`: finite and not negative for every bit pattern of input. A chosen NaN
+//!   or -inf has weight 0, unless nothing better was chosen: then the weights of the row are equal. Several +inf share
+//!   the weight equally.
+//! * The weights are differentiable with respect to the logits for every method; the choice itself has no gradient.
+//!   A row whose best logit is not finite has gradient 0.
+//!
+//! What chooses and what the weights are: [`RoutingMethod`].
+
+mod cpu;
+mod method;
+
+pub use method::RoutingMethod;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
+use std::sync::{Arc, OnceLock};
+
+const OP: &str = "topk-routing";
+
+/// The outcome of routing: who was chosen, and with what weight.
+#[derive(Debug, Clone)]
+pub struct Routing {
+    /// u32 `[num_tokens, top_k]`, best first.
+    pub topk_ids: Tensor,
+    /// f32 `[num_tokens, top_k]`, in the order of `topk_ids`.
+    pub topk_weights: Tensor,
+}
+
+/// A routing method with its `top_k` and, where the method has one, its selection bias.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_moe::routing::{Router, RoutingMethod};
+/// let router = Router::new(RoutingMethod::Renormalize, 2)?;
+/// let logits = Tensor::new(&[[0f32, 1., 3., 1.]], &Device::Cpu)?;
+/// let routing = router.route(&logits)?;
+/// assert_eq!(routing.topk_ids.to_vec2::<u32>()?, [[2, 1]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Router {
+    method: RoutingMethod,
+    top_k: usize,
+    selection_bias: Option<Arc<[f32]>>,
+}
+
+impl Router {
+    /// A router that chooses `top_k` experts per token.
+    ///
+    /// # Errors
+    /// `top_k` is 0.
+    pub fn new(method: RoutingMethod, top_k: usize) -> Result<Self> {
+        if top_k == 0 {
+            bail!("{OP}: top_k is 0, expected at least 1")
+        }
+        Ok(Self { method, top_k, selection_bias: None })
+    }
+
+    /// Adds `bias`, `[num_experts]` in f32, f16 or bf16, to the score that chooses; never to the weights.
+    ///
+    /// # Errors
+    /// The method takes no bias, or `bias` is not a float vector.
+    pub fn with_selection_bias(mut self, bias: &Tensor) -> Result<Self> {
+        if !self.method.takes_selection_bias() {
+            bail!("{OP}: method {} takes no selection bias", self.method)
+        }
+        if bias.rank() != 1 || !is_logit_dtype(bias.dtype()) {
+            bail!(
+                "{OP}: selection bias has shape {:?} and dtype {:?}, expected [num_experts] in f32, f16 or bf16",
+                bias.dims(),
+                bias.dtype()
+            )
+        }
+        self.selection_bias = Some(bias.to_dtype(DType::F32)?.to_vec1::<f32>()?.into());
+        Ok(self)
+    }
+
+    /// The routing method.
+    pub fn method(&self) -> RoutingMethod {
+        self.method
+    }
+
+    /// Experts chosen per token.
+    pub fn top_k(&self) -> usize {
+        self.top_k
+    }
+
+    /// This router with its selection bias left out, for planned logits that no bias may disturb.
+    pub fn without_selection_bias(&self) -> Self {
+        Self { selection_bias: None, ..self.clone() }
+    }
+
+    /// Routes `router_logits` `[num_tokens, num_experts]`; see the [module](self) for the contract.
+    ///
+    /// # Errors
+    /// `router_logits` is not a matrix of f32, f16 or bf16, has fewer than `top_k` experts or another number of
+    /// experts than the selection bias, or lives on a device without an implementation.
+    pub fn route(&self, router_logits: &Tensor) -> Result<Routing> {
+        self.check(router_logits.dtype(), router_logits.shape())?;
+        let ids = Arc::new(OnceLock::new());
+        let op = TopK { router: self.clone(), topk_ids: ids.clone() };
+        let topk_weights = router_logits.apply_op1(op)?;
+        match ids.get() {
+            Some(ids) => Ok(Routing { topk_ids: ids.clone(), topk_weights }),
+            None => bail!("{OP}: the op left no topk_ids"),
+        }
+    }
+
+    fn check(&self, dtype: DType, shape: &Shape) -> Result<(usize, usize)> {
+        let &[num_tokens, num_experts] = shape.dims() else {
+            bail!("{OP}: router_logits has shape {shape:?}, expected [num_tokens, num_experts]")
+        };
+        if !is_logit_dtype(dtype) {
+            bail!("{OP}: router_logits has dtype {dtype:?}, expected f32, f16 or bf16")
+        }
+        if num_experts > u32::MAX as usize {
+            bail!("{OP}: num_experts is {num_experts}, expected at most {}", u32::MAX)
+        }
+        if self.top_k > num_experts {
+            bail!("{OP}: top_k is {}, expected at most num_experts, which is {num_experts}", self.top_k)
+        }
+        match &self.selection_bias {
+            Some(bias) if bias.len() != num_experts => {
+                bail!("{OP}: selection bias has {} values, expected num_experts, which is {num_experts}", bias.len())
+            }
+            _ => Ok((num_tokens, num_experts)),
+        }
+    }
+}
+
+fn is_logit_dtype(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// A custom op returns one tensor, the weights; the ids travel in a slot of the op value.
+struct TopK {
+    router: Router,
+    topk_ids: Arc<OnceLock<Tensor>>,
+}
+
+impl CustomOp1 for TopK {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (num_tokens, num_experts) = self.router.check(storage.dtype(), layout.shape())?;
+        let (ids, weights) = match storage {
+            CpuStorage::F32(logits) => cpu::route(logits, layout, num_experts, &self.router),
+            CpuStorage::F16(logits) => cpu::route(logits, layout, num_experts, &self.router),
+            CpuStorage::BF16(logits) => cpu::route(logits, layout, num_experts, &self.router),
+            _ => bail!("{OP}: router_logits has dtype {:?}, expected f32, f16 or bf16", storage.dtype()),
+        }?;
+        let shape = Shape::from((num_tokens, self.router.top_k));
+        let ids = Tensor::from_vec(ids, shape.clone(), &candle_core::Device::Cpu)?;
+        // A second application of the same op value would be a second choice; the first one stays.
+        let _ = self.topk_ids.set(ids);
+        Ok((CpuStorage::F32(weights), shape))
+    }
+
+    fn bwd(&self, logits: &Tensor, weights: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let Some(ids) = self.topk_ids.get() else { bail!("{OP}: backward before forward") };
+        let (_, num_experts) = self.router.check(logits.dtype(), logits.shape())?;
+        let rows = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+        let grad_logits = cpu::backward(
+            self.router.method,
+            &cpu::Chosen {
+                num_experts,
+                top_k: self.router.top_k,
+                ids: &ids.flatten_all()?.to_vec1()?,
+                weights: &rows(weights)?,
+            },
+            &rows(logits)?,
+            &rows(grad)?,
+        );
+        let grad_logits = Tensor::from_vec(grad_logits, logits.shape(), logits.device())?;
+        Ok(Some(grad_logits.to_dtype(logits.dtype())?))
+    }
+}

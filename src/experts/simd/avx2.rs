@@ -1,0 +1,118 @@
+//! AVX2: a chunk is four registers, a tile one row by two tokens (8 accumulators of 16 registers).
+
+use super::{Body, CHUNK, Chunk, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows};
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+use std::array::from_fn;
+
+/// Proof that this machine has the instructions.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2(());
+
+impl Avx2 {
+    pub(super) fn detect() -> Option<Self> {
+        let all =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        all.then_some(Self(()))
+    }
+}
+
+impl Body for Avx2 {
+    const ROWS: usize = 1;
+    const TOKENS: usize = 2;
+
+    fn tile<const R: usize, const N: usize>(self, rows: &Rows<'_>, row: usize, chunks: &[Chunk]) -> [[f32; N]; R] {
+        // SAFETY: an `Avx2` exists only where `detect` found the features that `row_products` is compiled for.
+        from_fn(|r| unsafe { row_products(rows, row + r, chunks) })
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn row_products<const N: usize>(rows: &Rows<'_>, row: usize, chunks: &[Chunk]) -> [f32; N] {
+    match rows.weights {
+        WeightRows::F32(w) => {
+            let row = rows.values(w, row);
+            multiply(chunks, |c| load(&row.chunk(c, 0.0)))
+        }
+        WeightRows::Bf16(w) => {
+            let row = rows.values(w, row);
+            multiply(chunks, |c| {
+                let chunk = row.chunk(c, bf16::ZERO).map(bf16::to_bits);
+                quarters(&chunk).map(|q| _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(q), 16)))
+            })
+        }
+        WeightRows::F16(w) => {
+            let row = rows.values(w, row);
+            multiply(chunks, |c| quarters(&row.chunk(c, f16::ZERO).map(f16::to_bits)).map(|q| _mm256_cvtph_ps(q)))
+        }
+        WeightRows::Mxfp4 { blocks, scales } => {
+            let row = rows.blocks(blocks, scales, row);
+            let (magnitudes, _) = MXFP4_TABLE.as_chunks();
+            let magnitudes = load8(&magnitudes[0]);
+            let sign = _mm256_set1_epi32(i32::MIN);
+            multiply(chunks, |c| {
+                let bytes = load_bytes(&row.blocks[c]);
+                let bytes = [_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))];
+                let scale = _mm256_set1_ps(MXFP4_SCALES[usize::from(row.scales[c])]);
+                from_fn(|i| {
+                    let nibbles = if i < 2 { bytes[i] } else { _mm256_srli_epi32(bytes[i - 2], 4) };
+                    // The permutation reads the low three bits of each lane; bit 3 becomes the sign.
+                    let magnitude = _mm256_permutevar8x32_ps(magnitudes, nibbles);
+                    let negative = _mm256_and_si256(_mm256_slli_epi32(nibbles, 28), sign);
+                    _mm256_mul_ps(_mm256_xor_ps(magnitude, _mm256_castsi256_ps(negative)), scale)
+                })
+            })
+        }
+    }
+}
+
+/// Sums the chunks of a row, given by `weights(chunk)`, times those of `N` tokens.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn multiply<const N: usize>(chunks: &[Chunk], weights: impl Fn(usize) -> [__m256; 4]) -> [f32; N] {
+    let mut sums = [[_mm256_setzero_ps(); 4]; N];
+    for (c, tokens) in chunks.chunks_exact(N).enumerate() {
+        let weights = weights(c);
+        for n in 0..N {
+            let token = load(&tokens[n]);
+            for i in 0..4 {
+                sums[n][i] = _mm256_fmadd_ps(weights[i], token[i], sums[n][i]);
+            }
+        }
+    }
+    sums.map(|[a, b, c, d]| {
+        let sum = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
+        let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+        let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+        _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))
+    })
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load(chunk: &[f32; CHUNK]) -> [__m256; 4] {
+    let (quarters, _) = chunk.as_chunks();
+    from_fn(|i| load8(&quarters[i]))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load8(values: &[f32; 8]) -> __m256 {
+    // SAFETY: the array has the 8 floats that the unaligned load reads.
+    unsafe { _mm256_loadu_ps(values.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load_bytes(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: the array has the 16 bytes that the unaligned load reads.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn quarters(chunk: &[u16; CHUNK]) -> [__m128i; 4] {
+    let (quarters, _) = chunk.as_chunks::<8>();
+    // SAFETY: each array has the 8 numbers that the unaligned load reads.
+    from_fn(|i| unsafe { _mm_loadu_si128(quarters[i].as_ptr().cast()) })
+}

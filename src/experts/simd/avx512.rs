@@ -1,0 +1,112 @@
+//! AVX-512: a chunk is two registers, a tile two rows by four tokens (16 accumulators of 32 registers).
+
+use super::{Body, CHUNK, Chunk, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows};
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+use std::array::from_fn;
+
+/// Proof that this machine has the instructions.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512(());
+
+impl Avx512 {
+    pub(super) fn detect() -> Option<Self> {
+        is_x86_feature_detected!("avx512f").then_some(Self(()))
+    }
+}
+
+impl Body for Avx512 {
+    const ROWS: usize = 2;
+    const TOKENS: usize = 4;
+
+    fn tile<const R: usize, const N: usize>(self, rows: &Rows<'_>, row: usize, chunks: &[Chunk]) -> [[f32; N]; R] {
+        // SAFETY: an `Avx512` exists only where `detect` found the features that `tile` is compiled for.
+        unsafe { tile(rows, row, chunks) }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+fn tile<const R: usize, const N: usize>(rows: &Rows<'_>, row: usize, chunks: &[Chunk]) -> [[f32; N]; R] {
+    match rows.weights {
+        WeightRows::F32(w) => {
+            let rows: [_; R] = from_fn(|r| rows.values(w, row + r));
+            multiply(chunks, |r, c| load(&rows[r].chunk(c, 0.0)))
+        }
+        WeightRows::Bf16(w) => {
+            let rows: [_; R] = from_fn(|r| rows.values(w, row + r));
+            multiply(chunks, |r, c| {
+                let chunk = rows[r].chunk(c, bf16::ZERO).map(bf16::to_bits);
+                halves(&chunk).map(|half| _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)))
+            })
+        }
+        WeightRows::F16(w) => {
+            let rows: [_; R] = from_fn(|r| rows.values(w, row + r));
+            multiply(chunks, |r, c| {
+                let chunk = rows[r].chunk(c, f16::ZERO).map(f16::to_bits);
+                halves(&chunk).map(|half| _mm512_cvtph_ps(half))
+            })
+        }
+        WeightRows::Mxfp4 { blocks, scales } => {
+            let rows: [_; R] = from_fn(|r| rows.blocks(blocks, scales, row + r));
+            let table = load16(&MXFP4_TABLE);
+            multiply(chunks, |r, c| {
+                // The permutation reads the low four bits of each lane: the byte itself, and the byte shifted down.
+                let bytes = _mm512_cvtepu8_epi32(load_bytes(&rows[r].blocks[c]));
+                let low = _mm512_permutexvar_ps(bytes, table);
+                let high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
+                let scale = _mm512_set1_ps(MXFP4_SCALES[usize::from(rows[r].scales[c])]);
+                [_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale)]
+            })
+        }
+    }
+}
+
+/// Sums the chunks of `R` rows, given by `weights(row, chunk)`, times those of `N` tokens.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn multiply<const R: usize, const N: usize>(
+    chunks: &[Chunk],
+    weights: impl Fn(usize, usize) -> [__m512; 2],
+) -> [[f32; N]; R] {
+    let mut sums = [[[_mm512_setzero_ps(); 2]; N]; R];
+    for (c, tokens) in chunks.chunks_exact(N).enumerate() {
+        let weights: [_; R] = from_fn(|r| weights(r, c));
+        for n in 0..N {
+            let token = load(&tokens[n]);
+            for r in 0..R {
+                sums[r][n][0] = _mm512_fmadd_ps(weights[r][0], token[0], sums[r][n][0]);
+                sums[r][n][1] = _mm512_fmadd_ps(weights[r][1], token[1], sums[r][n][1]);
+            }
+        }
+    }
+    from_fn(|r| from_fn(|n| _mm512_reduce_add_ps(_mm512_add_ps(sums[r][n][0], sums[r][n][1]))))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(chunk: &[f32; CHUNK]) -> [__m512; 2] {
+    let (halves, _) = chunk.as_chunks();
+    [load16(&halves[0]), load16(&halves[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load16(values: &[f32; 16]) -> __m512 {
+    // SAFETY: the array has the 16 floats that the unaligned load reads.
+    unsafe { _mm512_loadu_ps(values.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_bytes(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: the array has the 16 bytes that the unaligned load reads.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn halves(chunk: &[u16; CHUNK]) -> [__m256i; 2] {
+    let (halves, _) = chunk.as_chunks::<16>();
+    // SAFETY: each array has the 16 numbers that the unaligned load reads.
+    from_fn(|i| unsafe { _mm256_loadu_si256(halves[i].as_ptr().cast()) })
+}

@@ -1,0 +1,58 @@
+//! Expert order on the CPU: a counting sort in three passes over the slots.
+
+use super::{NO_EXPERT, NO_SLOT, OP};
+use candle_core::{Result, bail};
+use std::ops::Range;
+
+pub(super) struct Order {
+    pub(super) expert_counts: Vec<u32>,
+    pub(super) expert_offsets: Vec<u32>,
+    pub(super) sorted_slots: Vec<u32>,
+    pub(super) slot_rank: Vec<u32>,
+}
+
+pub(super) fn order(ids: &[u32], num_experts: usize, local: Range<usize>) -> Result<Order> {
+    let mut expert_counts = vec![0u32; local.len()];
+    for (slot, &id) in ids.iter().enumerate() {
+        if local.contains(&(id as usize)) {
+            expert_counts[id as usize - local.start] += 1;
+        } else if id as usize >= num_experts && id != NO_EXPERT {
+            bail!("{OP}: slot {slot} has expert id {id}, expected less than num_experts, which is {num_experts}")
+        }
+    }
+    let mut expert_offsets = Vec::with_capacity(local.len() + 1);
+    let mut total = 0;
+    for count in &expert_counts {
+        expert_offsets.push(total);
+        total += count;
+    }
+    expert_offsets.push(total);
+
+    let mut next = expert_offsets.clone();
+    let mut sorted_slots = vec![NO_SLOT; ids.len()];
+    let mut slot_rank = vec![NO_SLOT; ids.len()];
+    for (slot, &id) in ids.iter().enumerate() {
+        if local.contains(&(id as usize)) {
+            let place = &mut next[id as usize - local.start];
+            sorted_slots[*place as usize] = slot as u32;
+            slot_rank[slot] = *place;
+            *place += 1;
+        }
+    }
+    Ok(Order { expert_counts, expert_offsets, sorted_slots, slot_rank })
+}
+
+/// The expert and the first place of every tile, padded to `max_tiles`.
+pub(super) fn tile_map(offsets: &[u32], tile_rows: usize, max_tiles: usize) -> (Vec<u32>, Vec<u32>) {
+    let mut experts = Vec::with_capacity(max_tiles);
+    let mut starts = Vec::with_capacity(max_tiles);
+    for (expert, bounds) in offsets.windows(2).enumerate() {
+        for start in (bounds[0]..bounds[1]).step_by(tile_rows) {
+            experts.push(expert as u32);
+            starts.push(start);
+        }
+    }
+    experts.resize(max_tiles, NO_EXPERT);
+    starts.resize(max_tiles, NO_SLOT);
+    (experts, starts)
+}

@@ -1,0 +1,191 @@
+//! The cache of perfect logits.
+
+use super::Schedule;
+use crate::host::{checked_product, try_with_capacity};
+use candle_core::{DType, Device, DeviceLocation, Result, Tensor, bail};
+use half::{bf16, f16};
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+
+const OP: &str = "perfect-router store";
+
+/// The logit of a planned expert, and of every other.
+///
+/// Exact in f16 and bf16; the sigmoids (0.99995 and 0.00005) and the softmax values stay apart too, so that every routing
+/// method selects the plan.
+const PLANNED: f32 = 10.0;
+const OTHERS: f32 = -10.0;
+
+/// Rows of a new buffer, so that single tokens do not grow it one by one.
+const MIN_ROWS: usize = 16;
+
+/// What the logits depend on. Not the number of tokens: row `t` is the same however many rows are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PerfectRouterKey {
+    /// The plan.
+    pub schedule: Schedule,
+    /// The dtype of the logits: f32, f16 or bf16.
+    pub dtype: DType,
+}
+
+/// A snapshot of what a store holds and how it was used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StoreStatistics {
+    /// Buffers, one per key and device.
+    pub entries: usize,
+    /// Rows of all buffers.
+    pub rows: usize,
+    /// Bytes of all buffers.
+    pub bytes: usize,
+    /// Requests that an existing buffer served.
+    pub hits: u64,
+    /// Requests that built or grew a buffer.
+    pub misses: u64,
+}
+
+/// Perfect logits by key, shared by all layers and threads.
+///
+/// One growing buffer per key and device serves every request as a narrowed view of its first rows: no copy and, once
+/// [reserved](Self::reserve), no allocation and a stable address. Growth builds a new buffer and leaves views of the old
+/// one alive and unchanged.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
+/// let store = PerfectRouterStore::new();
+/// let key = PerfectRouterKey { schedule: Schedule::new(8, 2, 4, 0)?, dtype: DType::F32 };
+/// store.reserve(&key, 1024, &Device::Cpu)?;
+/// let logits = store.logits(&key, 3, &Device::Cpu)?;
+/// assert_eq!(logits.dims(), [3, 8]);
+/// assert_eq!(store.statistics().hits, 1);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Default)]
+pub struct PerfectRouterStore {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    buffers: HashMap<(PerfectRouterKey, DeviceLocation), Tensor>,
+    hits: u64,
+    misses: u64,
+}
+
+impl PerfectRouterStore {
+    /// An empty store.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The store of the process.
+    pub fn global() -> &'static Self {
+        static GLOBAL: LazyLock<PerfectRouterStore> = LazyLock::new(PerfectRouterStore::new);
+        &GLOBAL
+    }
+
+    /// The logits of the first `num_tokens` tokens, `[num_tokens, num_experts]` in the key's dtype: a view.
+    ///
+    /// # Errors
+    /// Another dtype than f32, f16 and bf16, or a size that does not fit memory.
+    pub fn logits(&self, key: &PerfectRouterKey, num_tokens: usize, device: &Device) -> Result<Tensor> {
+        self.logits_from(key, 0, num_tokens, device)
+    }
+
+    /// The logits of `num_tokens` tokens from `first_token` on, which may lie anywhere: the schedule repeats.
+    ///
+    /// A sequence that is decoded step by step continues its schedule this way; with `first_token = 0` the address of the
+    /// view stays the same, as a CUDA graph needs.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits).
+    pub fn logits_from(
+        &self,
+        key: &PerfectRouterKey,
+        first_token: usize,
+        num_tokens: usize,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let first = first_token % key.schedule.period();
+        let Some(rows) = first.checked_add(num_tokens) else {
+            bail!("{OP}: num_tokens is {num_tokens}, expected at most {}", usize::MAX - first)
+        };
+        let mut state = self.lock();
+        let (buffer, grown) = state.buffer(key, rows, device)?;
+        if grown {
+            state.misses += 1
+        } else {
+            state.hits += 1
+        }
+        drop(state);
+        buffer.narrow(0, first, num_tokens)
+    }
+
+    /// Makes room for `max_num_tokens` rows, so that no later request up to that size allocates or moves the buffer.
+    ///
+    /// Requests that start at another token than 0 need [`Schedule::period`] rows more. Not counted as a request.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits).
+    pub fn reserve(&self, key: &PerfectRouterKey, max_num_tokens: usize, device: &Device) -> Result<()> {
+        self.lock().buffer(key, max_num_tokens, device).map(|_| ())
+    }
+
+    /// What the store holds and how it was used since it was made or cleared.
+    pub fn statistics(&self) -> StoreStatistics {
+        let state = self.lock();
+        let bytes = |buffer: &Tensor| buffer.elem_count() * buffer.dtype().size_in_bytes();
+        StoreStatistics {
+            entries: state.buffers.len(),
+            rows: state.buffers.values().map(|buffer| buffer.dims()[0]).sum(),
+            bytes: state.buffers.values().map(bytes).sum(),
+            hits: state.hits,
+            misses: state.misses,
+        }
+    }
+
+    /// Forgets every buffer and the statistics. Views that are still alive stay valid.
+    pub fn clear(&self) {
+        *self.lock() = State::default();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The state is whole between any two statements that can panic, so a poisoned lock is still good.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// The buffer of `key` with at least `rows` rows, and whether it had to be built or grown.
+    fn buffer(&mut self, key: &PerfectRouterKey, rows: usize, device: &Device) -> Result<(Tensor, bool)> {
+        let place = (*key, device.location());
+        let held = self.buffers.get(&place);
+        if let Some(buffer) = held.filter(|buffer| buffer.dims()[0] >= rows) {
+            return Ok((buffer.clone(), false));
+        }
+        let twice = held.map_or(MIN_ROWS, |buffer| buffer.dims()[0].saturating_mul(2));
+        let buffer = generate(key, rows.max(twice), device)?;
+        self.buffers.insert(place, buffer.clone());
+        Ok((buffer, true))
+    }
+}
+
+fn generate(key: &PerfectRouterKey, rows: usize, device: &Device) -> Result<Tensor> {
+    match key.dtype {
+        DType::F32 => generate_as::<f32>(&key.schedule, rows, device),
+        DType::F16 => generate_as::<f16>(&key.schedule, rows, device),
+        DType::BF16 => generate_as::<bf16>(&key.schedule, rows, device),
+        dtype => bail!("{OP}: dtype is {dtype:?}, expected f32, f16 or bf16"),
+    }
+}
+
+fn generate_as<L: candle_core::WithDType>(schedule: &Schedule, rows: usize, device: &Device) -> Result<Tensor> {
+    let num_experts = schedule.num_experts();
+    let len = checked_product(OP, ("num_tokens", rows), ("num_experts", num_experts))?;
+    let mut logits = try_with_capacity::<L>(OP, len)?;
+    logits.resize(len, L::from_f64(OTHERS.into()));
+    for (token, row) in logits.chunks_exact_mut(num_experts).enumerate() {
+        schedule.experts(token).for_each(|expert| row[expert] = L::from_f64(PLANNED.into()));
+    }
+    Tensor::from_vec(logits, (rows, num_experts), device)
+}

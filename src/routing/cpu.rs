@@ -1,0 +1,256 @@
+//! Routing on the CPU.
+//!
+//! For each row, in float32:
+//!
+//! ```text
+//! value[e] = what the method chooses by
+//! key[e]   = order(value[e]) << 32 | !e        unsigned; NaN lowest, -0 = +0, lower id wins a tie
+//! chosen   = the top_k largest keys, descending
+//! weight   = what the method makes of the chosen logits
+//! ```
+//!
+//! 1. Keys are distinct, so every selection algorithm gives the same answer; a sorted list of `top_k` keys with an early
+//!    way out is the fastest while `top_k` is small, a partition otherwise.
+//! 2. The exponential is our own, of additions and multiplications in a fixed order: the same bits on every machine,
+//!    which the choice by sigmoid + bias depends on.
+
+use super::{OP, Router, RoutingMethod};
+use crate::host::{checked_product, try_with_capacity};
+use candle_core::{Layout, Result, WithDType};
+use rayon::prelude::*;
+
+/// Rows below which a thread is not worth waking.
+const MIN_LOGITS_PER_TASK: usize = 16 * 1024;
+/// Longest list that is kept sorted by insertion.
+const MAX_INSERTION: usize = 32;
+
+/// Routes every row of `logits`; returns the ids and the weights, both `[num_tokens, top_k]`.
+pub(super) fn route<L: WithDType + Into<f32>>(
+    logits: &[L],
+    layout: &Layout,
+    num_experts: usize,
+    router: &Router,
+) -> Result<(Vec<u32>, Vec<f32>)> {
+    let num_tokens = layout.shape().elem_count() / num_experts.max(1);
+    let num_slots = checked_product(OP, ("num_tokens", num_tokens), ("top_k", router.top_k))?;
+    let mut ids = try_with_capacity(OP, num_slots)?;
+    let mut weights = try_with_capacity(OP, num_slots)?;
+    ids.resize(num_slots, 0u32);
+    weights.resize(num_slots, 0f32);
+    let (stride_token, stride_expert) = (layout.stride()[0], layout.stride()[1]);
+    let rows_per_task = MIN_LOGITS_PER_TASK.div_ceil(num_experts.max(1));
+    let bias = router.selection_bias.as_deref();
+    ids.par_chunks_exact_mut(router.top_k)
+        .zip(weights.par_chunks_exact_mut(router.top_k))
+        .enumerate()
+        .with_min_len(rows_per_task)
+        .for_each_init(Scratch::default, |scratch, (token, (ids, weights))| {
+            let start = layout.start_offset() + token * stride_token;
+            let row = (0..num_experts).map(|e| logits[start + e * stride_expert].into());
+            scratch.route_row(row, router.method, bias, ids, weights);
+        });
+    Ok((ids, weights))
+}
+
+#[derive(Default)]
+struct Scratch {
+    logits: Vec<f32>,
+    keys: Vec<u64>,
+}
+
+impl Scratch {
+    fn route_row(
+        &mut self,
+        row: impl Iterator<Item = f32>,
+        method: RoutingMethod,
+        bias: Option<&[f32]>,
+        ids: &mut [u32],
+        weights: &mut [f32],
+    ) {
+        self.logits.clear();
+        self.logits.extend(row);
+        let logits = self.logits.as_slice();
+        match method {
+            RoutingMethod::MiniMax2 => {
+                let score = |e: usize| sigmoid(logits[e]) + bias.map_or(0.0, |bias| bias[e]);
+                select((0..logits.len()).map(|e| (e, score(e))), &mut self.keys, ids);
+            }
+            _ => select(logits.iter().copied().enumerate(), &mut self.keys, ids),
+        }
+        for (weight, &id) in weights.iter_mut().zip(&*ids) {
+            *weight = logits[id as usize];
+        }
+        weigh(method, logits, weights);
+    }
+}
+
+/// Writes the ids of the `ids.len()` best values, best first.
+fn select(values: impl Iterator<Item = (usize, f32)>, keys: &mut Vec<u64>, ids: &mut [u32]) {
+    let top_k = ids.len();
+    let key = |(e, value): (usize, f32)| u64::from(order(value)) << 32 | u64::from(!(e as u32));
+    keys.clear();
+    if top_k <= MAX_INSERTION {
+        for key in values.map(key) {
+            if keys.len() == top_k {
+                if key < keys[top_k - 1] {
+                    continue;
+                }
+                keys.pop();
+            }
+            let place = keys.partition_point(|&other| other > key);
+            keys.insert(place, key);
+        }
+    } else {
+        keys.extend(values.map(key));
+        if top_k < keys.len() {
+            keys.select_nth_unstable_by(top_k - 1, |a, b| b.cmp(a));
+        }
+        keys[..top_k].sort_unstable_by(|a, b| b.cmp(a));
+    }
+    for (id, key) in ids.iter_mut().zip(&*keys) {
+        *id = !(*key as u32);
+    }
+}
+
+/// An unsigned number that orders like the value: NaN is 0, -0 and +0 are the same.
+fn order(value: f32) -> u32 {
+    if value.is_nan() {
+        return 0;
+    }
+    let bits = (value + 0.0).to_bits();
+    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
+}
+
+/// Turns the chosen logits, best first, into weights. `all` are the logits of the whole row.
+fn weigh(method: RoutingMethod, all: &[f32], chosen: &mut [f32]) {
+    match method {
+        RoutingMethod::Default => softmax_of(all, chosen),
+        RoutingMethod::Renormalize | RoutingMethod::RenormalizeNaive => {
+            let best = chosen[0];
+            let denominator = denominator(chosen, best);
+            chosen.iter_mut().for_each(|w| *w = share(*w, best) / denominator);
+        }
+        RoutingMethod::Llama4 => chosen.iter_mut().for_each(|w| *w = sigmoid_or_zero(*w)),
+        RoutingMethod::MiniMax2 => {
+            chosen.iter_mut().for_each(|w| *w = sigmoid_or_zero(*w));
+            let sum = chosen.iter().sum::<f32>() + MINIMAX2_EPSILON;
+            chosen.iter_mut().for_each(|w| *w /= sum);
+        }
+        RoutingMethod::SigmoidRenorm => {
+            chosen.iter_mut().for_each(|w| *w = sigmoid_or_zero(*w));
+            let sum = chosen.iter().sum::<f32>();
+            let equal = 1.0 / chosen.len() as f32;
+            chosen.iter_mut().for_each(|w| *w = if sum > 0.0 { *w / sum } else { equal });
+        }
+    }
+}
+
+/// What MiniMax-M2 adds to the sum of the chosen sigmoids.
+const MINIMAX2_EPSILON: f32 = 1e-20;
+
+/// Softmax over `all`, at the `chosen` logits.
+fn softmax_of(all: &[f32], chosen: &mut [f32]) {
+    let best = chosen[0];
+    let denominator = denominator(all, best);
+    chosen.iter_mut().for_each(|w| *w = share(*w, best) / denominator);
+}
+
+fn denominator(logits: &[f32], best: f32) -> f32 {
+    logits.iter().map(|&l| share(l, best)).sum()
+}
+
+/// The part of a logit in a softmax whose largest logit is `best`, before the division.
+///
+/// `exp(logit - best)`, made whole where that is no number: NaN and -inf count 0, as does anything finite beside +inf;
+/// when `best` itself is NaN or -inf, everything counts 1, so that the weights come out equal.
+fn share(logit: f32, best: f32) -> f32 {
+    if best.is_nan() || best == f32::NEG_INFINITY || logit == best {
+        1.0
+    } else if logit < best && best.is_finite() {
+        exp(logit - best)
+    } else {
+        0.0
+    }
+}
+
+fn sigmoid_or_zero(logit: f32) -> f32 {
+    if logit.is_nan() { 0.0 } else { sigmoid(logit) }
+}
+
+fn sigmoid(logit: f32) -> f32 {
+    let e = exp(-logit.abs());
+    if logit >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) }
+}
+
+/// `e^x` for `x <= 0` within 2 units in the last place; NaN stays NaN.
+///
+/// `2^n * e^r` with `n = round(x / ln 2)`; ln 2 is split in two so that `r` is exact, and `e^r` is a polynomial
+/// (coefficients of the Cephes library). No fused multiply-add: it would change the bits from machine to machine.
+fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    if x < -104.0 {
+        return 0.0;
+    }
+    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = (x - n * 0.693_359_4) - n * -2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.500_000_1] {
+        p = p * r + c;
+    }
+    let e_r = p * (r * r) + r + 1.0;
+    // Two factors, each a normal number, so that results below 2^-126 round once.
+    let n = if n.is_nan() { return x } else { n as i32 };
+    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
+    if n >= -126 { e_r * power(n) } else { (e_r * power(-64)) * power(n + 64) }
+}
+
+/// What the forward pass decided.
+pub(super) struct Chosen<'a> {
+    pub(super) num_experts: usize,
+    pub(super) top_k: usize,
+    pub(super) ids: &'a [u32],
+    pub(super) weights: &'a [f32],
+}
+
+/// The gradient of a loss with respect to the logits, from its gradient with respect to the weights.
+pub(super) fn backward(method: RoutingMethod, chosen: &Chosen<'_>, logits: &[f32], grad: &[f32]) -> Vec<f32> {
+    let mut out = vec![0f32; logits.len()];
+    let slots = |token: usize| token * chosen.top_k..(token + 1) * chosen.top_k;
+    for (token, out) in out.chunks_exact_mut(chosen.num_experts.max(1)).enumerate() {
+        let logits = &logits[token * chosen.num_experts..][..chosen.num_experts];
+        let ids = &chosen.ids[slots(token)];
+        let (weights, grad) = (&chosen.weights[slots(token)], &grad[slots(token)]);
+        if !ids.iter().map(|&id| logits[id as usize]).fold(f32::NAN, f32::max).is_finite() {
+            continue;
+        }
+        backward_row(method, logits, ids, weights, grad, out);
+    }
+    out
+}
+
+/// The gradient of one row; `s` is a sigmoid, `w` a weight, `g` its gradient.
+fn backward_row(method: RoutingMethod, logits: &[f32], ids: &[u32], weights: &[f32], grad: &[f32], out: &mut [f32]) {
+    let mean: f32 = weights.iter().zip(grad).map(|(w, g)| w * g).sum();
+    let slots = ids.iter().map(|&id| id as usize).zip(weights.iter().zip(grad));
+    match method {
+        RoutingMethod::Default => {
+            out.copy_from_slice(logits);
+            let best = logits[ids[0] as usize];
+            let denominator = denominator(logits, best);
+            out.iter_mut().for_each(|o| *o = -mean * (share(*o, best) / denominator));
+            slots.for_each(|(id, (w, g))| out[id] += w * g);
+        }
+        RoutingMethod::Renormalize | RoutingMethod::RenormalizeNaive => {
+            slots.for_each(|(id, (w, g))| out[id] = w * (g - mean));
+        }
+        RoutingMethod::Llama4 => slots.for_each(|(id, (w, g))| out[id] = g * w * (1.0 - w)),
+        RoutingMethod::MiniMax2 | RoutingMethod::SigmoidRenorm => {
+            let sigmoids = || ids.iter().map(|&id| sigmoid_or_zero(logits[id as usize]));
+            let epsilon = if method == RoutingMethod::MiniMax2 { MINIMAX2_EPSILON } else { 0.0 };
+            let sum = sigmoids().sum::<f32>() + epsilon;
+            for ((id, (_, g)), s) in slots.zip(sigmoids()) {
+                out[id] = if sum > 0.0 { s / sum * (1.0 - s) * (g - mean) } else { 0.0 };
+            }
+        }
+    }
+}
