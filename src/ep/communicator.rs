@@ -16,7 +16,7 @@ use std::time::Duration;
 /// offsets are fine, and so are zero rows. Results are contiguous and carry no gradient. With more than one
 /// rank they share no memory with anybody's argument; with one rank they may share the caller's own.
 /// An argument is read by the other ranks until they return from the same call: do not write into its memory in
-/// place before the *next* collective of this rank has returned.
+/// place before the *next* collective of this rank has succeeded.
 ///
 /// **Sums** run in rank order 0, 1, 2, ... in the dtype given, so the same input gives the same
 /// bits on every rank and in every run. Give float32: narrower floats round after each addition.
