@@ -1,1 +1,47 @@
-//! The ep room.
+//! Expert parallelism: who owns which experts, and how ranks exchange rows.
+//!
+//! * [`Topology`] splits the experts of a layer over the ranks.
+//! * [`Communicator`] is one rank's handle on the group: collectives with per-rank row counts, which
+//!   return within a deadline, name who is missing or out of step, and never hand out a partial
+//!   result. [`Solo`] is the group of one, [`Threads`] has its ranks as threads of one process.
+//! * [`launch`] runs a function on every rank of a [`Threads`] group.
+//!
+//! Uneven and zero row counts are ordinary input everywhere.
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use candle_moe::ep::{Communicator, launch};
+//! use std::time::Duration;
+//!
+//! // Rank 0 holds one row, rank 1 holds two.
+//! let counts = [1, 2];
+//! let sums = launch(2, Duration::from_secs(5), |mut ranks| -> candle_core::Result<f32> {
+//!     let rank = ranks.rank();
+//!     let rows = Tensor::full(rank as f32 + 1.0, (counts[rank], 4), &Device::Cpu)?;
+//!     ranks.set_label("layer 0");
+//!     let all = ranks.all_gather(&rows, &counts)?; // [3, 4], in rank order
+//!     let mine = ranks.reduce_scatter(&all, &counts)?; // [counts[rank], 4]
+//!     mine.sum_all()?.to_scalar()
+//! })?;
+//! for (rank, sum) in sums.into_iter().enumerate() {
+//!     assert_eq!(sum.expect("no rank panics")?, [8.0, 32.0][rank]);
+//! }
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+
+mod board;
+mod call;
+mod communicator;
+mod error;
+mod launch;
+mod rows;
+mod solo;
+mod threads;
+mod topology;
+
+pub use communicator::{AbortHandle, Communicator, Health};
+pub use error::{Collective, EpError, EpErrorKind};
+pub use launch::launch;
+pub use solo::Solo;
+pub use threads::{MAX_RANKS, Threads};
+pub use topology::Topology;

@@ -1,0 +1,284 @@
+//! The meeting place of the ranks of one process: a mutex, a condition variable, one round at a time.
+//!
+//! ```text
+//! meet(rank, post):
+//!     posts[rank] = post
+//!     all posted and all agree -> move the posts out as this round's result, wake everybody
+//!     otherwise wait for the result, a fault, a rank that left, or the deadline
+//! ```
+//!
+//! 1. A rank posts to the next round only after it took the result of the last one, so at most one
+//!    result waits to be taken. It is freed when the last rank has taken it.
+//! 2. A finished round is looked for before anything that went wrong: whoever took part in it gets it,
+//!    even when another rank has left or failed since.
+//! 3. Disagreement is judged when it is clear who is odd (a party with more than half of the ranks, or
+//!    everybody posted), else after a short grace, so that the order of arrival does not decide
+//!    who is blamed.
+//! 4. Only handles move under the lock. Rows are copied and added by each rank after it has left.
+
+use super::call::{Post, Site};
+use super::error::{Collective, EpError, EpErrorKind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a disagreement waits for more ranks to show who is odd.
+const GRACE: Duration = Duration::from_millis(100);
+
+pub(super) struct Board {
+    world_size: usize,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    round: u64,
+    /// Of the current round, by rank.
+    posts: Vec<Option<Post>>,
+    /// Since when two posts of the current round disagree.
+    disagreement: Option<Instant>,
+    finished: Option<Finished>,
+    presence: Vec<Presence>,
+    fault: Option<Arc<Fault>>,
+}
+
+struct Finished {
+    round: u64,
+    posts: Arc<Vec<Post>>,
+    to_take: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Presence {
+    Here,
+    Left,
+    Panicked,
+}
+
+/// The first failure of the group.
+pub(super) struct Fault {
+    /// As the rank that found it saw it.
+    pub(super) cause: EpError,
+    /// As the other ranks hear of it.
+    pub(super) heard: EpErrorKind,
+}
+
+impl Board {
+    pub(super) fn new(world_size: usize) -> Self {
+        Self {
+            world_size,
+            state: Mutex::new(State {
+                round: 0,
+                posts: (0..world_size).map(|_| None).collect(),
+                disagreement: None,
+                finished: None,
+                presence: vec![Presence::Here; world_size],
+                fault: None,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub(super) fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    /// Posts and waits for the others; returns everybody's posts of this round in rank order.
+    pub(super) fn meet(
+        &self,
+        rank: usize,
+        post: Post,
+        deadline: Duration,
+    ) -> Result<Arc<Vec<Post>>, Arc<Fault>> {
+        let arrived = Instant::now();
+        let site = post.site.clone();
+        let mut state = self.lock();
+        if let Some(fault) = &state.fault {
+            return Err(Arc::clone(fault));
+        }
+        let round = state.round;
+        if let Some(place) = state.posts.get_mut(rank) {
+            *place = Some(post);
+        }
+        // An arrival as such wakes nobody: only the last one, or one that disagrees.
+        if state.finish_round() || state.note_disagreement() {
+            self.changed.notify_all();
+        }
+        loop {
+            if let Some(posts) = state.take_finished(round) {
+                return Ok(posts);
+            }
+            if let Some(fault) = &state.fault {
+                return Err(Arc::clone(fault));
+            }
+            let kind = match state.verdict(deadline, arrived.elapsed()) {
+                Err(kind) => kind,
+                Ok(wait) => {
+                    state = self
+                        .changed
+                        .wait_timeout(state, wait)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0;
+                    continue;
+                }
+            };
+            let cause = error_at(rank, &site, kind.clone());
+            return Err(self.set_fault(&mut state, Arc::new(Fault { cause, heard: kind })));
+        }
+    }
+
+    /// Poisons the group, unless it is; returns the fault that counts.
+    pub(super) fn fail(&self, fault: Arc<Fault>) -> Arc<Fault> {
+        self.set_fault(&mut self.lock(), fault)
+    }
+
+    /// Poisons the group on behalf of `rank`, outside of any call.
+    pub(super) fn abort(&self, rank: usize, kind: EpErrorKind) {
+        let mut state = self.lock();
+        let site = Site {
+            op: Collective::Abort,
+            step: state.round,
+            label: Arc::from(""),
+        };
+        let cause = error_at(rank, &site, kind.clone());
+        self.set_fault(&mut state, Arc::new(Fault { cause, heard: kind }));
+    }
+
+    /// Notes that a rank dropped its handle.
+    pub(super) fn leave(&self, rank: usize, presence: Presence) {
+        if let Some(place) = self.lock().presence.get_mut(rank) {
+            *place = presence;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Who still holds a handle, and the fault if there is one.
+    pub(super) fn health(&self) -> (Vec<bool>, Option<EpError>) {
+        let state = self.lock();
+        let alive = state.presence.iter().map(|&p| p == Presence::Here);
+        let cause = state.fault.as_ref().map(|fault| fault.cause.clone());
+        (alive.collect(), cause)
+    }
+
+    fn set_fault(&self, state: &mut State, fault: Arc<Fault>) -> Arc<Fault> {
+        if state.fault.is_none() {
+            state.posts.iter_mut().for_each(|post| *post = None);
+            self.changed.notify_all();
+        }
+        Arc::clone(state.fault.get_or_insert(fault))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Ends the round if every rank posted the same call.
+    fn finish_round(&mut self) -> bool {
+        if self.posts.iter().any(Option::is_none) || self.disagreeing() {
+            return false;
+        }
+        let posts: Vec<Post> = self.posts.iter_mut().filter_map(Option::take).collect();
+        self.finished = Some(Finished {
+            round: self.round,
+            to_take: posts.len(),
+            posts: Arc::new(posts),
+        });
+        self.round = self.round.wrapping_add(1);
+        true
+    }
+
+    fn take_finished(&mut self, round: u64) -> Option<Arc<Vec<Post>>> {
+        let finished = self.finished.as_mut().filter(|f| f.round == round)?;
+        finished.to_take = finished.to_take.saturating_sub(1);
+        if finished.to_take == 0 {
+            self.finished.take().map(|finished| finished.posts)
+        } else {
+            Some(Arc::clone(&finished.posts))
+        }
+    }
+
+    fn note_disagreement(&mut self) -> bool {
+        if self.disagreement.is_none() && self.disagreeing() {
+            self.disagreement = Some(Instant::now());
+        }
+        self.disagreement.is_some()
+    }
+
+    fn disagreeing(&self) -> bool {
+        let mut posted = self.posts.iter().flatten();
+        posted
+            .next()
+            .is_some_and(|first| posted.any(|post| !post.agrees_with(first)))
+    }
+
+    /// How much longer to wait for the current round, or why it is lost.
+    fn verdict(&self, deadline: Duration, waited: Duration) -> Result<Duration, EpErrorKind> {
+        let mut wait = deadline.checked_sub(waited).unwrap_or_default();
+        if let Some(since) = self.disagreement {
+            wait = wait.min(GRACE.checked_sub(since.elapsed()).unwrap_or_default());
+            if let Some(desync) = self.odd_rank(wait.is_zero()) {
+                return Err(desync);
+            }
+        }
+        let absent = || self.posts.iter().enumerate().filter(|(_, p)| p.is_none());
+        for (rank, _) in absent() {
+            match self.presence.get(rank) {
+                Some(Presence::Left) => return Err(EpErrorKind::RankLeft { rank }),
+                Some(Presence::Panicked) => return Err(EpErrorKind::RankPanicked { rank }),
+                Some(Presence::Here) | None => {}
+            }
+        }
+        if wait.is_zero() {
+            return Err(EpErrorKind::Timeout {
+                missing: absent().map(|(rank, _)| rank).collect(),
+                deadline,
+            });
+        }
+        Ok(wait)
+    }
+
+    /// Who made another call than the largest party; `None` while more posts could tell, unless
+    /// the time is up.
+    fn odd_rank(&self, time_is_up: bool) -> Option<EpErrorKind> {
+        let posted: Vec<(usize, &Post)> = self
+            .posts
+            .iter()
+            .enumerate()
+            .filter_map(|(rank, post)| Some((rank, post.as_ref()?)))
+            .collect();
+        let party = |of: &Post| posted.iter().filter(|(_, p)| p.agrees_with(of)).count();
+        // Of equally large parties, the one that was met first has the lowest rank.
+        let (size, truth) = posted.iter().fold((0, None), |best, &(_, post)| {
+            let size = party(post);
+            if size > best.0 {
+                (size, Some(post))
+            } else {
+                best
+            }
+        });
+        let world_size = self.posts.len();
+        if !time_is_up && size <= world_size / 2 && posted.len() < world_size {
+            return None;
+        }
+        let truth = truth?;
+        let &(rank, odd) = posted.iter().find(|(_, p)| !p.agrees_with(truth))?;
+        let (expected, found) = truth.difference(odd);
+        Some(EpErrorKind::Desync {
+            rank,
+            expected,
+            found,
+        })
+    }
+}
+
+/// The error of `rank`'s call at `site`.
+pub(super) fn error_at(rank: usize, site: &Site, kind: EpErrorKind) -> EpError {
+    EpError {
+        rank,
+        op: site.op,
+        step: site.step,
+        label: site.label.to_string(),
+        kind,
+    }
+}
