@@ -1,1 +1,326 @@
-//! The block.
+//! The sharded MoE block that ties the rooms together.
+//!
+//! ```text
+//! hidden states -> gate -> router logits -> (perfect router) -> routing -> dispatch -> order -> experts -> combine
+//! ```
+
+use crate::ep::{Communicator, Reduction, Results, Solo, Step, Topology, combine, dispatch};
+use crate::experts::{ExpertProjection, ExpertWeights, Experts};
+use crate::order::ExpertOrder;
+use crate::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
+use crate::routing::{Router, Routing};
+use candle_core::{Result, Tensor, bail};
+use std::sync::{Mutex, PoisonError};
+
+const OP: &str = "moe block";
+
+/// A mixture-of-experts layer of which this rank holds its own experts.
+///
+/// All ranks together give the result of one rank that holds every expert: within rounding, and with
+/// [`Reduction::SlotOrder`] (the default) bit for bit.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_moe::block::{Gate, MoeBlock};
+/// use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows};
+/// use candle_moe::routing::{Router, RoutingMethod};
+///
+/// let (num_experts, hidden_size, intermediate_size) = (8, 32, 48);
+/// let random = |shape: (usize, usize, usize)| Tensor::randn(0f32, 0.1, shape, &Device::Cpu);
+/// let gate_up = ExpertWeights::dense(random((num_experts, 2 * intermediate_size, hidden_size))?)?;
+/// let down = ExpertWeights::dense(random((num_experts, hidden_size, intermediate_size))?)?;
+/// let experts = Experts::new(
+///     ExpertProjection::new(gate_up, None)?,
+///     ExpertProjection::new(down, None)?,
+///     GateUpRows::Concatenated,
+///     Activation::Silu,
+/// )?;
+/// let gate = Gate::new(random((1, num_experts, hidden_size))?.squeeze(0)?, None)?;
+/// let router = Router::new(RoutingMethod::Renormalize, 2)?;
+/// let block = MoeBlock::builder(gate, router, experts).build()?;
+///
+/// let hidden = random((1, 5, hidden_size))?.squeeze(0)?;
+/// assert_eq!(block.forward_alone(&hidden)?.dims(), [5, hidden_size]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct MoeBlock {
+    gate: Gate,
+    router: Router,
+    experts: Experts,
+    topology: Topology,
+    reduction: Reduction,
+    perfect: Option<Schedule>,
+    load: Option<Mutex<Vec<u64>>>,
+}
+
+/// The linear layer that scores the experts.
+#[derive(Debug, Clone)]
+pub struct Gate(ExpertProjection);
+
+impl Gate {
+    /// `weight` is `[num_experts, hidden_size]`, `bias` `[num_experts]`, both in f32, bf16 or f16.
+    ///
+    /// # Errors
+    /// Other shapes or dtypes.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+        if weight.rank() != 2 {
+            bail!("gate: weight has shape {:?}, expected [num_experts, hidden_size]", weight.shape())
+        }
+        let bias = match bias {
+            Some(bias) => Some(bias.unsqueeze(0)?),
+            None => None,
+        };
+        ExpertProjection::new(ExpertWeights::dense(weight.unsqueeze(0)?)?, bias).map(Self)
+    }
+
+    /// Experts that it scores.
+    pub fn num_experts(&self) -> usize {
+        self.0.weights().out_features()
+    }
+
+    /// `hidden [num_tokens, hidden_size]` to `router_logits [num_tokens, num_experts]`, in the dtype of `hidden`:
+    /// accumulated in float32, rounded once. A token's logits do not depend on its batch, to the bit.
+    ///
+    /// # Errors
+    /// A shape or dtype that does not fit.
+    pub fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.0.linear(hidden)
+    }
+}
+
+/// Puts a [`MoeBlock`] together.
+#[derive(Debug)]
+#[must_use]
+pub struct MoeBlockBuilder {
+    gate: Gate,
+    router: Router,
+    experts: Experts,
+    ep_size: usize,
+    ep_rank: usize,
+    reduction: Reduction,
+    perfect_router: bool,
+    statistics: bool,
+}
+
+impl MoeBlockBuilder {
+    /// The group's size and this rank; one rank when not called. `experts` then holds this rank's
+    /// [`local_experts`](Topology::local_experts) only.
+    pub fn shard(self, ep_size: usize, ep_rank: usize) -> Self {
+        Self { ep_size, ep_rank, ..self }
+    }
+
+    /// How results are summed; `SlotOrder` when not called.
+    pub fn reduction(self, reduction: Reduction) -> Self {
+        Self { reduction, ..self }
+    }
+
+    /// Replaces the gate's logits by balanced ones. **For measuring: the output is then meaningless.** The gate is still
+    /// computed, so that timings stay real, and nothing learned is modified.
+    pub fn perfect_router(self, enabled: bool) -> Self {
+        Self { perfect_router: enabled, ..self }
+    }
+
+    /// Counts the slots of every expert; see [`MoeBlock::load`].
+    pub fn statistics(self, enabled: bool) -> Self {
+        Self { statistics: enabled, ..self }
+    }
+
+    /// # Errors
+    /// Sizes that do not fit each other; a perfect router whose experts do not divide evenly over the ranks.
+    pub fn build(self) -> Result<MoeBlock> {
+        let num_experts = self.gate.num_experts();
+        let topology = Topology::new(num_experts, self.ep_size, self.ep_rank)?;
+        if self.experts.num_experts() != topology.local_experts().len() {
+            bail!(
+                "{OP}: {} experts given, expected those of rank {} of {}: {:?} of {num_experts}",
+                self.experts.num_experts(),
+                self.ep_rank,
+                self.ep_size,
+                topology.local_experts()
+            )
+        }
+        if self.gate.0.weights().in_features() != self.experts.hidden_size() {
+            bail!(
+                "{OP}: the gate has hidden_size {}, expected that of the experts, {}",
+                self.gate.0.weights().in_features(),
+                self.experts.hidden_size()
+            )
+        }
+        let top_k = self.router.top_k();
+        if top_k > num_experts {
+            bail!("{OP}: top_k is {top_k}, expected at most num_experts, which is {num_experts}")
+        }
+        let schedule = || Schedule::new(num_experts, top_k, self.ep_size, self.ep_rank);
+        Ok(MoeBlock {
+            perfect: if self.perfect_router { Some(schedule()?) } else { None },
+            load: self.statistics.then(|| Mutex::new(vec![0; num_experts])),
+            gate: self.gate,
+            router: self.router,
+            experts: self.experts,
+            topology,
+            reduction: self.reduction,
+        })
+    }
+}
+
+/// What a forward pass computed on the way; for this rank's own tokens.
+#[derive(Debug, Clone)]
+pub struct MoeOutput {
+    /// `[num_tokens, hidden_size]` in the dtype of the input.
+    pub hidden: Tensor,
+    /// `[num_tokens, num_experts]` in the dtype of the input: what the gate computed, also under perfect routing.
+    pub router_logits: Tensor,
+    /// The routing that was used.
+    pub routing: Routing,
+}
+
+/// Slots per expert and per rank since the block was built or [`MoeBlock::reset_load`] was called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Load {
+    /// `[num_experts]`
+    pub slots_per_expert: Vec<u64>,
+    /// `[ep_size]`
+    pub slots_per_rank: Vec<u64>,
+}
+
+impl MoeBlock {
+    /// A block of one rank with all experts, unless the builder is told otherwise.
+    pub fn builder(gate: Gate, router: Router, experts: Experts) -> MoeBlockBuilder {
+        MoeBlockBuilder {
+            gate,
+            router,
+            experts,
+            ep_size: 1,
+            ep_rank: 0,
+            reduction: Reduction::default(),
+            perfect_router: false,
+            statistics: false,
+        }
+    }
+
+    /// Who owns which experts.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// Whether the output is meaningless.
+    pub fn is_perfect(&self) -> bool {
+        self.perfect.is_some()
+    }
+
+    /// This rank's experts.
+    pub fn experts(&self) -> &Experts {
+        &self.experts
+    }
+
+    /// The layer for `hidden [num_tokens, hidden_size]` in f32, bf16 or f16, where `num_tokens` is this rank's count in
+    /// `step`. A collective: every rank of the group calls it, with zero tokens if it has none.
+    ///
+    /// # Errors
+    /// Shapes or dtypes that do not fit, or a fault of the group. An error before or between collectives aborts the group,
+    /// so that no other rank waits.
+    pub fn forward(&self, hidden: &Tensor, communicator: &mut dyn Communicator, step: &Step) -> Result<Tensor> {
+        self.forward_traced(hidden, communicator, step).map(|output| output.hidden)
+    }
+
+    /// As [`forward`](Self::forward), and keeps what was computed on the way.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_traced(
+        &self,
+        hidden: &Tensor,
+        communicator: &mut dyn Communicator,
+        step: &Step,
+    ) -> Result<MoeOutput> {
+        let output = self.try_forward(hidden, communicator, step);
+        if let Err(error) = &output {
+            communicator.abort_handle().abort(&error.to_string());
+        }
+        output
+    }
+
+    /// [`forward`](Self::forward) of a block of one rank.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); the block has more ranks than one.
+    pub fn forward_alone(&self, hidden: &Tensor) -> Result<Tensor> {
+        let mut solo = Solo::new();
+        let step = Step::agree(&mut solo, hidden.dims().first().copied().unwrap_or(0))?;
+        self.forward(hidden, &mut solo, &step)
+    }
+
+    /// What the experts and ranks had to do, over all ranks.
+    ///
+    /// # Errors
+    /// The block was built without [`statistics`](MoeBlockBuilder::statistics).
+    pub fn load(&self) -> Result<Load> {
+        let Some(load) = &self.load else { bail!("{OP}: load was asked for, expected a block built with statistics") };
+        let slots_per_expert = load.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let of_rank = |rank| Ok(slots_per_expert[self.topology.experts_of(rank)?].iter().sum());
+        let slots_per_rank = (0..self.topology.ep_size()).map(of_rank).collect::<Result<_>>()?;
+        Ok(Load { slots_per_expert, slots_per_rank })
+    }
+
+    /// Starts counting anew.
+    pub fn reset_load(&self) {
+        if let Some(load) = &self.load {
+            load.lock().unwrap_or_else(PoisonError::into_inner).fill(0);
+        }
+    }
+
+    fn try_forward(&self, hidden: &Tensor, communicator: &mut dyn Communicator, step: &Step) -> Result<MoeOutput> {
+        self.check_group(communicator, step, hidden)?;
+        let router_logits = self.gate.forward(hidden)?;
+        let routing = self.route(&router_logits, step)?;
+        let dispatched = dispatch(communicator, step, hidden, &routing)?;
+        self.count(&dispatched.routing)?;
+        let topk_ids = &dispatched.routing.topk_ids;
+        let order = ExpertOrder::new(topk_ids, self.topology.num_experts(), self.topology.local_experts())?;
+        let rows = self.experts.forward(&dispatched.hidden, &order)?;
+        let results =
+            Results { rows: &rows, order: &order, dispatched: &dispatched, home: &routing, topology: &self.topology };
+        let sum = combine(communicator, step, self.reduction, &results)?;
+        Ok(MoeOutput { hidden: sum.to_dtype(hidden.dtype())?, router_logits, routing })
+    }
+
+    fn route(&self, router_logits: &Tensor, step: &Step) -> Result<Routing> {
+        let Some(schedule) = self.perfect else { return self.router.route(router_logits) };
+        let key = PerfectRouterKey { schedule, dtype: router_logits.dtype() };
+        let planned = PerfectRouterStore::global().logits_from(
+            &key,
+            step.first_token(),
+            router_logits.dims()[0],
+            router_logits.device(),
+        )?;
+        self.router.without_selection_bias().route(&planned)
+    }
+
+    fn check_group(&self, communicator: &dyn Communicator, step: &Step, hidden: &Tensor) -> Result<()> {
+        let group = (communicator.world_size(), communicator.rank());
+        let own = (self.topology.ep_size(), self.topology.ep_rank());
+        if group != own {
+            bail!("{OP}: the communicator is rank {} of {}, expected rank {} of {}", group.1, group.0, own.1, own.0)
+        }
+        match (step.token_counts().get(own.1), hidden.dims()) {
+            (Some(&count), &[num_tokens, _]) if count == num_tokens && step.token_counts().len() == own.0 => Ok(()),
+            _ => bail!(
+                "{OP}: hidden has shape {:?}, expected [num_tokens, {}] with the num_tokens of rank {} in {:?}",
+                hidden.shape(),
+                self.experts.hidden_size(),
+                own.1,
+                step.token_counts()
+            ),
+        }
+    }
+
+    fn count(&self, routing: &Routing) -> Result<()> {
+        let Some(load) = &self.load else { return Ok(()) };
+        crate::host::with_slice(&routing.topk_ids, OP, "topk_ids", |ids: &[u32]| {
+            let mut load = load.lock().unwrap_or_else(PoisonError::into_inner);
+            ids.iter().for_each(|&id| load[id as usize] += 1);
+            Ok(())
+        })
+    }
+}

@@ -83,12 +83,7 @@ impl Board {
     }
 
     /// Posts and waits for the others; returns everybody's posts of this round in rank order.
-    pub(super) fn meet(
-        &self,
-        rank: usize,
-        post: Post,
-        deadline: Duration,
-    ) -> Result<Arc<Vec<Post>>, Arc<Fault>> {
+    pub(super) fn meet(&self, rank: usize, post: Post, deadline: Duration) -> Result<Arc<Vec<Post>>, Arc<Fault>> {
         let arrived = Instant::now();
         let site = post.site.clone();
         let mut state = self.lock();
@@ -113,11 +108,7 @@ impl Board {
             let kind = match state.verdict(deadline, arrived.elapsed()) {
                 Err(kind) => kind,
                 Ok(wait) => {
-                    state = self
-                        .changed
-                        .wait_timeout(state, wait)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0;
+                    state = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
                     continue;
                 }
             };
@@ -134,11 +125,7 @@ impl Board {
     /// Poisons the group on behalf of `rank`, outside of any call.
     pub(super) fn abort(&self, rank: usize, kind: EpErrorKind) {
         let mut state = self.lock();
-        let site = Site {
-            op: Collective::Abort,
-            step: state.round,
-            label: Arc::from(""),
-        };
+        let site = Site { op: Collective::Abort, step: state.round, label: Arc::from("") };
         let cause = error_at(rank, &site, kind.clone());
         self.set_fault(&mut state, Arc::new(Fault { cause, heard: kind }));
     }
@@ -179,11 +166,7 @@ impl State {
             return false;
         }
         let posts: Vec<Post> = self.posts.iter_mut().filter_map(Option::take).collect();
-        self.finished = Some(Finished {
-            round: self.round,
-            to_take: posts.len(),
-            posts: Arc::new(posts),
-        });
+        self.finished = Some(Finished { round: self.round, to_take: posts.len(), posts: Arc::new(posts) });
         self.round = self.round.wrapping_add(1);
         true
     }
@@ -207,9 +190,7 @@ impl State {
 
     fn disagreeing(&self) -> bool {
         let mut posted = self.posts.iter().flatten();
-        posted
-            .next()
-            .is_some_and(|first| posted.any(|post| !post.agrees_with(first)))
+        posted.next().is_some_and(|first| posted.any(|post| !post.agrees_with(first)))
     }
 
     /// How much longer to wait for the current round, or why it is lost.
@@ -230,10 +211,7 @@ impl State {
             }
         }
         if wait.is_zero() {
-            return Err(EpErrorKind::Timeout {
-                missing: absent().map(|(rank, _)| rank).collect(),
-                deadline,
-            });
+            return Err(EpErrorKind::Timeout { missing: absent().map(|(rank, _)| rank).collect(), deadline });
         }
         Ok(wait)
     }
@@ -241,21 +219,13 @@ impl State {
     /// Who made another call than the largest party; `None` while more posts could tell, unless
     /// the time is up.
     fn odd_rank(&self, time_is_up: bool) -> Option<EpErrorKind> {
-        let posted: Vec<(usize, &Post)> = self
-            .posts
-            .iter()
-            .enumerate()
-            .filter_map(|(rank, post)| Some((rank, post.as_ref()?)))
-            .collect();
+        let posted: Vec<(usize, &Post)> =
+            self.posts.iter().enumerate().filter_map(|(rank, post)| Some((rank, post.as_ref()?))).collect();
         let party = |of: &Post| posted.iter().filter(|(_, p)| p.agrees_with(of)).count();
         // Of equally large parties, the one that was met first has the lowest rank.
         let (size, truth) = posted.iter().fold((0, None), |best, &(_, post)| {
             let size = party(post);
-            if size > best.0 {
-                (size, Some(post))
-            } else {
-                best
-            }
+            if size > best.0 { (size, Some(post)) } else { best }
         });
         let world_size = self.posts.len();
         if !time_is_up && size <= world_size / 2 && posted.len() < world_size {
@@ -264,21 +234,11 @@ impl State {
         let truth = truth?;
         let &(rank, odd) = posted.iter().find(|(_, p)| !p.agrees_with(truth))?;
         let (expected, found) = truth.difference(odd);
-        Some(EpErrorKind::Desync {
-            rank,
-            expected,
-            found,
-        })
+        Some(EpErrorKind::Desync { rank, expected, found })
     }
 }
 
 /// The error of `rank`'s call at `site`.
 pub(super) fn error_at(rank: usize, site: &Site, kind: EpErrorKind) -> EpError {
-    EpError {
-        rank,
-        op: site.op,
-        step: site.step,
-        label: site.label.to_string(),
-        kind,
-    }
+    EpError { rank, op: site.op, step: site.step, label: site.label.to_string(), kind }
 }

@@ -46,12 +46,8 @@ impl Post {
 
     /// The two calls in words, as far as they differ.
     pub(super) fn difference(&self, other: &Post) -> (String, String) {
-        let differing: Vec<(String, String)> = self
-            .fields()
-            .into_iter()
-            .zip(other.fields())
-            .filter(|(mine, theirs)| mine != theirs)
-            .collect();
+        let differing: Vec<(String, String)> =
+            self.fields().into_iter().zip(other.fields()).filter(|(mine, theirs)| mine != theirs).collect();
         let (mine, theirs): (Vec<_>, Vec<_>) = differing.into_iter().unzip();
         (mine.join(", "), theirs.join(", "))
     }
@@ -79,20 +75,11 @@ impl Post {
 pub(super) type Offer = Result<(Terms, Payload), String>;
 
 /// `rows` is `[counts[rank], ...]`.
-pub(super) fn offer_all_gather(
-    rows: &Tensor,
-    counts: &[usize],
-    rank: usize,
-    world_size: usize,
-) -> Offer {
+pub(super) fn offer_all_gather(rows: &Tensor, counts: &[usize], rank: usize, world_size: usize) -> Offer {
     one_per_rank("counts", counts, world_size)?;
     let mine = counts.get(rank).copied().unwrap_or(0);
     let shape = rows_of(rows, mine, "counts[rank]")?;
-    let terms = Terms {
-        dtype: Some(rows.dtype()),
-        shape,
-        counts: counts.to_vec(),
-    };
+    let terms = Terms { dtype: Some(rows.dtype()), shape, counts: counts.to_vec() };
     Ok((terms, Payload::Rows(rows.detach())))
 }
 
@@ -101,11 +88,7 @@ pub(super) fn offer_reduce_scatter(rows: &Tensor, counts: &[usize], world_size: 
     let total = one_per_rank("counts", counts, world_size)?;
     let shape = rows_of(rows, total, "sum(counts)")?;
     summable("rows", rows)?;
-    let terms = Terms {
-        dtype: Some(rows.dtype()),
-        shape,
-        counts: counts.to_vec(),
-    };
+    let terms = Terms { dtype: Some(rows.dtype()), shape, counts: counts.to_vec() };
     Ok((terms, Payload::Rows(rows.detach())))
 }
 
@@ -113,11 +96,7 @@ pub(super) fn offer_reduce_scatter(rows: &Tensor, counts: &[usize], world_size: 
 pub(super) fn offer_all_to_all(rows: &Tensor, send_counts: &[usize], world_size: usize) -> Offer {
     let total = one_per_rank("send_counts", send_counts, world_size)?;
     let shape = rows_of(rows, total, "sum(send_counts)")?;
-    let terms = Terms {
-        dtype: Some(rows.dtype()),
-        shape,
-        counts: Vec::new(),
-    };
+    let terms = Terms { dtype: Some(rows.dtype()), shape, counts: Vec::new() };
     Ok((terms, Payload::Routed(rows.detach(), send_counts.to_vec())))
 }
 
@@ -125,21 +104,14 @@ pub(super) fn offer_all_to_all(rows: &Tensor, send_counts: &[usize], world_size:
 pub(super) fn offer_all_reduce(values: &Tensor) -> Offer {
     on_the_cpu("values", values)?;
     summable("values", values)?;
-    let terms = Terms {
-        dtype: Some(values.dtype()),
-        shape: values.dims().to_vec(),
-        counts: Vec::new(),
-    };
+    let terms = Terms { dtype: Some(values.dtype()), shape: values.dims().to_vec(), counts: Vec::new() };
     Ok((terms, Payload::Rows(values.detach())))
 }
 
 /// Checks that there is one count per rank; returns the sum.
 fn one_per_rank(name: &str, counts: &[usize], world_size: usize) -> Result<usize, String> {
     if counts.len() != world_size {
-        return Err(format!(
-            "{name} has {} entries, it must have one per rank, {world_size}",
-            counts.len()
-        ));
+        return Err(format!("{name} has {} entries, it must have one per rank, {world_size}", counts.len()));
     }
     let add = |sum: usize, &count: &usize| sum.checked_add(count);
     counts.iter().try_fold(0, add).ok_or_else(|| {
@@ -153,19 +125,14 @@ fn rows_of(rows: &Tensor, expected: usize, limit: &str) -> Result<Vec<usize>, St
     on_the_cpu("rows", rows)?;
     match rows.dims().split_first() {
         Some((&num_rows, shape)) if num_rows == expected => Ok(shape.to_vec()),
-        Some((num_rows, _)) => Err(format!(
-            "rows has {num_rows} rows, it must have {limit} = {expected}"
-        )),
+        Some((num_rows, _)) => Err(format!("rows has {num_rows} rows, it must have {limit} = {expected}")),
         None => Err("rows is a scalar, it must have at least one dimension".to_string()),
     }
 }
 
 fn on_the_cpu(name: &str, tensor: &Tensor) -> Result<(), String> {
     if !tensor.device().is_cpu() {
-        return Err(format!(
-            "{name} is on {:?}, it must be on the CPU",
-            tensor.device().location()
-        ));
+        return Err(format!("{name} is on {:?}, it must be on the CPU", tensor.device().location()));
     }
     match tensor.dtype() {
         DType::U8
@@ -178,19 +145,13 @@ fn on_the_cpu(name: &str, tensor: &Tensor) -> Result<(), String> {
         | DType::F32
         | DType::F64
         | DType::F8E4M3 => Ok(()),
-        packed => Err(format!(
-            "{name} has dtype {}, which Candle cannot copy row by row",
-            packed.as_str()
-        )),
+        packed => Err(format!("{name} has dtype {}, which Candle cannot copy row by row", packed.as_str())),
     }
 }
 
 fn summable(name: &str, tensor: &Tensor) -> Result<(), String> {
     match tensor.dtype() {
         DType::F32 | DType::F64 | DType::F16 | DType::BF16 => Ok(()),
-        other => Err(format!(
-            "{name} has dtype {}, it must be f32, f64, f16 or bf16 to be summed",
-            other.as_str()
-        )),
+        other => Err(format!("{name} has dtype {}, it must be f32, f64, f16 or bf16 to be summed", other.as_str())),
     }
 }

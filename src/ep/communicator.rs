@@ -76,11 +76,7 @@ pub trait Communicator: Send {
     /// # Errors
     ///
     /// See [the failures](Communicator#).
-    fn all_to_all(
-        &mut self,
-        rows: &Tensor,
-        send_counts: &[usize],
-    ) -> Result<(Tensor, Vec<usize>), EpError>;
+    fn all_to_all(&mut self, rows: &Tensor, send_counts: &[usize]) -> Result<(Tensor, Vec<usize>), EpError>;
 
     /// Adds the ranks' tensors, of one shape and of dtype f32, f64, f16 or bf16; all ranks get the sum.
     ///

@@ -156,28 +156,19 @@ impl fmt::Display for EpErrorKind {
                 f,
                 "rank {rank} dropped its communicator before this call; look for an early return on rank {rank}"
             ),
-            Self::RankPanicked { rank } => write!(
-                f,
-                "rank {rank} panicked before this call; look for its panic message"
-            ),
-            Self::Desync {
-                rank,
-                expected,
-                found,
-            } => write!(
+            Self::RankPanicked { rank } => {
+                write!(f, "rank {rank} panicked before this call; look for its panic message")
+            }
+            Self::Desync { rank, expected, found } => write!(
                 f,
                 "rank {rank} made another call than the group: expected {expected}, found {found}; \
                  look for a call that rank {rank} skipped, repeated or made with other arguments"
             ),
-            Self::Aborted {
-                by: Some(rank),
-                reason,
-            } => write!(f, "aborted by rank {rank}: {reason}"),
+            Self::Aborted { by: Some(rank), reason } => write!(f, "aborted by rank {rank}: {reason}"),
             Self::Aborted { by: None, reason } => write!(f, "aborted: {reason}"),
-            Self::Poisoned { cause } => write!(
-                f,
-                "not attempted, the group failed before and has to be built anew; first cause: {cause}"
-            ),
+            Self::Poisoned { cause } => {
+                write!(f, "not attempted, the group failed before and has to be built anew; first cause: {cause}")
+            }
             Self::BadArgument(what) => write!(f, "bad argument: {what}"),
             Self::Tensor(what) => write!(f, "cannot build the result: {what}"),
         }

@@ -16,11 +16,7 @@ use std::time::Duration;
 /// # Errors
 ///
 /// `world_size` is zero or above [`MAX_RANKS`](super::MAX_RANKS).
-pub fn launch<T, F>(
-    world_size: usize,
-    deadline: Duration,
-    body: F,
-) -> CandleResult<Vec<Result<T, String>>>
+pub fn launch<T, F>(world_size: usize, deadline: Duration, body: F) -> CandleResult<Vec<Result<T, String>>>
 where
     T: Send,
     F: Fn(Threads) -> T + Sync,
@@ -32,21 +28,16 @@ where
             .into_iter()
             .enumerate()
             .map(|(rank, handle)| {
-                thread::Builder::new()
-                    .name(format!("rank {rank}"))
-                    .spawn_scoped(scope, move || body(handle))
+                thread::Builder::new().name(format!("rank {rank}")).spawn_scoped(scope, move || body(handle))
             })
             .collect();
-        let outcome =
-            |(rank, started): (usize, std::io::Result<thread::ScopedJoinHandle<'_, T>>)| {
-                match started {
-                    Ok(thread) => thread
-                        .join()
-                        .map_err(|panic| format!("rank {rank} panicked: {}", message(&*panic))),
-                    // The handle went down with the closure, so the others find that this rank left.
-                    Err(error) => Err(format!("rank {rank} could not start its thread: {error}")),
-                }
-            };
+        let outcome = |(rank, started): (usize, std::io::Result<thread::ScopedJoinHandle<'_, T>>)| {
+            match started {
+                Ok(thread) => thread.join().map_err(|panic| format!("rank {rank} panicked: {}", message(&*panic))),
+                // The handle went down with the closure, so the others find that this rank left.
+                Err(error) => Err(format!("rank {rank} could not start its thread: {error}")),
+            }
+        };
         ranks.into_iter().enumerate().map(outcome).collect()
     }))
 }

@@ -4,6 +4,7 @@
 //! * [`Communicator`] is one rank's handle on the group: collectives with per-rank row counts, which
 //!   return within a deadline, name who is missing or out of step, and never hand out a partial
 //!   result. [`Solo`] is the group of one, [`Threads`] has its ranks as threads of one process.
+//! * [`Step`] is what the ranks agree on before a forward step; [`dispatch`] and [`combine`] are the `Gather` strategy.
 //! * [`launch`] runs a function on every rank of a [`Threads`] group.
 //!
 //! Uneven and zero row counts are ordinary input everywhere.
@@ -33,15 +34,19 @@ mod board;
 mod call;
 mod communicator;
 mod error;
+mod gather;
 mod launch;
 mod rows;
 mod solo;
+mod step;
 mod threads;
 mod topology;
 
 pub use communicator::{AbortHandle, Communicator, Health};
 pub use error::{Collective, EpError, EpErrorKind};
+pub use gather::{Dispatched, Reduction, Results, combine, dispatch};
 pub use launch::launch;
 pub use solo::Solo;
+pub use step::Step;
 pub use threads::{MAX_RANKS, Threads};
 pub use topology::Topology;

@@ -55,11 +55,7 @@ impl Communicator for Solo {
         self.0.reduce_scatter(rows, counts)
     }
 
-    fn all_to_all(
-        &mut self,
-        rows: &Tensor,
-        send_counts: &[usize],
-    ) -> Result<(Tensor, Vec<usize>), EpError> {
+    fn all_to_all(&mut self, rows: &Tensor, send_counts: &[usize]) -> Result<(Tensor, Vec<usize>), EpError> {
         self.0.all_to_all(rows, send_counts)
     }
 

@@ -2,8 +2,7 @@
 
 use super::board::{Board, Fault, Presence, error_at};
 use super::call::{
-    Offer, Payload, Post, Site, Terms, offer_all_gather, offer_all_reduce, offer_all_to_all,
-    offer_reduce_scatter,
+    Offer, Payload, Post, Site, Terms, offer_all_gather, offer_all_reduce, offer_all_to_all, offer_reduce_scatter,
 };
 use super::communicator::{AbortHandle, Communicator, Health};
 use super::error::{Collective, EpError, EpErrorKind};
@@ -62,14 +61,7 @@ impl Threads {
     }
 
     fn on(board: &Arc<Board>, rank: usize, deadline: Duration) -> Self {
-        Self {
-            board: Arc::clone(board),
-            rank,
-            step: 0,
-            label: Arc::from(""),
-            deadline,
-            failed: false,
-        }
+        Self { board: Arc::clone(board), rank, step: 0, label: Arc::from(""), deadline, failed: false }
     }
 
     /// One collective: check, meet the others, put the result together.
@@ -79,24 +71,15 @@ impl Threads {
         offer: Offer,
         build: impl FnOnce(&[Post]) -> CandleResult<T>,
     ) -> Result<T, EpError> {
-        let site = Site {
-            op,
-            step: self.step,
-            label: Arc::clone(&self.label),
-        };
+        let site = Site { op, step: self.step, label: Arc::clone(&self.label) };
         self.step = self.step.wrapping_add(1);
         let (terms, payload) = match offer {
             Ok(offer) => offer,
             Err(what) => return Err(self.give_up(&site, EpErrorKind::BadArgument(what))),
         };
-        let post = Post {
-            site: site.clone(),
-            terms,
-            payload,
-        };
+        let post = Post { site: site.clone(), terms, payload };
         match self.board.meet(self.rank, post, self.deadline) {
-            Ok(posts) => build(&posts)
-                .map_err(|error| self.give_up(&site, EpErrorKind::Tensor(error.to_string()))),
+            Ok(posts) => build(&posts).map_err(|error| self.give_up(&site, EpErrorKind::Tensor(error.to_string()))),
             Err(fault) => Err(self.hear(&site, &fault)),
         }
     }
@@ -104,10 +87,7 @@ impl Threads {
     /// Poisons the group because this rank cannot carry out its own call.
     fn give_up(&mut self, site: &Site, kind: EpErrorKind) -> EpError {
         let cause = error_at(self.rank, site, kind);
-        let heard = EpErrorKind::Aborted {
-            by: Some(self.rank),
-            reason: cause.to_string(),
-        };
+        let heard = EpErrorKind::Aborted { by: Some(self.rank), reason: cause.to_string() };
         let own = Arc::new(Fault { cause, heard });
         let first = self.board.fail(Arc::clone(&own));
         if !Arc::ptr_eq(&own, &first) {
@@ -120,9 +100,7 @@ impl Threads {
     /// The fault, the first time that this rank hears of it; afterwards only that there was one.
     fn hear(&mut self, site: &Site, fault: &Fault) -> EpError {
         let kind = if std::mem::replace(&mut self.failed, true) {
-            EpErrorKind::Poisoned {
-                cause: Box::new(fault.cause.clone()),
-            }
+            EpErrorKind::Poisoned { cause: Box::new(fault.cause.clone()) }
         } else {
             fault.heard.clone()
         };
@@ -164,28 +142,18 @@ impl Communicator for Threads {
     fn reduce_scatter(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {
         let rank = self.rank;
         let offer = offer_reduce_scatter(rows, counts, self.world_size());
-        self.collective(Collective::ReduceScatter, offer, |posts| {
-            rows::sum_of_part(posts, counts, rank)
-        })
+        self.collective(Collective::ReduceScatter, offer, |posts| rows::sum_of_part(posts, counts, rank))
     }
 
-    fn all_to_all(
-        &mut self,
-        rows: &Tensor,
-        send_counts: &[usize],
-    ) -> Result<(Tensor, Vec<usize>), EpError> {
+    fn all_to_all(&mut self, rows: &Tensor, send_counts: &[usize]) -> Result<(Tensor, Vec<usize>), EpError> {
         let rank = self.rank;
         let offer = offer_all_to_all(rows, send_counts, self.world_size());
-        self.collective(Collective::AllToAll, offer, |posts| {
-            rows::received(posts, rank)
-        })
+        self.collective(Collective::AllToAll, offer, |posts| rows::received(posts, rank))
     }
 
     fn all_reduce(&mut self, values: &Tensor) -> Result<Tensor, EpError> {
         let offer = offer_all_reduce(values);
-        self.collective(Collective::AllReduce, offer, |posts| {
-            rows::sum(rows::posted_rows(posts).cloned().map(Ok))
-        })
+        self.collective(Collective::AllReduce, offer, |posts| rows::sum(rows::posted_rows(posts).cloned().map(Ok)))
     }
 
     fn all_gather_bytes(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, EpError> {
@@ -207,32 +175,20 @@ impl Communicator for Threads {
     fn abort_handle(&self) -> AbortHandle {
         let (board, rank) = (Arc::clone(&self.board), self.rank);
         AbortHandle::new(move |reason| {
-            let heard = EpErrorKind::Aborted {
-                by: Some(rank),
-                reason: reason.to_string(),
-            };
+            let heard = EpErrorKind::Aborted { by: Some(rank), reason: reason.to_string() };
             board.abort(rank, heard);
         })
     }
 
     fn health(&self) -> Health {
         let (alive, cause) = self.board.health();
-        Health {
-            world_size: self.board.world_size(),
-            next_step: self.step,
-            alive,
-            cause,
-        }
+        Health { world_size: self.board.world_size(), next_step: self.step, alive, cause }
     }
 }
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        let presence = if std::thread::panicking() {
-            Presence::Panicked
-        } else {
-            Presence::Left
-        };
+        let presence = if std::thread::panicking() { Presence::Panicked } else { Presence::Left };
         self.board.leave(self.rank, presence);
     }
 }

@@ -41,11 +41,7 @@ impl Topology {
         if ep_rank >= ep_size {
             bail!("topology: ep_rank is {ep_rank}, it must be below ep_size = {ep_size}");
         }
-        Ok(Self {
-            num_experts,
-            ep_size,
-            ep_rank,
-        })
+        Ok(Self { num_experts, ep_size, ep_rank })
     }
 
     /// All experts of the layer, over all ranks.
@@ -75,10 +71,7 @@ impl Topology {
     /// `rank` is not below `ep_size`.
     pub fn experts_of(&self, rank: usize) -> Result<Range<usize>> {
         if rank >= self.ep_size {
-            bail!(
-                "experts_of: rank is {rank}, it must be below ep_size = {}",
-                self.ep_size
-            );
+            bail!("experts_of: rank is {rank}, it must be below ep_size = {}", self.ep_size);
         }
         Ok(self.range(rank))
     }
@@ -90,30 +83,17 @@ impl Topology {
     /// `expert` is not below `num_experts`.
     pub fn owner(&self, expert: usize) -> Result<usize> {
         if expert >= self.num_experts {
-            bail!(
-                "owner: expert is {expert}, it must be below num_experts = {}",
-                self.num_experts
-            );
+            bail!("owner: expert is {expert}, it must be below num_experts = {}", self.num_experts);
         }
-        let (small, longer) = (
-            self.num_experts / self.ep_size,
-            self.num_experts % self.ep_size,
-        );
+        let (small, longer) = (self.num_experts / self.ep_size, self.num_experts % self.ep_size);
         // The first `longer` ranks own `small + 1` experts each, the others `small`, which is at
         // least one because `ep_size <= num_experts`.
         let boundary = longer * (small + 1);
-        Ok(if expert < boundary {
-            expert / (small + 1)
-        } else {
-            longer + (expert - boundary) / small
-        })
+        Ok(if expert < boundary { expert / (small + 1) } else { longer + (expert - boundary) / small })
     }
 
     fn range(&self, rank: usize) -> Range<usize> {
-        let (small, longer) = (
-            self.num_experts / self.ep_size,
-            self.num_experts % self.ep_size,
-        );
+        let (small, longer) = (self.num_experts / self.ep_size, self.num_experts % self.ep_size);
         let start = rank * small + rank.min(longer);
         start..start + small + usize::from(rank < longer)
     }

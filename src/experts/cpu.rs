@@ -159,7 +159,7 @@ fn transpose(product: &[f32], num_tokens: usize, bias: Option<&[f32]>, rows: &mu
 
 /// `hidden [num_tokens, in_features] x weight [1, out_features, in_features]`, plus bias, in float32 and rounded once to
 /// the dtype of `hidden`: the same bits for a token whatever the batch.
-pub(crate) fn linear(projection: &ExpertProjection, hidden: &Tensor) -> Result<Tensor> {
+pub(super) fn linear(projection: &ExpertProjection, hidden: &Tensor) -> Result<Tensor> {
     let weights = &projection.weights;
     let (num_tokens, out_features) = (hidden.dims()[0], weights.out_features());
     let rows = with_slice(&hidden.to_dtype(DType::F32)?, "linear", "hidden", |hidden: &[f32]| {

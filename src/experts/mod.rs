@@ -17,7 +17,6 @@ mod simd;
 mod weights;
 
 pub use activation::Activation;
-pub(crate) use cpu::linear;
 pub use weights::{ExpertWeights, MXFP4_BLOCK};
 
 use crate::order::ExpertOrder;
@@ -70,6 +69,32 @@ impl ExpertProjection {
     pub fn weights(&self) -> &ExpertWeights {
         &self.weights
     }
+
+    /// The first expert as a plain linear layer: `hidden [num_tokens, in_features]` to `[num_tokens, out_features]`, in
+    /// the dtype of `hidden` (one rounding from float32). A token's bits do not depend on the batch it is in.
+    ///
+    /// # Errors
+    /// A shape or dtype that does not fit, no expert at all, or tensors that do not live on the CPU.
+    pub fn linear(&self, hidden: &Tensor) -> Result<Tensor> {
+        check_hidden(hidden, None, self.weights.in_features())?;
+        if self.weights.num_experts() == 0 {
+            bail!("{OP}: the projection has no expert, expected at least 1")
+        }
+        cpu::linear(self, hidden)
+    }
+}
+
+fn check_hidden(hidden: &Tensor, num_tokens: Option<usize>, hidden_size: usize) -> Result<()> {
+    let fits =
+        hidden.rank() == 2 && hidden.dims()[1] == hidden_size && num_tokens.is_none_or(|n| hidden.dims()[0] == n);
+    if !fits {
+        let num_tokens = num_tokens.map_or("num_tokens".into(), |n| n.to_string());
+        bail!("{OP}: hidden has shape {:?}, expected [{num_tokens}, {hidden_size}]", hidden.shape())
+    }
+    if !matches!(hidden.dtype(), DType::F32 | DType::BF16 | DType::F16) {
+        bail!("{OP}: hidden has dtype {:?}, expected f32, bf16 or f16", hidden.dtype())
+    }
+    Ok(())
 }
 
 /// The local experts of a rank.
@@ -142,16 +167,7 @@ impl Experts {
     /// # Errors
     /// Shapes, dtypes or a number of experts that do not fit, or tensors that do not live on the CPU.
     pub fn forward(&self, hidden: &Tensor, order: &ExpertOrder) -> Result<Tensor> {
-        if hidden.dims() != [order.num_tokens(), self.hidden_size()] {
-            bail!(
-                "{OP}: hidden has shape {:?}, expected {:?}",
-                hidden.shape(),
-                [order.num_tokens(), self.hidden_size()]
-            )
-        }
-        if !matches!(hidden.dtype(), DType::F32 | DType::BF16 | DType::F16) {
-            bail!("{OP}: hidden has dtype {:?}, expected f32, bf16 or f16", hidden.dtype())
-        }
+        check_hidden(hidden, Some(order.num_tokens()), self.hidden_size())?;
         if order.local_experts().len() != self.num_experts() {
             bail!(
                 "{OP}: the order covers {} local experts, expected {}",

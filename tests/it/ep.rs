@@ -1,9 +1,7 @@
 //! Ranks as threads: every collective against the naive computation, and every fault by name.
 
 use candle_core::{DType, Device, IndexOp, Tensor};
-use candle_moe::ep::{
-    Collective, Communicator, EpError, EpErrorKind, MAX_RANKS, Solo, Threads, Topology, launch,
-};
+use candle_moe::ep::{Collective, Communicator, EpError, EpErrorKind, MAX_RANKS, Solo, Threads, Topology, launch};
 use std::time::{Duration, Instant};
 
 const PATIENT: Duration = Duration::from_secs(20);
@@ -66,11 +64,7 @@ fn naive_sum(tables: &[Vec<Vec<f32>>]) -> Vec<Vec<f32>> {
 }
 
 /// Runs `body` on every rank; no rank may panic.
-fn on_ranks<T: Send>(
-    world_size: usize,
-    deadline: Duration,
-    body: impl Fn(Threads) -> T + Sync,
-) -> Vec<T> {
+fn on_ranks<T: Send>(world_size: usize, deadline: Duration, body: impl Fn(Threads) -> T + Sync) -> Vec<T> {
     let ranks = launch(world_size, deadline, body).unwrap();
     ranks.into_iter().map(Result::unwrap).collect()
 }
@@ -153,9 +147,7 @@ fn all_gather_matches_naive() {
                     counts.fill(0);
                 }
                 let all: Vec<_> = counts.iter().map(|&n| random.rows(n)).collect();
-                let gathered = ranks
-                    .all_gather(&tensor(&all[ranks.rank()]), &counts)
-                    .unwrap();
+                let gathered = ranks.all_gather(&tensor(&all[ranks.rank()]), &counts).unwrap();
                 assert_eq!(gathered.dims(), [counts.iter().sum(), WIDTH]);
                 assert_eq!(bits(&gathered), bits_of(&all.concat()));
             }
@@ -210,9 +202,7 @@ fn all_to_all_matches_naive() {
                     })
                     .collect();
                 let send_counts: Vec<usize> = table[rank].iter().map(Vec::len).collect();
-                let (received, counts) = ranks
-                    .all_to_all(&tensor(&table[rank].concat()), &send_counts)
-                    .unwrap();
+                let (received, counts) = ranks.all_to_all(&tensor(&table[rank].concat()), &send_counts).unwrap();
                 let expected: Vec<_> = table.iter().map(|row| row[rank].clone()).collect();
                 assert_eq!(counts, expected.iter().map(Vec::len).collect::<Vec<_>>());
                 assert_eq!(received.dims(), [counts.iter().sum(), WIDTH]);
@@ -299,10 +289,7 @@ fn views_with_strides_and_offsets() {
             let rank = ranks.rank();
             let all: Vec<Vec<Tensor>> = (0..world_size).map(views).collect();
             for view in 0..all[0].len() {
-                let solid: Vec<Tensor> = all
-                    .iter()
-                    .map(|views| views[view].force_contiguous().unwrap())
-                    .collect();
+                let solid: Vec<Tensor> = all.iter().map(|views| views[view].force_contiguous().unwrap()).collect();
                 let mine = &all[rank][view];
 
                 let gathered = ranks.all_gather(mine, &vec![4; world_size]).unwrap();
@@ -343,9 +330,7 @@ fn results_share_no_memory_with_other_ranks() {
         let gathered = ranks.all_gather(&mine, &[0, 2]).unwrap();
         ranks.barrier().unwrap();
         if ranks.rank() == 0 {
-            gathered
-                .slice_set(&ones((1, 3)).affine(0., 9.).unwrap(), 0, 0)
-                .unwrap();
+            gathered.slice_set(&ones((1, 3)).affine(0., 9.).unwrap(), 0, 0).unwrap();
         }
         ranks.barrier().unwrap();
         assert_eq!(bits(&mine), bits(&ones((2 * ranks.rank(), 3))));
@@ -417,11 +402,7 @@ fn health_and_labels_and_deadlines() {
     for part in ["rank 0", "barrier", "step 0", "layer 3", "[1]", "30ms"] {
         assert!(text.contains(part), "{text}");
     }
-    assert!(
-        candle_core::Error::from(error.clone())
-            .to_string()
-            .contains(&text)
-    );
+    assert!(candle_core::Error::from(error.clone()).to_string().contains(&text));
     assert_eq!(last.health().cause, Some(error.clone()));
     let heard = last.barrier();
     assert_eq!(fails_for_good(&mut last, heard).kind, error.kind);
@@ -523,11 +504,7 @@ fn desync(
     let kinds: Vec<EpErrorKind> = errors.into_iter().map(|e| e.unwrap().kind).collect();
     assert!(kinds.iter().all(|kind| kind == &kinds[0]), "{kinds:?}");
     match kinds[0].clone() {
-        EpErrorKind::Desync {
-            rank,
-            expected,
-            found,
-        } => {
+        EpErrorKind::Desync { rank, expected, found } => {
             assert_eq!(rank, odd);
             (expected, found)
         }
@@ -592,10 +569,7 @@ fn one_call_too_many_at_the_end_is_named() {
         Some(fails_for_good(ranks, result))
     });
     let kind = errors[1].clone().unwrap().kind;
-    assert!(
-        matches!(kind, EpErrorKind::RankLeft { rank: 0 | 2 }),
-        "{kind}"
-    );
+    assert!(matches!(kind, EpErrorKind::RankLeft { rank: 0 | 2 }), "{kind}");
 }
 
 #[test]
@@ -613,17 +587,10 @@ fn another_shape_dtype_or_count_is_named() {
         ranks.all_reduce(&ones(3).to_dtype(dtype).unwrap())?;
         Ok(())
     });
-    assert_eq!(
-        (expected.as_str(), found.as_str()),
-        ("dtype f32", "dtype f16")
-    );
+    assert_eq!((expected.as_str(), found.as_str()), ("dtype f32", "dtype f16"));
 
     let (expected, found) = desync(3, 1, |ranks| {
-        let counts = if ranks.rank() == 1 {
-            [1, 1, 2]
-        } else {
-            [1, 1, 1]
-        };
+        let counts = if ranks.rank() == 1 { [1, 1, 2] } else { [1, 1, 1] };
         ranks.all_gather(&ones((1, 2)), &counts)?;
         Ok(())
     });
@@ -656,10 +623,7 @@ fn a_desync_does_not_wait_for_late_ranks() {
     });
     for (error, took) in outcomes {
         assert!(took < SLACK, "{took:?}");
-        assert!(
-            matches!(error.kind, EpErrorKind::Desync { rank: 1, .. }),
-            "{error}"
-        );
+        assert!(matches!(error.kind, EpErrorKind::Desync { rank: 1, .. }), "{error}");
     }
 }
 
@@ -671,9 +635,7 @@ fn an_abort_from_another_thread_wakes_everybody() {
             let handle = ranks.abort_handle();
             let other = handle.clone();
             std::thread::sleep(Duration::from_millis(50));
-            std::thread::spawn(move || other.abort("shutting down"))
-                .join()
-                .unwrap();
+            std::thread::spawn(move || other.abort("shutting down")).join().unwrap();
             handle.abort("second thoughts come too late");
         }
         let start = Instant::now();
@@ -683,10 +645,7 @@ fn an_abort_from_another_thread_wakes_everybody() {
     });
     for error in errors {
         let error = error.unwrap();
-        let expected = EpErrorKind::Aborted {
-            by: Some(3),
-            reason: "shutting down".to_string(),
-        };
+        let expected = EpErrorKind::Aborted { by: Some(3), reason: "shutting down".to_string() };
         assert_eq!(error.kind, expected);
     }
 }
@@ -707,10 +666,7 @@ fn ranks_that_sleep_past_the_deadline_are_named() {
     });
     for (rank, (error, took)) in outcomes.into_iter().enumerate() {
         assert!(took < deadline + SLACK, "rank {rank} took {took:?}");
-        let expected = EpErrorKind::Timeout {
-            missing: vec![1, 4],
-            deadline,
-        };
+        let expected = EpErrorKind::Timeout { missing: vec![1, 4], deadline };
         assert_eq!(error.kind, expected);
         assert_eq!((error.op, error.step), (Collective::AllToAll, 1));
         assert_eq!(error.label, "layer 7");
@@ -728,69 +684,24 @@ fn bad_calls() -> Vec<(Call, &'static str)> {
         Tensor::zeros((num_rows, 2), DType::U32, &Device::Cpu).unwrap()
     }
     vec![
+        (|c| c.all_gather(&ones((1, 2)), &[]).map(drop), "counts has 0 entries"),
+        (|c| c.all_gather(&ones((1, 2)), &[1; 9]).map(drop), "counts has 9 entries"),
         (
-            |c| c.all_gather(&ones((1, 2)), &[]).map(drop),
-            "counts has 0 entries",
-        ),
-        (
-            |c| c.all_gather(&ones((1, 2)), &[1; 9]).map(drop),
-            "counts has 9 entries",
-        ),
-        (
-            |c| {
-                c.all_gather(&ones((3, 2)), &vec![1; c.world_size()])
-                    .map(drop)
-            },
+            |c| c.all_gather(&ones((3, 2)), &vec![1; c.world_size()]).map(drop),
             "rows has 3 rows, it must have counts[rank] = 1",
         ),
+        (|c| c.all_gather(&ones(()), &vec![1; c.world_size()]).map(drop), "scalar"),
+        (|c| c.reduce_scatter(&ones((1, 2)), &[]).map(drop), "counts has 0 entries"),
         (
-            |c| c.all_gather(&ones(()), &vec![1; c.world_size()]).map(drop),
-            "scalar",
-        ),
-        (
-            |c| c.reduce_scatter(&ones((1, 2)), &[]).map(drop),
-            "counts has 0 entries",
-        ),
-        (
-            |c| {
-                c.reduce_scatter(&ones((9, 2)), &vec![1; c.world_size()])
-                    .map(drop)
-            },
+            |c| c.reduce_scatter(&ones((9, 2)), &vec![1; c.world_size()]).map(drop),
             "rows has 9 rows, it must have sum(counts)",
         ),
-        (
-            |c| {
-                c.reduce_scatter(&ids(c.world_size()), &vec![1; c.world_size()])
-                    .map(drop)
-            },
-            "dtype u32",
-        ),
-        (
-            |c| c.all_to_all(&ones((1, 2)), &[1; 9]).map(drop),
-            "send_counts has 9 entries",
-        ),
-        (
-            |c| {
-                c.all_to_all(&ones((9, 2)), &vec![1; c.world_size()])
-                    .map(drop)
-            },
-            "sum(send_counts)",
-        ),
-        (
-            |c| {
-                c.all_to_all(&ones((9, 2)), &vec![usize::MAX; c.world_size()])
-                    .map(drop)
-            },
-            "send_counts",
-        ),
-        (
-            |c| c.all_to_all(&ones(()), &vec![0; c.world_size()]).map(drop),
-            "scalar",
-        ),
-        (
-            |c| c.all_reduce(&ids(2)).map(drop),
-            "it must be f32, f64, f16 or bf16",
-        ),
+        (|c| c.reduce_scatter(&ids(c.world_size()), &vec![1; c.world_size()]).map(drop), "dtype u32"),
+        (|c| c.all_to_all(&ones((1, 2)), &[1; 9]).map(drop), "send_counts has 9 entries"),
+        (|c| c.all_to_all(&ones((9, 2)), &vec![1; c.world_size()]).map(drop), "sum(send_counts)"),
+        (|c| c.all_to_all(&ones((9, 2)), &vec![usize::MAX; c.world_size()]).map(drop), "send_counts"),
+        (|c| c.all_to_all(&ones(()), &vec![0; c.world_size()]).map(drop), "scalar"),
+        (|c| c.all_reduce(&ids(2)).map(drop), "it must be f32, f64, f16 or bf16"),
     ]
 }
 
@@ -798,11 +709,7 @@ fn bad_calls() -> Vec<(Call, &'static str)> {
 fn bad_arguments_are_named_and_the_others_do_not_hang() {
     for (call, word) in bad_calls() {
         let errors = faulty(2, PATIENT, |ranks| {
-            let result = if ranks.rank() == 1 {
-                call(ranks)
-            } else {
-                ranks.barrier()
-            };
+            let result = if ranks.rank() == 1 { call(ranks) } else { ranks.barrier() };
             Some(fails_for_good(ranks, result))
         });
         let kinds: Vec<EpErrorKind> = errors.into_iter().map(|e| e.unwrap().kind).collect();
@@ -810,11 +717,7 @@ fn bad_arguments_are_named_and_the_others_do_not_hang() {
             panic!("{word}: {}", kinds[1]);
         };
         assert!(what.contains(word), "{what}");
-        let EpErrorKind::Aborted {
-            by: Some(1),
-            reason,
-        } = &kinds[0]
-        else {
+        let EpErrorKind::Aborted { by: Some(1), reason } = &kinds[0] else {
             panic!("{word}: {}", kinds[0]);
         };
         assert!(reason.contains(word), "{reason}");
@@ -836,10 +739,7 @@ fn solo_makes_the_same_checks() {
     solo.set_label("layer 1");
     solo.abort_handle().abort("enough");
     let error = solo.all_reduce(&ones(2)).unwrap_err();
-    assert!(matches!(
-        error.kind,
-        EpErrorKind::Aborted { by: Some(0), .. }
-    ));
+    assert!(matches!(error.kind, EpErrorKind::Aborted { by: Some(0), .. }));
     assert_eq!(solo.health().alive, [true]);
 }
 
@@ -850,18 +750,7 @@ fn absurd_counts_of_empty_rows_do_not_panic() {
         let many = Tensor::zeros((usize::MAX, 0), DType::F32, &Device::Cpu).unwrap();
         ranks.all_to_all(&many, &[usize::MAX, 0]).err()
     });
-    assert!(matches!(
-        errors[0].as_ref().unwrap().kind,
-        EpErrorKind::Tensor(_)
-    ));
-    let error = on_ranks(2, PATIENT, |mut ranks| {
-        ranks
-            .all_gather(&ones((1, 1)), &[1, usize::MAX])
-            .unwrap_err()
-    });
-    assert!(
-        error
-            .iter()
-            .any(|e| matches!(e.kind, EpErrorKind::BadArgument(_)))
-    );
+    assert!(matches!(errors[0].as_ref().unwrap().kind, EpErrorKind::Tensor(_)));
+    let error = on_ranks(2, PATIENT, |mut ranks| ranks.all_gather(&ones((1, 1)), &[1, usize::MAX]).unwrap_err());
+    assert!(error.iter().any(|e| matches!(e.kind, EpErrorKind::BadArgument(_))));
 }
