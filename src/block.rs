@@ -5,7 +5,7 @@
 //! ```
 
 use crate::ep::{Communicator, Reduction, Results, Solo, Step, Topology, combine, dispatch};
-use crate::experts::{ExpertProjection, ExpertWeights, Experts};
+use crate::experts::{Experts, Linear};
 use crate::order::ExpertOrder;
 use crate::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
 use crate::routing::{Router, Routing};
@@ -21,8 +21,8 @@ const OP: &str = "moe block";
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_moe::block::{Gate, MoeBlock};
-/// use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows};
+/// use candle_moe::block::MoeBlock;
+/// use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear};
 /// use candle_moe::routing::{Router, RoutingMethod};
 ///
 /// let (num_experts, hidden_size, intermediate_size) = (8, 32, 48);
@@ -35,7 +35,7 @@ const OP: &str = "moe block";
 ///     GateUpRows::Concatenated,
 ///     Activation::Silu,
 /// )?;
-/// let gate = Gate::new(random((1, num_experts, hidden_size))?.squeeze(0)?, None)?;
+/// let gate = Linear::new(random((1, num_experts, hidden_size))?.squeeze(0)?, None)?;
 /// let router = Router::new(RoutingMethod::Renormalize, 2)?;
 /// let block = MoeBlock::builder(gate, router, experts).build()?;
 ///
@@ -45,7 +45,7 @@ const OP: &str = "moe block";
 /// ```
 #[derive(Debug)]
 pub struct MoeBlock {
-    gate: Gate,
+    gate: Linear,
     router: Router,
     experts: Experts,
     topology: Topology,
@@ -54,46 +54,11 @@ pub struct MoeBlock {
     load: Option<Mutex<Vec<u64>>>,
 }
 
-/// The linear layer that scores the experts.
-#[derive(Debug, Clone)]
-pub struct Gate(ExpertProjection);
-
-impl Gate {
-    /// `weight` is `[num_experts, hidden_size]`, `bias` `[num_experts]`, both in f32, bf16 or f16.
-    ///
-    /// # Errors
-    /// Other shapes or dtypes.
-    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        if weight.rank() != 2 {
-            bail!("gate: weight has shape {:?}, expected [num_experts, hidden_size]", weight.shape())
-        }
-        let bias = match bias {
-            Some(bias) => Some(bias.unsqueeze(0)?),
-            None => None,
-        };
-        ExpertProjection::new(ExpertWeights::dense(weight.unsqueeze(0)?)?, bias).map(Self)
-    }
-
-    /// Experts that it scores.
-    pub fn num_experts(&self) -> usize {
-        self.0.weights().out_features()
-    }
-
-    /// `hidden [num_tokens, hidden_size]` to `router_logits [num_tokens, num_experts]`, in the dtype of `hidden`:
-    /// accumulated in float32, rounded once. A token's logits do not depend on its batch, to the bit.
-    ///
-    /// # Errors
-    /// A shape or dtype that does not fit.
-    pub fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.0.linear(hidden)
-    }
-}
-
 /// Puts a [`MoeBlock`] together.
 #[derive(Debug)]
 #[must_use]
 pub struct MoeBlockBuilder {
-    gate: Gate,
+    gate: Linear,
     router: Router,
     experts: Experts,
     ep_size: usize,
@@ -129,7 +94,7 @@ impl MoeBlockBuilder {
     /// # Errors
     /// Sizes that do not fit each other; a perfect router whose experts do not divide evenly over the ranks.
     pub fn build(self) -> Result<MoeBlock> {
-        let num_experts = self.gate.num_experts();
+        let num_experts = self.gate.out_features();
         let topology = Topology::new(num_experts, self.ep_size, self.ep_rank)?;
         if self.experts.num_experts() != topology.local_experts().len() {
             bail!(
@@ -140,10 +105,10 @@ impl MoeBlockBuilder {
                 topology.local_experts()
             )
         }
-        if self.gate.0.weights().in_features() != self.experts.hidden_size() {
+        if self.gate.in_features() != self.experts.hidden_size() {
             bail!(
                 "{OP}: the gate has hidden_size {}, expected that of the experts, {}",
-                self.gate.0.weights().in_features(),
+                self.gate.in_features(),
                 self.experts.hidden_size()
             )
         }
@@ -151,16 +116,17 @@ impl MoeBlockBuilder {
         if top_k > num_experts {
             bail!("{OP}: top_k is {top_k}, expected at most num_experts, which is {num_experts}")
         }
-        let schedule = || Schedule::new(num_experts, top_k, self.ep_size, self.ep_rank);
-        Ok(MoeBlock {
-            perfect: if self.perfect_router { Some(schedule()?) } else { None },
+        let mut block = MoeBlock {
+            perfect: None,
             load: self.statistics.then(|| Mutex::new(vec![0; num_experts])),
             gate: self.gate,
             router: self.router,
             experts: self.experts,
             topology,
             reduction: self.reduction,
-        })
+        };
+        block.set_perfect_router(self.perfect_router)?;
+        Ok(block)
     }
 }
 
@@ -185,8 +151,9 @@ pub struct Load {
 }
 
 impl MoeBlock {
-    /// A block of one rank with all experts, unless the builder is told otherwise.
-    pub fn builder(gate: Gate, router: Router, experts: Experts) -> MoeBlockBuilder {
+    /// A block of one rank with all experts, unless the builder is told otherwise. `gate` is
+    /// `[num_experts, hidden_size]`.
+    pub fn builder(gate: Linear, router: Router, experts: Experts) -> MoeBlockBuilder {
         MoeBlockBuilder {
             gate,
             router,
@@ -207,6 +174,18 @@ impl MoeBlock {
     /// Whether the output is meaningless.
     pub fn is_perfect(&self) -> bool {
         self.perfect.is_some()
+    }
+
+    /// Switches between learned and balanced routing; see [`MoeBlockBuilder::perfect_router`].
+    ///
+    /// # Errors
+    /// Experts that do not divide evenly over the ranks.
+    pub fn set_perfect_router(&mut self, enabled: bool) -> Result<()> {
+        let topology = &self.topology;
+        let schedule =
+            || Schedule::new(topology.num_experts(), self.router.top_k(), topology.ep_size(), topology.ep_rank());
+        self.perfect = if enabled { Some(schedule()?) } else { None };
+        Ok(())
     }
 
     /// This rank's experts.

@@ -13,10 +13,12 @@
 
 mod activation;
 mod cpu;
+mod linear;
 mod simd;
 mod weights;
 
 pub use activation::Activation;
+pub use linear::Linear;
 pub use weights::{ExpertWeights, MXFP4_BLOCK};
 
 use crate::order::ExpertOrder;
@@ -68,19 +70,6 @@ impl ExpertProjection {
     /// The matrices.
     pub fn weights(&self) -> &ExpertWeights {
         &self.weights
-    }
-
-    /// The first expert as a plain linear layer: `hidden [num_tokens, in_features]` to `[num_tokens, out_features]`, in
-    /// the dtype of `hidden` (one rounding from float32). A token's bits do not depend on the batch it is in.
-    ///
-    /// # Errors
-    /// A shape or dtype that does not fit, no expert at all, or tensors that do not live on the CPU.
-    pub fn linear(&self, hidden: &Tensor) -> Result<Tensor> {
-        check_hidden(hidden, None, self.weights.in_features())?;
-        if self.weights.num_experts() == 0 {
-            bail!("{OP}: the projection has no expert, expected at least 1")
-        }
-        cpu::linear(self, hidden)
     }
 }
 

@@ -1,2 +1,3 @@
 //! One test binary, a module per room.
 mod ep;
+mod gpt_oss;

@@ -1,0 +1,56 @@
+//! A plain linear layer through the same dot products as the experts.
+
+use super::{ExpertProjection, ExpertWeights, check_hidden, cpu};
+use candle_core::{Result, Tensor, bail};
+
+/// `hidden x weight^T + bias`, accumulated in float32 and rounded once to the dtype of `hidden`.
+///
+/// A token's result does not depend on the batch it is in, to the bit: gates and decoders that must give the same numbers
+/// for a prompt in one piece, in chunks or spread over ranks are built on it. Weights stay in their stored dtype.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_moe::experts::Linear;
+/// let linear = Linear::new(Tensor::new(&[[1f32, 2.], [3., 4.]], &Device::Cpu)?, None)?;
+/// let out = linear.forward(&Tensor::new(&[[1f32, 1.]], &Device::Cpu)?)?;
+/// assert_eq!(out.to_vec2::<f32>()?, [[3., 7.]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Linear(ExpertProjection);
+
+impl Linear {
+    /// `weight` is `[out_features, in_features]`, `bias` `[out_features]`, both in f32, bf16 or f16.
+    ///
+    /// # Errors
+    /// Other shapes or dtypes.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+        if weight.rank() != 2 {
+            bail!("linear: weight has shape {:?}, expected [out_features, in_features]", weight.shape())
+        }
+        let bias = match bias {
+            Some(bias) => Some(bias.unsqueeze(0)?),
+            None => None,
+        };
+        ExpertProjection::new(ExpertWeights::dense(weight.unsqueeze(0)?)?, bias).map(Self)
+    }
+
+    /// Columns of the weight.
+    pub fn in_features(&self) -> usize {
+        self.0.weights().in_features()
+    }
+
+    /// Rows of the weight.
+    pub fn out_features(&self) -> usize {
+        self.0.weights().out_features()
+    }
+
+    /// `hidden [num_tokens, in_features]` in f32, bf16 or f16 to `[num_tokens, out_features]` in the same dtype.
+    ///
+    /// # Errors
+    /// A shape or dtype that does not fit, or tensors that do not live on the CPU.
+    pub fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
+        check_hidden(hidden, None, self.in_features())?;
+        cpu::linear(&self.0, hidden)
+    }
+}

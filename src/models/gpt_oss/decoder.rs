@@ -1,0 +1,181 @@
+//! The dense half of the model: embeddings, attention, norms and the head around the MoE layers.
+
+use super::attention::{Attention, Positions};
+use super::cache::Cache;
+use super::rope::Rope;
+use super::{Config, MoeLayers};
+use crate::checkpoint::Checkpoint;
+use crate::experts::Linear;
+use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_nn::ops::rms_norm;
+
+const OP: &str = "gpt-oss decoder";
+
+/// Everything of the model that is not an expert layer, for one sequence at a time.
+///
+/// Linear layers keep their weights in the stored dtype, multiply in float32 and round once; norms and attention are
+/// float32 inside. A token's result does not depend on how the prompt is cut, up to the rounding of attention.
+#[derive(Debug)]
+pub struct Decoder {
+    config: Config,
+    dtype: DType,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head: Linear,
+    rope: Rope,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attention_norm: Norm,
+    attention: Attention,
+    moe_norm: Norm,
+}
+
+/// Which tokens need logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logits {
+    /// All: `[num_tokens, vocab_size]`.
+    All,
+    /// The last only: `[1, vocab_size]`.
+    Last,
+}
+
+impl Decoder {
+    /// Reads the dense tensors of a checkpoint in the published layout. `dtype` is that of the hidden states: f32 or bf16.
+    ///
+    /// # Errors
+    /// Missing or unfit tensors, another dtype, another device than the CPU.
+    pub fn load(checkpoint: &Checkpoint, config: &Config, dtype: DType, device: &Device) -> Result<Self> {
+        config.validate()?;
+        if !matches!(dtype, DType::F32 | DType::BF16) {
+            bail!("{OP}: dtype is {dtype:?}, expected f32 or bf16")
+        }
+        if !device.is_cpu() {
+            bail!("{OP}: device is {:?}, expected the CPU", device.location())
+        }
+        let weights = Weights { checkpoint, config, device };
+        let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
+        let layer = |layer: usize| {
+            let norm = |name: &str| Norm::load(&weights, &format!("model.layers.{layer}.{name}.weight"));
+            Ok(Layer {
+                attention_norm: norm("input_layernorm")?,
+                attention: Attention::load(&weights, layer)?,
+                moe_norm: norm("post_attention_layernorm")?,
+            })
+        };
+        Ok(Self {
+            dtype,
+            embedding: weights.tensor("model.embed_tokens.weight", &[vocab_size, hidden_size])?,
+            layers: (0..config.num_layers).map(layer).collect::<Result<_>>()?,
+            norm: Norm::load(&weights, "model.norm.weight")?,
+            head: weights.linear("lm_head", vocab_size, hidden_size, false)?,
+            rope: Rope::new(&config.rope, config.head_dim),
+            config: config.clone(),
+        })
+    }
+
+    /// The model.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The dtype of the hidden states.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Runs `input_ids` after what `cache` holds; the result is f32.
+    ///
+    /// # Errors
+    /// No ids, an id outside the vocabulary, more positions than the model has, a cache of another model, or an error of
+    /// the MoE layers; after an error in the middle of a step the cache must be [reset](Cache::reset).
+    pub fn forward(
+        &self,
+        input_ids: &[u32],
+        cache: &mut Cache,
+        moe: &mut dyn MoeLayers,
+        logits: Logits,
+    ) -> Result<Tensor> {
+        self.check(input_ids, cache)?;
+        let (first, num_tokens) = (cache.len(), input_ids.len());
+        let device = self.embedding.device();
+        let (cos, sin) = self.rope.tables(first, num_tokens, device)?;
+        let positions = Positions { first, cos, sin };
+        let ids = Tensor::new(input_ids, device)?;
+        moe.begin(first, num_tokens)?;
+        let mut hidden = self.embedding.index_select(&ids, 0)?.to_dtype(self.dtype)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let normed = layer.attention_norm.forward(&hidden)?;
+            hidden = (hidden + layer.attention.forward(&normed, &positions, cache.layer(index))?)?;
+            let normed = layer.moe_norm.forward(&hidden)?;
+            let out = moe.forward(index, &normed)?;
+            if out.dims() != hidden.dims() || out.dtype() != self.dtype {
+                bail!("{OP}: layer {index}: the MoE layer returned {:?} in {:?}", out.shape(), out.dtype())
+            }
+            hidden = (hidden + out)?;
+        }
+        cache.advance(num_tokens);
+        let hidden = match logits {
+            Logits::All => hidden,
+            Logits::Last => hidden.narrow(0, num_tokens - 1, 1)?,
+        };
+        self.head.forward(&self.norm.forward(&hidden)?)?.to_dtype(DType::F32)
+    }
+
+    pub(super) fn check(&self, input_ids: &[u32], cache: &Cache) -> Result<()> {
+        if input_ids.is_empty() {
+            bail!("{OP}: input_ids is empty, expected at least one token")
+        }
+        if let Some(id) = input_ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
+            bail!("{OP}: token id {id}, expected less than vocab_size, which is {}", self.config.vocab_size)
+        }
+        if cache.num_layers() != self.layers.len() {
+            bail!("{OP}: the cache has {} layers, expected {}", cache.num_layers(), self.layers.len())
+        }
+        cache.check_room(input_ids.len())
+    }
+}
+
+/// Root-mean-square norm: float32 inside, one rounding.
+#[derive(Debug)]
+struct Norm {
+    /// f32 `[hidden_size]`
+    weight: Tensor,
+    eps: f32,
+}
+
+impl Norm {
+    fn load(weights: &Weights<'_>, name: &str) -> Result<Self> {
+        let weight = weights.tensor(name, &[weights.config.hidden_size])?.to_dtype(DType::F32)?;
+        Ok(Self { weight, eps: weights.config.rms_norm_eps as f32 })
+    }
+
+    fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
+        let normed = rms_norm(&hidden.to_dtype(DType::F32)?.contiguous()?, &self.weight, self.eps)?;
+        normed.to_dtype(hidden.dtype())
+    }
+}
+
+/// The dense tensors of a checkpoint by their published names, in their stored dtype.
+pub(super) struct Weights<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) config: &'a Config,
+    pub(super) device: &'a Device,
+}
+
+impl Weights<'_> {
+    pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        Ok(self.checkpoint.tensor(name, shape, &[DType::BF16, DType::F32, DType::F16], self.device)?)
+    }
+
+    pub(super) fn linear(&self, name: &str, out_features: usize, in_features: usize, bias: bool) -> Result<Linear> {
+        let weight = self.tensor(&format!("{name}.weight"), &[out_features, in_features])?;
+        let bias = match bias {
+            true => Some(self.tensor(&format!("{name}.bias"), &[out_features])?),
+            false => None,
+        };
+        Linear::new(weight, bias)
+    }
+}

@@ -1,0 +1,112 @@
+//! A whole model, ready to generate.
+
+use super::{Cache, Config, Decoder, Logits, MoeOptions, ShardedMoe};
+use crate::checkpoint::Checkpoint;
+use candle_core::{Device, Result, Tensor};
+use std::path::Path;
+
+/// Prompt tokens that go through together, so that attention scores of a long prompt fit memory.
+const PROMPT_CHUNK: usize = 256;
+
+/// GPT-OSS from a checkpoint folder: the decoder in the caller's thread, the experts sharded over ranks.
+///
+/// ```
+/// use candle_moe::models::gpt_oss::{Cache, Logits, Model, MoeOptions};
+/// let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-gpt-oss");
+/// let mut model = Model::load(folder, &MoeOptions { ep_size: 2, ..Default::default() }, &|_, _| ())?;
+/// let mut cache = Cache::new(model.config());
+/// let logits = model.forward(&[1, 2, 3], &mut cache, Logits::Last)?;
+/// assert_eq!(logits.dims(), [1, 512]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Model {
+    decoder: Decoder,
+    moe: ShardedMoe,
+}
+
+impl Model {
+    /// Loads `folder`. `progress(done, total)` hears of every part, from any thread.
+    ///
+    /// # Errors
+    /// Everything that can be wrong with the checkpoint or the options.
+    pub fn load(
+        folder: impl AsRef<Path>,
+        options: &MoeOptions,
+        progress: &(dyn Fn(usize, usize) + Sync),
+    ) -> Result<Self> {
+        let folder = folder.as_ref();
+        let config = Config::from_file(folder.join("config.json"))?;
+        let checkpoint = Checkpoint::open(folder)?;
+        let total = 1 + config.num_layers.saturating_mul(options.ep_size);
+        let done = std::sync::atomic::AtomicUsize::new(0);
+        let step = || progress(1 + done.fetch_add(1, std::sync::atomic::Ordering::Relaxed), total);
+        let moe = ShardedMoe::load(&checkpoint, &config, options, &step)?;
+        let decoder = Decoder::load(&checkpoint, &config, options.dtype, &Device::Cpu)?;
+        step();
+        Ok(Self { decoder, moe })
+    }
+
+    /// The model's description.
+    pub fn config(&self) -> &Config {
+        self.decoder.config()
+    }
+
+    /// The decoder without its MoE layers.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// The MoE layers.
+    pub fn moe(&self) -> &ShardedMoe {
+        &self.moe
+    }
+
+    /// The MoE layers, to switch them or to count anew.
+    pub fn moe_mut(&mut self) -> &mut ShardedMoe {
+        &mut self.moe
+    }
+
+    /// Both halves, for callers that put themselves between them.
+    pub fn parts_mut(&mut self) -> (&Decoder, &mut ShardedMoe) {
+        (&self.decoder, &mut self.moe)
+    }
+
+    /// Runs `input_ids` after what `cache` holds, in one piece; logits are f32 `[num_tokens or 1, vocab_size]`.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`]. An error ends the group of ranks: load the model again.
+    pub fn forward(&mut self, input_ids: &[u32], cache: &mut Cache, logits: Logits) -> Result<Tensor> {
+        self.decoder.check(input_ids, cache)?;
+        let output = self.decoder.forward(input_ids, cache, &mut self.moe, logits);
+        if let Err(error) = &output {
+            self.moe.abort(&error.to_string());
+        }
+        output
+    }
+
+    /// Runs a prompt in chunks; the logits of its last token, f32 `[vocab_size]`. `progress` hears of every chunk with the
+    /// tokens done.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn prompt(
+        &mut self,
+        input_ids: &[u32],
+        cache: &mut Cache,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Vec<f32>> {
+        self.decoder.check(input_ids, cache)?;
+        let mut logits = None;
+        let mut done = 0;
+        for chunk in input_ids.chunks(PROMPT_CHUNK) {
+            logits = Some(self.forward(chunk, cache, Logits::Last)?);
+            done += chunk.len();
+            progress(done);
+        }
+        match logits {
+            Some(logits) => logits.flatten_all()?.to_vec1(),
+            None => candle_core::bail!("gpt-oss: the prompt is empty, expected at least one token"),
+        }
+    }
+}

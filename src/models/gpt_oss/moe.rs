@@ -1,0 +1,274 @@
+//! The MoE layers: read for one rank, and run by all ranks of a process.
+
+use super::Config;
+use super::decoder::Weights;
+use crate::block::{Load, MoeBlock, MoeOutput};
+use crate::checkpoint::Checkpoint;
+use crate::ep::{Communicator, Reduction, Step, Threads, Topology};
+use crate::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, MXFP4_BLOCK};
+use crate::routing::{Router, RoutingMethod};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use rayon::prelude::*;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+const OP: &str = "gpt-oss moe";
+
+/// What stands where the MoE layers of a [`Decoder`](super::Decoder) would.
+pub trait MoeLayers {
+    /// A forward pass of `num_tokens` tokens begins; the first stands at position `first_token` of its sequence.
+    ///
+    /// # Errors
+    /// Whatever keeps the layers from running.
+    fn begin(&mut self, first_token: usize, num_tokens: usize) -> Result<()>;
+
+    /// The MoE layer number `layer`: `hidden [num_tokens, hidden_size]` to the same shape and dtype.
+    ///
+    /// # Errors
+    /// Whatever went wrong in the layer.
+    fn forward(&mut self, layer: usize, hidden: &Tensor) -> Result<Tensor>;
+}
+
+/// How the MoE layers run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MoeOptions {
+    /// The dtype of the hidden states: f32 or bf16.
+    pub dtype: DType,
+    /// Ranks, each a thread with its own experts.
+    pub ep_size: usize,
+    /// How results are summed.
+    pub reduction: Reduction,
+    /// Balanced routing. **For measuring: the output is then meaningless.**
+    pub perfect_router: bool,
+    /// Longest wait for another rank.
+    pub deadline: Duration,
+}
+
+impl Default for MoeOptions {
+    /// float32, one rank, slot order, learned routing, a minute.
+    fn default() -> Self {
+        Self {
+            dtype: DType::F32,
+            ep_size: 1,
+            reduction: Reduction::SlotOrder,
+            perfect_router: false,
+            deadline: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Reads the MoE layer `layer` for rank `ep_rank`: the gate, and the bytes of this rank's experts only.
+///
+/// # Errors
+/// Missing or unfit tensors; sizes that MXFP4 cannot have; a perfect router whose experts do not divide over the ranks.
+pub fn load_moe_block(
+    checkpoint: &Checkpoint,
+    config: &Config,
+    layer: usize,
+    options: &MoeOptions,
+    ep_rank: usize,
+) -> Result<MoeBlock> {
+    config.validate()?;
+    let (hidden_size, intermediate_size) = (config.hidden_size, config.intermediate_size);
+    for (name, size) in [("hidden_size", hidden_size), ("intermediate_size", intermediate_size)] {
+        if !size.is_multiple_of(MXFP4_BLOCK) {
+            bail!("{OP}: {name} is {size}, expected a multiple of {MXFP4_BLOCK} for MXFP4 weights")
+        }
+    }
+    let topology = Topology::new(config.num_experts, options.ep_size, ep_rank)?;
+    let prefix = format!("model.layers.{layer}.mlp");
+    let projection = |name: &str, rows: usize, columns: usize| {
+        let read = |suffix: &str, shape: &[usize], dtypes: &[DType]| {
+            let name = format!("{prefix}.experts.{name}_{suffix}");
+            checkpoint.rows(&name, shape, dtypes, topology.local_experts(), &Device::Cpu)
+        };
+        let (num_experts, num_blocks) = (config.num_experts, columns / MXFP4_BLOCK);
+        let blocks = read("blocks", &[num_experts, rows, num_blocks, 16], &[DType::U8])?;
+        let scales = read("scales", &[num_experts, rows, num_blocks], &[DType::U8])?;
+        let bias = read("bias", &[num_experts, rows], &[DType::BF16, DType::F32, DType::F16])?;
+        let weights =
+            ExpertWeights::mxfp4(blocks, scales).map_err(|error| error.context(format!("{prefix}: {name}")))?;
+        ExpertProjection::new(weights, Some(bias))
+    };
+    let activation = Activation::SwigluOss { alpha: config.swiglu_alpha as f32, limit: config.swiglu_limit as f32 };
+    let experts = Experts::new(
+        projection("gate_up_proj", 2 * intermediate_size, hidden_size)?,
+        projection("down_proj", hidden_size, intermediate_size)?,
+        GateUpRows::Interleaved,
+        activation,
+    )?;
+    let weights = Weights { checkpoint, config, device: &Device::Cpu };
+    let gate = weights.linear(&format!("{prefix}.router"), config.num_experts, hidden_size, true)?;
+    let router = Router::new(RoutingMethod::Renormalize, config.top_k)?;
+    MoeBlock::builder(gate, router, experts)
+        .shard(options.ep_size, ep_rank)
+        .reduction(options.reduction)
+        .perfect_router(options.perfect_router)
+        .statistics(true)
+        .build()
+}
+
+/// The MoE layers of all ranks of one process.
+///
+/// The caller's thread is rank 0 and holds the sequence; every other rank is a thread of its own, which takes part in each
+/// step with zero tokens of its own.
+#[derive(Debug)]
+pub struct ShardedMoe {
+    home: Vec<MoeBlock>,
+    communicator: Threads,
+    step: Option<Step>,
+    workers: Vec<Worker>,
+}
+
+#[derive(Debug)]
+struct Worker {
+    commands: Sender<Command>,
+    thread: JoinHandle<()>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Command {
+    Step,
+    PerfectRouter(bool),
+}
+
+impl ShardedMoe {
+    /// Reads every rank's experts, several ranks at a time, and starts the ranks. `progress` hears of every layer of every
+    /// rank, from any thread.
+    ///
+    /// # Errors
+    /// As [`load_moe_block`]; more ranks than experts.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        config: &Config,
+        options: &MoeOptions,
+        progress: &(dyn Fn() + Sync),
+    ) -> Result<Self> {
+        Topology::new(config.num_experts, options.ep_size, 0)?;
+        let load_rank = |ep_rank: usize| {
+            let load_layer = |layer: usize| {
+                let block = load_moe_block(checkpoint, config, layer, options, ep_rank);
+                progress();
+                block
+            };
+            (0..config.num_layers).map(load_layer).collect::<Result<Vec<_>>>()
+        };
+        let ranks: Vec<_> = (0..options.ep_size).into_par_iter().map(load_rank).collect::<Result<_>>()?;
+        let mut ranks = ranks.into_iter().zip(Threads::group(options.ep_size, options.deadline)?);
+        let Some((home, communicator)) = ranks.next() else { bail!("{OP}: ep_size is 0, expected at least 1") };
+        let empty = Tensor::zeros((0, config.hidden_size), options.dtype, &Device::Cpu)?;
+        let mut sharded = Self { home, communicator, step: None, workers: Vec::new() };
+        for (blocks, communicator) in ranks {
+            let (commands, receiver) = channel();
+            let empty = empty.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("rank {}", communicator.rank()))
+                .spawn(move || work(blocks, communicator, &empty, &receiver))?;
+            sharded.workers.push(Worker { commands, thread });
+        }
+        Ok(sharded)
+    }
+
+    /// Switches every rank between learned and balanced routing. **Balanced routing makes the output meaningless.**
+    ///
+    /// # Errors
+    /// Experts that do not divide over the ranks.
+    pub fn set_perfect_router(&mut self, enabled: bool) -> Result<()> {
+        self.home.iter_mut().try_for_each(|block| block.set_perfect_router(enabled))?;
+        self.command(Command::PerfectRouter(enabled));
+        Ok(())
+    }
+
+    /// The layer, with what it computed on the way.
+    ///
+    /// # Errors
+    /// As [`MoeBlock::forward`]; no step has [begun](MoeLayers::begin).
+    pub fn forward_traced(&mut self, layer: usize, hidden: &Tensor) -> Result<MoeOutput> {
+        let Some(step) = &self.step else { bail!("{OP}: forward before begin") };
+        let Some(block) = self.home.get(layer) else {
+            bail!("{OP}: layer is {layer}, expected less than {}", self.home.len())
+        };
+        self.communicator.set_label(&label(layer));
+        block.forward_traced(hidden, &mut self.communicator, step)
+    }
+
+    /// The load of every layer, over all ranks, since the start or [`reset_load`](Self::reset_load).
+    ///
+    /// # Errors
+    /// None with blocks that count.
+    pub fn load_per_layer(&self) -> Result<Vec<Load>> {
+        self.home.iter().map(MoeBlock::load).collect()
+    }
+
+    /// Starts counting anew.
+    pub fn reset_load(&self) {
+        self.home.iter().for_each(MoeBlock::reset_load);
+    }
+
+    /// Gives up: every rank's current and later calls fail with `reason`.
+    pub fn abort(&self, reason: &str) {
+        self.communicator.abort_handle().abort(reason);
+    }
+
+    /// A rank that is gone is found by the next collective, which names it.
+    fn command(&self, command: Command) {
+        for worker in &self.workers {
+            let _ = worker.commands.send(command);
+        }
+    }
+}
+
+impl MoeLayers for ShardedMoe {
+    fn begin(&mut self, first_token: usize, num_tokens: usize) -> Result<()> {
+        self.command(Command::Step);
+        self.communicator.set_label("step");
+        self.step = Some(Step::agree(&mut self.communicator, num_tokens)?.starting_at(first_token));
+        Ok(())
+    }
+
+    fn forward(&mut self, layer: usize, hidden: &Tensor) -> Result<Tensor> {
+        self.forward_traced(layer, hidden).map(|output| output.hidden)
+    }
+}
+
+impl Drop for ShardedMoe {
+    fn drop(&mut self) {
+        self.abort("the model was dropped");
+        for Worker { commands, thread } in self.workers.drain(..) {
+            drop(commands);
+            // A panic of that thread was reported to the group when it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn label(layer: usize) -> String {
+    format!("layer {layer}")
+}
+
+/// The life of a rank other than 0. Errors end it; the group hears of them.
+fn work(mut blocks: Vec<MoeBlock>, mut communicator: Threads, empty: &Tensor, commands: &Receiver<Command>) {
+    while let Ok(command) = commands.recv() {
+        let outcome = match command {
+            Command::PerfectRouter(enabled) => {
+                blocks.iter_mut().try_for_each(|block| block.set_perfect_router(enabled))
+            }
+            Command::Step => run_step(&blocks, &mut communicator, empty),
+        };
+        if let Err(error) = outcome {
+            tracing::debug!(rank = communicator.rank(), %error, "rank ends");
+            return;
+        }
+    }
+}
+
+fn run_step(blocks: &[MoeBlock], communicator: &mut Threads, empty: &Tensor) -> Result<()> {
+    communicator.set_label("step");
+    let step = Step::agree(communicator, 0)?;
+    for (layer, block) in blocks.iter().enumerate() {
+        communicator.set_label(&label(layer));
+        block.forward(empty, communicator, &step)?;
+    }
+    Ok(())
+}

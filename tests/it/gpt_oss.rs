@@ -1,0 +1,274 @@
+//! GPT-OSS against what Hugging Face transformers computes from the same checkpoint.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_moe::ep::Reduction;
+use candle_moe::models::gpt_oss::{
+    Cache, Config, Logits, Model, MoeLayers, MoeOptions, Sampler, SamplingConfig, ShardedMoe,
+};
+use std::collections::HashMap;
+
+pub(crate) const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-gpt-oss");
+
+fn goldens() -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(format!("{TINY}/goldens.safetensors"), &Device::Cpu).unwrap()
+}
+
+fn prompt(goldens: &HashMap<String, Tensor>) -> Vec<u32> {
+    goldens["input_ids"].flatten_all().unwrap().to_dtype(DType::U32).unwrap().to_vec1().unwrap()
+}
+
+fn load(options: &MoeOptions) -> Model {
+    Model::load(TINY, options, &|_, _| ()).unwrap()
+}
+
+fn options(dtype: DType, ep_size: usize, reduction: Reduction) -> MoeOptions {
+    MoeOptions { dtype, ep_size, reduction, ..Default::default() }
+}
+
+fn whole_prompt(model: &mut Model, ids: &[u32]) -> Vec<f32> {
+    let mut cache = Cache::new(model.config());
+    flat(&model.forward(ids, &mut cache, Logits::All).unwrap())
+}
+
+fn flat(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn max_distance(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+fn deviation(values: &[f32]) -> f32 {
+    let mean = values.iter().sum::<f32>() / values.len() as f32;
+    (values.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / values.len() as f32).sqrt()
+}
+
+/// Keeps what every layer computed.
+struct Recorder<'a> {
+    moe: &'a mut ShardedMoe,
+    topk_ids: Vec<Vec<Vec<u32>>>,
+    topk_weights: Vec<Tensor>,
+    moe_input: Vec<Tensor>,
+    moe_output: Vec<Tensor>,
+}
+
+impl MoeLayers for Recorder<'_> {
+    fn begin(&mut self, first_token: usize, num_tokens: usize) -> Result<()> {
+        self.moe.begin(first_token, num_tokens)
+    }
+
+    fn forward(&mut self, layer: usize, hidden: &Tensor) -> Result<Tensor> {
+        let output = self.moe.forward_traced(layer, hidden)?;
+        self.topk_ids.push(output.routing.topk_ids.to_vec2()?);
+        self.topk_weights.push(output.routing.topk_weights);
+        self.moe_input.push(hidden.clone());
+        self.moe_output.push(output.hidden.clone());
+        Ok(output.hidden)
+    }
+}
+
+#[test]
+fn float32_logits_choices_and_layers_are_those_of_the_reference() {
+    let goldens = goldens();
+    let mut model = load(&MoeOptions::default());
+    let config = model.config().clone();
+    let (decoder, moe) = model.parts_mut();
+    let mut recorder =
+        Recorder { moe, topk_ids: Vec::new(), topk_weights: Vec::new(), moe_input: Vec::new(), moe_output: Vec::new() };
+    let mut cache = Cache::new(&config);
+    let logits = decoder.forward(&prompt(&goldens), &mut cache, &mut recorder, Logits::All).unwrap();
+    let expected = flat(&goldens["f32.logits"]);
+    let bound = 2e-3 * deviation(&expected);
+    let distance = max_distance(&flat(&logits), &expected);
+    assert!(distance <= bound, "logits are {distance} away, expected at most {bound}");
+    assert_eq!(recorder.topk_ids.len(), config.num_layers);
+    for layer in 0..config.num_layers {
+        let golden = |name: &str| &goldens[&format!("f32.layers.{layer}.{name}")];
+        let expected = golden("topk_ids").to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap();
+        for (token, (ids, mut expected)) in recorder.topk_ids[layer].iter().zip(expected).enumerate() {
+            let mut ids = ids.clone();
+            ids.sort();
+            expected.sort();
+            assert_eq!(ids, expected, "layer {layer}, token {token}");
+        }
+        for (name, found) in [("moe_input", &recorder.moe_input), ("moe_output", &recorder.moe_output)] {
+            let expected = flat(golden(name));
+            let distance = max_distance(&flat(&found[layer]), &expected);
+            assert!(distance <= 1e-3 * deviation(&expected), "layer {layer}: {name} is {distance} away");
+        }
+    }
+}
+
+#[test]
+fn float32_greedy_continuation_is_that_of_the_reference() {
+    let goldens = goldens();
+    let expected = goldens["f32.greedy_ids"].to_dtype(DType::U32).unwrap().to_vec1::<u32>().unwrap();
+    for ep_size in [1, 3, 8] {
+        let mut model = load(&options(DType::F32, ep_size, Reduction::SlotOrder));
+        let mut cache = Cache::new(model.config());
+        let mut sampler = Sampler::new(SamplingConfig::GREEDY).unwrap();
+        let mut logits = model.prompt(&prompt(&goldens), &mut cache, &mut |_| ()).unwrap();
+        let mut generated = Vec::new();
+        while generated.len() < expected.len() {
+            let id = sampler.sample(&logits).unwrap();
+            generated.push(id);
+            logits = flat(&model.forward(&[id], &mut cache, Logits::Last).unwrap());
+        }
+        assert_eq!(generated, expected, "ep_size {ep_size}");
+    }
+}
+
+#[test]
+fn bfloat16_logits_are_as_near_to_float32_as_those_of_the_reference() {
+    let goldens = goldens();
+    let exact = flat(&goldens["f32.logits"]);
+    let reference = flat(&goldens["bf16.logits"]);
+    let mut model = load(&options(DType::BF16, 1, Reduction::SlotOrder));
+    let logits = whole_prompt(&mut model, &prompt(&goldens));
+    let root_mean_square = |found: &[f32]| {
+        let sum: f32 = found.iter().zip(&exact).map(|(a, b)| (a - b).powi(2)).sum();
+        (sum / exact.len() as f32).sqrt()
+    };
+    let (ours, theirs) = (root_mean_square(&logits), root_mean_square(&reference));
+    println!("root mean square: ours {ours}, reference {theirs}");
+    assert!(ours <= 2.0 * theirs, "root mean square: {ours}, expected at most twice {theirs}");
+    let (ours, theirs) = (max_distance(&logits, &exact), max_distance(&reference, &exact));
+    println!("largest: ours {ours}, reference {theirs}");
+    assert!(ours <= 2.0 * theirs, "largest: {ours}, expected at most twice {theirs}");
+}
+
+#[test]
+fn slot_order_logits_are_bit_identical_for_every_number_of_ranks() {
+    let ids = prompt(&goldens());
+    for dtype in [DType::F32, DType::BF16] {
+        let alone = whole_prompt(&mut load(&options(dtype, 1, Reduction::SlotOrder)), &ids);
+        for ep_size in [2, 3, 4, 8] {
+            let logits = whole_prompt(&mut load(&options(dtype, ep_size, Reduction::SlotOrder)), &ids);
+            let same = logits.iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{dtype:?}, ep_size {ep_size}: {} away", max_distance(&logits, &alone));
+        }
+    }
+}
+
+#[test]
+fn rank_partial_logits_are_the_same_within_rounding_and_repeat_bit_for_bit() {
+    let ids = prompt(&goldens());
+    let alone = whole_prompt(&mut load(&options(DType::F32, 1, Reduction::SlotOrder)), &ids);
+    for ep_size in [1, 2, 3, 4, 8] {
+        let mut model = load(&options(DType::F32, ep_size, Reduction::RankPartial));
+        let logits = whole_prompt(&mut model, &ids);
+        let distance = max_distance(&logits, &alone);
+        assert!(distance <= 1e-4 * deviation(&alone), "ep_size {ep_size}: {distance} away");
+        assert_eq!(whole_prompt(&mut model, &ids), logits, "ep_size {ep_size}");
+    }
+}
+
+#[test]
+fn a_prompt_in_chunks_gives_the_logits_of_the_whole() {
+    let ids = prompt(&goldens());
+    let mut model = load(&MoeOptions::default());
+    let whole = whole_prompt(&mut model, &ids);
+    for chunk in [1, 2, 7, 15, 16, 17, 31, 44] {
+        let mut cache = Cache::new(model.config());
+        let mut logits = Vec::new();
+        for ids in ids.chunks(chunk) {
+            logits.extend(flat(&model.forward(ids, &mut cache, Logits::All).unwrap()));
+        }
+        let distance = max_distance(&logits, &whole);
+        assert!(distance <= 1e-4 * deviation(&whole), "chunks of {chunk}: {distance} away");
+        assert_eq!(cache.kept_positions(), [16, 45, 16, 45], "sliding layers keep their window");
+    }
+}
+
+#[test]
+fn perfect_routing_loads_every_rank_within_one_for_every_prompt_length() {
+    let ids = prompt(&goldens());
+    for ep_size in [1, 2, 4, 8] {
+        let mut model =
+            load(&MoeOptions { perfect_router: true, ..options(DType::F32, ep_size, Reduction::SlotOrder) });
+        for length in 1..=ids.len() {
+            model.moe().reset_load();
+            let mut cache = Cache::new(model.config());
+            model.forward(&ids[..length], &mut cache, Logits::Last).unwrap();
+            assert_balanced(&model, length, 4 * length as u64);
+            // Decoding goes on where the prompt ended.
+            for step in 1..=3 {
+                model.forward(&ids[..1], &mut cache, Logits::Last).unwrap();
+                assert_balanced(&model, length, 4 * (length + step) as u64);
+            }
+        }
+    }
+}
+
+fn assert_balanced(model: &Model, length: usize, slots: u64) {
+    for (layer, load) in model.moe().load_per_layer().unwrap().into_iter().enumerate() {
+        let per_rank = load.slots_per_rank;
+        let spread = per_rank.iter().max().unwrap() - per_rank.iter().min().unwrap();
+        assert!(spread <= 1, "prompt of {length}, layer {layer}: {per_rank:?}");
+        assert_eq!(per_rank.iter().sum::<u64>(), slots);
+    }
+}
+
+#[test]
+fn perfect_routing_can_be_switched_off_again() {
+    let ids = prompt(&goldens());
+    let mut model = load(&options(DType::F32, 4, Reduction::SlotOrder));
+    let learned = whole_prompt(&mut model, &ids);
+    model.moe_mut().set_perfect_router(true).unwrap();
+    assert!(max_distance(&whole_prompt(&mut model, &ids), &learned) > 0.1 * deviation(&learned));
+    model.moe_mut().set_perfect_router(false).unwrap();
+    assert_eq!(whole_prompt(&mut model, &ids), learned);
+}
+
+#[test]
+fn perfect_routing_over_an_uneven_split_is_an_error_that_names_the_sizes() {
+    let options = MoeOptions { perfect_router: true, ..options(DType::F32, 3, Reduction::SlotOrder) };
+    let error = Model::load(TINY, &options, &|_, _| ()).unwrap_err().to_string();
+    assert!(error.contains("num_experts is 8") && error.contains("ep_size, which is 3"), "{error}");
+    let mut model = load(&self::options(DType::F32, 3, Reduction::SlotOrder));
+    let before = whole_prompt(&mut model, &[1, 2, 3]);
+    assert!(model.moe_mut().set_perfect_router(true).is_err());
+    assert_eq!(whole_prompt(&mut model, &[1, 2, 3]), before, "a refused switch changes nothing");
+}
+
+#[test]
+fn a_rank_reads_only_its_own_experts() {
+    use candle_moe::checkpoint::Checkpoint;
+    use candle_moe::models::gpt_oss::load_moe_block;
+    let config = Config::from_file(format!("{TINY}/config.json")).unwrap();
+    for (ep_size, ep_rank, experts) in [(8, 5, 5..6), (3, 2, 6..8), (2, 0, 0..4)] {
+        let checkpoint = Checkpoint::open(TINY).unwrap();
+        let options = options(DType::F32, ep_size, Reduction::SlotOrder);
+        load_moe_block(&checkpoint, &config, 1, &options, ep_rank).unwrap();
+        let mut expert_tensors = 0;
+        for name in checkpoint.names().filter(|name| name.contains("experts")) {
+            let bytes = checkpoint.info(name).unwrap().bytes / 8;
+            let expected = match name.starts_with("model.layers.1.") {
+                true => vec![experts.start * bytes..experts.end * bytes],
+                false => Vec::new(),
+            };
+            assert_eq!(checkpoint.ranges_read(name), expected, "{name}");
+            expert_tensors += 1;
+        }
+        assert_eq!(expert_tensors, 4 * 6);
+    }
+}
+
+#[test]
+fn bad_arguments_leave_the_model_usable() {
+    let mut model = load(&options(DType::F32, 2, Reduction::SlotOrder));
+    let mut cache = Cache::new(model.config());
+    for ids in [&[][..], &[512], &[1, u32::MAX]] {
+        assert!(model.forward(ids, &mut cache, Logits::Last).is_err(), "{ids:?}");
+        assert!(model.prompt(ids, &mut cache, &mut |_| ()).is_err(), "{ids:?}");
+    }
+    assert!(cache.is_empty());
+    model.forward(&[1], &mut cache, Logits::Last).unwrap();
+    for ep_size in [0, 9, usize::MAX] {
+        let error = Model::load(TINY, &options(DType::F32, ep_size, Reduction::SlotOrder), &|_, _| ()).unwrap_err();
+        assert!(error.to_string().contains("ep_size"), "{error}");
+    }
+    let error = Model::load(TINY, &options(DType::U8, 1, Reduction::SlotOrder), &|_, _| ()).unwrap_err();
+    assert!(error.to_string().contains("dtype"), "{error}");
+}
