@@ -1,0 +1,192 @@
+//! The command line, and what it means for a model.
+
+use crate::common::report::{BadArguments, OutputFormat};
+use crate::text::Text;
+use anyhow::Result;
+use candle_core::DType;
+use candle_moe::ep::Reduction;
+use candle_moe::models::gpt_oss::{Config, MoeOptions, Sampler, SamplingConfig};
+use candle_moe::perfect_router::enabled_by_environment;
+use clap::{ArgGroup, Parser, ValueEnum};
+use std::path::PathBuf;
+
+const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-gpt-oss");
+/// What a model reads when it is given nothing.
+const DEFAULT_PROMPT: &str = "A mixture of experts is";
+const DEFAULT_PROMPT_TOKENS: u32 = 32;
+
+/// Generate with a GPT-OSS checkpoint (published MXFP4 layout) through expert-parallel MoE blocks.
+#[derive(Debug, Parser)]
+#[command(name = "gpt_oss", group = ArgGroup::new("input").args(["prompt", "input_ids", "input_ids_file"]))]
+pub(crate) struct Arguments {
+    /// Folder with config.json and safetensors files [default: the tiny checkpoint of this repository]
+    #[arg(long, value_name = "DIR", default_value = TINY, hide_default_value = true)]
+    pub(crate) model: PathBuf,
+    /// cpu; cuda and cuda:N are for a later version
+    #[arg(long, default_value = "cpu", value_parser = parse_device)]
+    pub(crate) device: String,
+    /// Dtype of the hidden states
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
+    /// Ranks, each a thread with its own experts
+    #[arg(long, alias = "ep_size", value_name = "N", default_value_t = 4)]
+    ep_size: usize,
+    /// How results of a token's experts are summed
+    #[arg(long, value_enum, default_value = "slot-order")]
+    pub(crate) reduction: ReductionName,
+    /// Route evenly instead of as learned; for measuring, the text is meaningless (also ENABLE_PERFECT_ROUTER=1)
+    #[arg(long, alias = "perfect_router")]
+    perfect_router: bool,
+    /// Text to continue
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// Token ids to continue: 1,2,3
+    #[arg(long, alias = "input_ids", value_name = "IDS", value_delimiter = ',')]
+    input_ids: Option<Vec<u32>>,
+    /// File of token ids to continue, separated by commas or white space
+    #[arg(long, alias = "input_ids_file", value_name = "FILE")]
+    input_ids_file: Option<PathBuf>,
+    /// Tokens to generate
+    #[arg(long, alias = "max_new_tokens", value_name = "N", default_value_t = 24)]
+    max_new_tokens: usize,
+    /// 0 always takes the best token
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    temperature: f64,
+    /// Sample from the smallest set of best tokens that has this probability
+    #[arg(long, alias = "top_p", default_value_t = 1.0, allow_negative_numbers = true)]
+    top_p: f64,
+    /// Same seed, same tokens
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Do not run a second time with the other routing
+    #[arg(long, alias = "no_comparison")]
+    pub(crate) no_comparison: bool,
+    /// Write the prompt's logits and what every MoE layer computed
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub(crate) dump: Option<PathBuf>,
+    /// What stdout carries
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) output: OutputFormat,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Dtype {
+    F32,
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum ReductionName {
+    /// In the order of the token's choice: the same bits for every number of ranks
+    SlotOrder,
+    /// Each rank its own, then over ranks: fewer bytes to move
+    RankPartial,
+}
+
+/// Arguments that make sense for the model.
+pub(crate) struct Plan {
+    pub(crate) options: MoeOptions,
+    pub(crate) sampling: SamplingConfig,
+    pub(crate) prompt_ids: Vec<u32>,
+    pub(crate) max_new_tokens: usize,
+    pub(crate) eos_token_ids: Vec<u32>,
+}
+
+impl Arguments {
+    pub(crate) fn plan(&self, config: &Config, text: &Text) -> Result<Plan> {
+        let bad = |message: String| Err(BadArguments(message).into());
+        if self.ep_size == 0 || self.ep_size > config.num_experts {
+            return bad(format!(
+                "--ep-size {}: expected 1 to {}, the experts of a layer",
+                self.ep_size, config.num_experts
+            ));
+        }
+        let perfect_router = self.perfect_router || enabled_by_environment();
+        if perfect_router && !config.num_experts.is_multiple_of(self.ep_size) {
+            return bad(format!(
+                "--ep-size {} with perfect routing: expected a divisor of the {} experts",
+                self.ep_size, config.num_experts
+            ));
+        }
+        let prompt_ids = self.prompt_ids(config, text)?;
+        let positions = prompt_ids.len().saturating_add(self.max_new_tokens);
+        if positions > config.max_position_embeddings {
+            return bad(format!(
+                "{} prompt tokens and --max-new-tokens {}: expected at most {} in all",
+                prompt_ids.len(),
+                self.max_new_tokens,
+                config.max_position_embeddings
+            ));
+        }
+        let sampling = SamplingConfig { temperature: self.temperature, top_p: self.top_p, seed: self.seed };
+        if let Err(error) = Sampler::new(sampling) {
+            return bad(error.to_string());
+        }
+        Ok(Plan {
+            options: MoeOptions {
+                dtype: match self.dtype {
+                    Dtype::F32 => DType::F32,
+                    Dtype::Bf16 => DType::BF16,
+                },
+                ep_size: self.ep_size,
+                reduction: match self.reduction {
+                    ReductionName::SlotOrder => Reduction::SlotOrder,
+                    ReductionName::RankPartial => Reduction::RankPartial,
+                },
+                perfect_router,
+                ..Default::default()
+            },
+            sampling,
+            prompt_ids,
+            max_new_tokens: self.max_new_tokens,
+            eos_token_ids: config.eos_token_ids.clone(),
+        })
+    }
+
+    fn prompt_ids(&self, config: &Config, text: &Text) -> Result<Vec<u32>> {
+        let ids = if let Some(prompt) = &self.prompt {
+            text.encode(prompt)?
+        } else if let Some(ids) = &self.input_ids {
+            ids.clone()
+        } else if let Some(file) = &self.input_ids_file {
+            read_ids(file)?
+        } else if text.is_available() {
+            text.encode(DEFAULT_PROMPT)?
+        } else {
+            (1..=DEFAULT_PROMPT_TOKENS).map(|id| id % config.vocab_size as u32).collect()
+        };
+        match ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+            Some(id) => Err(BadArguments(format!(
+                "token id {id}: expected less than {}, the vocabulary of the model",
+                config.vocab_size
+            ))
+            .into()),
+            None if ids.is_empty() => {
+                Err(BadArguments("the prompt has no tokens; expected at least one".into()).into())
+            }
+            None => Ok(ids),
+        }
+    }
+}
+
+fn read_ids(file: &std::path::Path) -> Result<Vec<u32>> {
+    let name = file.display();
+    let text =
+        std::fs::read_to_string(file).map_err(|error| BadArguments(format!("--input-ids-file {name}: {error}")))?;
+    let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());
+    let parse = |word: &str| {
+        word.parse().map_err(|_| {
+            BadArguments(format!("--input-ids-file {name}: {word:?} is no token id; expected 1,2,3 or 1 2 3")).into()
+        })
+    };
+    words.map(parse).collect()
+}
+
+fn parse_device(name: &str) -> Result<String, String> {
+    let is_cuda = name == "cuda" || name.strip_prefix("cuda:").is_some_and(|n| n.parse::<usize>().is_ok());
+    match name {
+        "cpu" => Ok(name.into()),
+        _ if is_cuda => Err("this version has no CUDA kernels yet; use --device cpu".into()),
+        _ => Err("expected cpu, cuda or cuda:N".into()),
+    }
+}
