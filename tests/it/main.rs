@@ -1,3 +1,6 @@
 //! One test binary, a module per room.
+
+mod checkpoint;
 mod ep;
 mod gpt_oss;
+mod gpt_oss_parts;
