@@ -1,0 +1,617 @@
+//! Times routing, expert order and one whole MoE layer on the CPU, learned-like random routing beside perfect routing.
+//!
+//! ```text
+//! cargo run --release --example bench_moe -- --profile gpt-oss-20b --num-tokens 1 --only layer
+//! ```
+//!
+//! Every time stands beside its floor: the bytes that the call must touch, at the bandwidth with which the same run
+//! copies memory. Consecutive calls go to different layers and experts, so that weights come from memory, as in a model.
+//! At small batch a balanced table touches more experts than real routing, so perfect routing is no lower bound there.
+
+// Each example uses its part of what they share.
+#[allow(dead_code)]
+#[path = "../common/mod.rs"]
+mod common;
+mod memory;
+mod workload;
+
+use anyhow::{Context, Result, anyhow};
+use candle_core::{DType, Device};
+use candle_moe::block::{Gate, MoeBlock};
+use candle_moe::ep::{Communicator, Reduction, Results, Solo, Step, Topology, combine, dispatch, launch};
+use candle_moe::order::ExpertOrder;
+use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
+use candle_moe::routing::{Router, Routing};
+use clap::{Parser, ValueEnum};
+use common::progress;
+use common::report::{
+    BadArguments, Column, OutputFormat, Verdict, digits, finish, plain, print, print_json, row, table,
+};
+use common::stats::{Budget, Meter, Summary, measure};
+use indicatif::ProgressBar;
+use memory::Bandwidth;
+use serde::Serialize;
+use std::hint::black_box;
+use std::num::NonZeroUsize;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use workload::{Choice, GPT_OSS_20B, Inputs, Layer, Profile, Random, TINY, WeightFormat, planned_experts};
+
+/// Ranks wait for each other no longer than this.
+const DEADLINE: Duration = Duration::from_secs(600);
+const WARM_UP: usize = 2;
+
+/// Time routing, expert order and one whole MoE layer on the CPU, random against perfect routing.
+///
+/// Perfect routing is for measuring: the output of a model that runs with it is meaningless.
+#[derive(Debug, Parser)]
+#[command(name = "bench_moe")]
+struct Args {
+    /// Sizes of the layer; several separated by commas
+    #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',', default_value = "all")]
+    profile: Vec<ProfileName>,
+    /// Tokens of a call on each rank; several separated by commas
+    #[arg(long, alias = "num_tokens", value_name = "N", value_delimiter = ',', default_value = "1,8,32,128")]
+    num_tokens: Vec<NonZeroUsize>,
+    /// Ranks that share the experts, as threads; a divisor of the number of experts
+    #[arg(long, alias = "ep_size", value_name = "N", default_value = "1")]
+    ep_size: NonZeroUsize,
+    /// Dtype of the hidden states and the gate
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    dtype: Precision,
+    /// How the experts' weights are stored
+    #[arg(long, value_enum, default_value_t = WeightFormat::Mxfp4)]
+    weights: WeightFormat,
+    /// Samples of a row at most (three at least)
+    #[arg(long, value_name = "N", default_value = "200")]
+    iters: NonZeroUsize,
+    /// Time after which a row takes no further sample
+    #[arg(long, value_name = "SECONDS", default_value = "0.2", value_parser = seconds)]
+    seconds: Duration,
+    /// Seed of weights and hidden states
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Threads that compute [default: one per core]
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// What to measure; several separated by commas [default: all]
+    #[arg(long, value_enum, value_name = "PART", value_delimiter = ',')]
+    only: Vec<Part>,
+    /// What to print
+    #[arg(long, value_enum, default_value_t = OutputFormat::Table)]
+    output: OutputFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ProfileName {
+    /// hidden 128, intermediate 192, 8 experts, top-4
+    Tiny,
+    /// hidden 2880, intermediate 2880, 32 experts, top-4
+    #[value(name = "gpt-oss-20b", alias = "gpt_oss_20b")]
+    GptOss20b,
+    /// Every profile
+    All,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Precision {
+    F32,
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Part {
+    /// Router logits to chosen experts and weights
+    Routing,
+    /// Chosen experts to expert order
+    Order,
+    /// Gate, routing, order, experts and combination
+    Layer,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse::<f64>().map_err(|_| "expected a number of seconds".to_string())?;
+    Duration::try_from_secs_f64(seconds).map_err(|_| "expected a number of seconds that is not negative".into())
+}
+
+/// The JSON output as it is.
+#[derive(Debug, Serialize)]
+struct Report {
+    metadata: Metadata,
+    rows: Vec<Row>,
+}
+
+#[derive(Debug, Serialize)]
+struct Metadata {
+    bench: &'static str,
+    crate_version: &'static str,
+    device: &'static str,
+    /// Where the system says so.
+    cpu_model: Option<String>,
+    threads: usize,
+    dtype: Precision,
+    weights: &'static str,
+    ep_size: usize,
+    seed: u64,
+    iters: usize,
+    seconds: f64,
+    #[serde(flatten)]
+    bandwidth: Bandwidth,
+}
+
+/// One measurement. Times are in microseconds, rates in 10^9 per second.
+#[derive(Debug, Serialize)]
+struct Row {
+    profile: &'static str,
+    part: Part,
+    routing: &'static str,
+    /// On each rank.
+    num_tokens: usize,
+    iterations: usize,
+    median_us: f64,
+    p10_us: f64,
+    p90_us: f64,
+    mean_us: f64,
+    stdev_us: f64,
+    min_us: f64,
+    max_us: f64,
+    /// Experts that a call touches on all ranks together, on average.
+    distinct_experts: f64,
+    /// For a layer the weights of these experts; otherwise what is read and written.
+    bytes: f64,
+    gb_per_s: f64,
+    /// Of the experts.
+    flops: Option<f64>,
+    gflop_per_s: Option<f64>,
+    copy_gb_per_s: f64,
+    /// `gb_per_s / copy_gb_per_s`.
+    copy_ratio: f64,
+    /// `bytes` at `copy_gb_per_s`.
+    floor_us: f64,
+    /// Where the time of a layer goes; measured on their own, with one rank.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lines: Option<Lines>,
+}
+
+/// Medians.
+#[derive(Debug, Serialize)]
+struct Lines {
+    gate_and_routing_us: f64,
+    order_us: f64,
+    experts_us: f64,
+    /// Dispatch and combine.
+    combine_us: f64,
+}
+
+fn main() -> ExitCode {
+    finish(run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<Verdict> {
+    let bench = Bench::new(args)?;
+    let report = bench.run()?;
+    match args.output {
+        OutputFormat::Json => print_json(&report)?,
+        OutputFormat::Table => print(report.text())?,
+    }
+    Ok(Verdict::Passed)
+}
+
+/// The arguments, checked.
+struct Bench {
+    profiles: Vec<Profile>,
+    parts: Vec<Part>,
+    num_tokens: Vec<usize>,
+    ep_size: usize,
+    dtype: DType,
+    precision: Precision,
+    weights: WeightFormat,
+    budget: Budget,
+    seed: u64,
+}
+
+impl Bench {
+    fn new(args: &Args) -> Result<Self> {
+        let wanted = |name| args.profile.contains(&name) || args.profile.contains(&ProfileName::All);
+        let profiles = [(ProfileName::Tiny, TINY), (ProfileName::GptOss20b, GPT_OSS_20B)];
+        let bench = Self {
+            profiles: profiles.into_iter().filter(|(name, _)| wanted(*name)).map(|(_, profile)| profile).collect(),
+            parts: [Part::Routing, Part::Order, Part::Layer]
+                .into_iter()
+                .filter(|part| args.only.is_empty() || args.only.contains(part))
+                .collect(),
+            num_tokens: args.num_tokens.iter().map(|n| n.get()).collect(),
+            ep_size: args.ep_size.get(),
+            dtype: match args.dtype {
+                Precision::F32 => DType::F32,
+                Precision::Bf16 => DType::BF16,
+            },
+            precision: args.dtype,
+            weights: args.weights,
+            budget: Budget { warm_up: WARM_UP, iterations: args.iters.get(), time: args.seconds },
+            seed: args.seed,
+        };
+        for profile in &bench.profiles {
+            bench.check(profile)?;
+        }
+        if let Some(threads) = args.threads {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
+            pool.with_context(|| format!("cannot start {threads} threads; choose a smaller --threads"))?;
+        }
+        Ok(bench)
+    }
+
+    /// Whether the sizes fit each other and the memory.
+    fn check(&self, profile: &Profile) -> Result<(), BadArguments> {
+        let Profile { name, num_experts, .. } = profile;
+        if let Err(error) = profile.schedule(self.ep_size, 0) {
+            let error = plain(&error);
+            return Err(BadArguments(format!(
+                "profile {name}: {error}; choose an --ep-size that divides {num_experts}"
+            )));
+        }
+        let most = self.num_tokens.iter().copied().max().unwrap_or(0);
+        // Hidden states of two inputs, the rows of every slot on their way, some workspace.
+        let per_token = 4 * profile.hidden_size * (4 + 3 * profile.top_k) * self.ep_size;
+        let layer = if self.parts.contains(&Part::Layer) { self.weights.layer_bytes(profile) } else { 0 };
+        let needed = most.saturating_mul(per_token).saturating_add(layer);
+        match memory::available().unwrap_or(isize::MAX as usize / 2) {
+            available if needed > available => Err(BadArguments(format!(
+                "profile {name} with {most} tokens needs about {:.1} GB of memory and {:.1} GB are available; choose fewer \
+                 --num-tokens or a smaller --profile",
+                needed as f64 / 1e9,
+                available as f64 / 1e9
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    fn run(&self) -> Result<Report> {
+        let rows_per_profile = self.num_tokens.len() * self.parts.len() * 2;
+        let bar = progress::bar(1 + self.profiles.len() * (1 + rows_per_profile));
+        bar.set_message("memory bandwidth");
+        let bandwidth = Bandwidth::measure();
+        bar.inc(1);
+        let mut rows = Vec::new();
+        for profile in &self.profiles {
+            bar.set_message(format!("{}: weights", profile.name));
+            let layers = self.layers(profile)?;
+            bar.inc(1);
+            for &num_tokens in &self.num_tokens {
+                let workload = Workload::new(self, profile, &layers, num_tokens)?;
+                for &part in &self.parts {
+                    for choice in [Choice::Random, Choice::Perfect] {
+                        rows.push(workload.row(part, choice, &bandwidth, &bar)?);
+                    }
+                }
+            }
+        }
+        bar.finish_and_clear();
+        Ok(Report { metadata: self.metadata(bandwidth), rows })
+    }
+
+    /// Layers with the same gate and different weights. Two, where memory allows, so that a cache holds less of them.
+    fn layers(&self, profile: &Profile) -> Result<Vec<Layer>> {
+        let mut random = Random::new(self.seed);
+        // Logits with a standard deviation of about 1.5.
+        let scale = 4.5 / (profile.hidden_size as f32).sqrt();
+        let gate = random.floats(&[profile.num_experts, profile.hidden_size], scale, self.dtype)?;
+        let gate = Gate::new(gate, None)?;
+        // Without the layer part, routing and order need a gate only.
+        let measured = self.parts.contains(&Part::Layer);
+        let roomy = memory::available().is_some_and(|available| available / 4 > self.weights.layer_bytes(profile));
+        (0..if measured && roomy { 2 } else { 1 })
+            .map(|_| Ok(Layer::random(profile, self.weights, gate.clone(), self.ep_size, measured, &mut random)?))
+            .collect()
+    }
+
+    fn metadata(&self, bandwidth: Bandwidth) -> Metadata {
+        Metadata {
+            bench: "bench_moe",
+            crate_version: env!("CARGO_PKG_VERSION"),
+            device: "cpu",
+            cpu_model: memory::cpu_model(),
+            threads: rayon::current_num_threads(),
+            dtype: self.precision,
+            weights: self.weights.name(),
+            ep_size: self.ep_size,
+            seed: self.seed,
+            iters: self.budget.iterations,
+            seconds: self.budget.time.as_secs_f64(),
+            bandwidth,
+        }
+    }
+}
+
+/// One number of tokens of one profile.
+struct Workload<'a> {
+    bench: &'a Bench,
+    profile: &'a Profile,
+    layers: &'a [Layer],
+    num_tokens: usize,
+    inputs: Inputs,
+}
+
+impl<'a> Workload<'a> {
+    fn new(bench: &'a Bench, profile: &'a Profile, layers: &'a [Layer], num_tokens: usize) -> Result<Self> {
+        let mut random = Random::new(bench.seed ^ num_tokens as u64);
+        let inputs = Inputs::random(profile, layers, bench.ep_size, num_tokens, bench.dtype, &mut random)?;
+        Ok(Self { bench, profile, layers, num_tokens, inputs })
+    }
+
+    fn row(&self, part: Part, choice: Choice, bandwidth: &Bandwidth, bar: &ProgressBar) -> Result<Row> {
+        let &Self { profile, num_tokens, .. } = self;
+        let Profile { num_experts, top_k, .. } = *profile;
+        let part_name = part.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
+        bar.set_message(format!("{}: {part_name}, {} routing, {num_tokens} tokens", profile.name, choice.name()));
+        let seconds = match part {
+            Part::Routing => self.time_routing(choice)?,
+            Part::Order => self.time_order(choice)?,
+            Part::Layer => self.time_layer(choice)?,
+        };
+        let lines = match part {
+            Part::Layer if self.bench.ep_size == 1 => Some(self.time_lines(choice)?),
+            _ => None,
+        };
+        bar.inc(1);
+        let distinct_experts = match choice {
+            Choice::Random => self.inputs.distinct_experts(),
+            Choice::Perfect => planned_experts(profile, self.bench.ep_size, num_tokens)?,
+        };
+        let num_slots = num_tokens * top_k;
+        let bytes = match part {
+            Part::Routing => (num_tokens * num_experts * self.bench.dtype.size_in_bytes() + num_slots * 8) as f64,
+            Part::Order => (num_slots * 12 + num_experts * 8 + 4) as f64,
+            Part::Layer => distinct_experts * self.layers[0].bytes_per_expert() as f64,
+        };
+        let flops = (part == Part::Layer).then(|| profile.flops(num_tokens) * self.bench.ep_size as f64);
+        let copy_gb_per_s = bandwidth.copy_gb_per_s;
+        let gb_per_s = bytes / seconds.median / 1e9;
+        let Summary { count, median, mean, min, max, stdev, p10, p90 } = seconds.scaled(1e6);
+        Ok(Row {
+            profile: profile.name,
+            part,
+            routing: choice.name(),
+            num_tokens,
+            iterations: count,
+            median_us: median,
+            p10_us: p10,
+            p90_us: p90,
+            mean_us: mean,
+            stdev_us: stdev,
+            min_us: min,
+            max_us: max,
+            distinct_experts,
+            bytes,
+            gb_per_s,
+            flops,
+            gflop_per_s: flops.map(|flops| flops / seconds.median / 1e9),
+            copy_gb_per_s,
+            copy_ratio: gb_per_s / copy_gb_per_s,
+            floor_us: bytes / copy_gb_per_s / 1e3,
+            lines,
+        })
+    }
+
+    /// The routing of rank 0's tokens.
+    fn time_routing(&self, choice: Choice) -> Result<Summary> {
+        let chooser = Chooser::new(self, choice)?;
+        Ok(measure(self.bench.budget, |call| {
+            black_box(chooser.route(call, &self.inputs.of_call(call).router_logits[0])?);
+            Ok::<_, candle_core::Error>(())
+        })?)
+    }
+
+    /// The expert order of rank 0's tokens, over all experts.
+    fn time_order(&self, choice: Choice) -> Result<Summary> {
+        let chooser = Chooser::new(self, choice)?;
+        let mut meter = Meter::new(self.bench.budget);
+        let num_experts = self.profile.num_experts;
+        let mut call = 0;
+        while meter.wants_more() {
+            let routing = chooser.route(call, &self.inputs.of_call(call).router_logits[0])?;
+            let start = Instant::now();
+            black_box(ExpertOrder::new(&routing.topk_ids, num_experts, 0..num_experts)?);
+            meter.record(start.elapsed());
+            call += 1;
+        }
+        Ok(meter.summary())
+    }
+
+    /// The whole layer, on all ranks.
+    fn time_layer(&self, choice: Choice) -> Result<Summary> {
+        let ep_size = self.bench.ep_size;
+        let blocks = |rank| self.layers.iter().map(|layer| layer.block(rank, choice)).collect::<Result<Vec<_>, _>>();
+        if ep_size == 1 {
+            return self.time_rank(&mut Solo::new(), &blocks(0)?);
+        }
+        let ranks = launch(ep_size, DEADLINE, |mut ranks| {
+            let blocks = blocks(ranks.rank())?;
+            self.time_rank(&mut ranks, &blocks)
+        })?;
+        let ranks = ranks.into_iter().map(|rank| rank.map_err(|panic| anyhow!(panic))?);
+        let summaries = ranks.collect::<Result<Vec<_>>>()?;
+        summaries.into_iter().next().context("no rank")
+    }
+
+    /// One rank's part; rank 0 holds the clock, and the forward pass ends when all ranks have done their part for it.
+    fn time_rank(&self, communicator: &mut dyn Communicator, blocks: &[MoeBlock]) -> Result<Summary> {
+        let rank = communicator.rank();
+        let mut meter = Meter::new(self.bench.budget);
+        for call in 0.. {
+            let wants_more = rank == 0 && meter.wants_more();
+            if communicator.all_gather_bytes(&[wants_more.into()])?[0] == [0] {
+                break;
+            }
+            let hidden = &self.inputs.of_call(call).hidden[rank];
+            let step = Step::agree(communicator, self.num_tokens)?.starting_at(self.first_token(call));
+            let start = Instant::now();
+            black_box(blocks[call % blocks.len()].forward(hidden, communicator, &step)?);
+            meter.record(start.elapsed());
+        }
+        Ok(meter.summary())
+    }
+
+    /// The steps of a layer one by one, as the block takes them.
+    fn time_lines(&self, choice: Choice) -> Result<Lines> {
+        let chooser = Chooser::new(self, choice)?;
+        let topology = Topology::new(self.profile.num_experts, 1, 0)?;
+        let solo = &mut Solo::new();
+        let step = Step::agree(solo, self.num_tokens)?;
+        let [mut gate_and_routing, mut order_line, mut experts, mut combination] =
+            [(); 4].map(|()| Meter::new(self.bench.budget));
+        let mut call = 0;
+        // The experts take the most time, so they decide when it is over.
+        while experts.wants_more() {
+            let layer = &self.layers[call % self.layers.len()];
+            let hidden = &self.inputs.of_call(call).hidden[0];
+            let start = Instant::now();
+            let routing = chooser.route(call, &layer.gate.forward(hidden)?)?;
+            let routed = Instant::now();
+            let dispatched = dispatch(solo, &step, hidden, &routing)?;
+            let sent = Instant::now();
+            let order =
+                ExpertOrder::new(&dispatched.routing.topk_ids, self.profile.num_experts, topology.local_experts())?;
+            let ordered = Instant::now();
+            let rows = layer.shards[0].forward(&dispatched.hidden, &order)?;
+            let computed = Instant::now();
+            let results =
+                Results { rows: &rows, order: &order, dispatched: &dispatched, home: &routing, topology: &topology };
+            black_box(combine(solo, &step, Reduction::default(), &results)?);
+            combination.record(computed.elapsed() + (sent - routed));
+            gate_and_routing.record(routed - start);
+            order_line.record(ordered - sent);
+            experts.record(computed - ordered);
+            call += 1;
+        }
+        let microseconds = |meter: Meter| meter.summary().median * 1e6;
+        Ok(Lines {
+            gate_and_routing_us: microseconds(gate_and_routing),
+            order_us: microseconds(order_line),
+            experts_us: microseconds(experts),
+            combine_us: microseconds(combination),
+        })
+    }
+
+    /// Where the perfect schedule stands at a call: every layer walks through all of it.
+    fn first_token(&self, call: usize) -> usize {
+        call / self.layers.len() * self.num_tokens
+    }
+}
+
+/// Routing on rank 0 as a block does it.
+struct Chooser<'a> {
+    workload: &'a Workload<'a>,
+    router: &'a Router,
+    plan: Option<Schedule>,
+}
+
+impl<'a> Chooser<'a> {
+    fn new(workload: &'a Workload<'a>, choice: Choice) -> Result<Self> {
+        let plan = match choice {
+            Choice::Random => None,
+            Choice::Perfect => Some(workload.profile.schedule(workload.bench.ep_size, 0)?),
+        };
+        Ok(Self { workload, router: &workload.layers[0].router, plan })
+    }
+
+    fn route(&self, call: usize, router_logits: &candle_core::Tensor) -> candle_core::Result<Routing> {
+        let Some(schedule) = self.plan else { return self.router.route(router_logits) };
+        let key = PerfectRouterKey { schedule, dtype: router_logits.dtype() };
+        let (first, num_tokens) = (self.workload.first_token(call), self.workload.num_tokens);
+        self.router.route(&PerfectRouterStore::global().logits_from(&key, first, num_tokens, &Device::Cpu)?)
+    }
+}
+
+impl Report {
+    fn text(&self) -> String {
+        let Metadata { cpu_model, threads, dtype, weights, ep_size, bandwidth, .. } = &self.metadata;
+        let dtype = dtype.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
+        let mut sections = vec![format!(
+            "MoE on the CPU ({}, {threads} threads): {dtype} hidden states, {weights} weights, {ep_size} rank{}.\n\
+             Perfect routing is for measuring: the output of a model that runs with it is meaningless.",
+            cpu_model.as_deref().unwrap_or("unknown model"),
+            if *ep_size == 1 { "" } else { "s" }
+        )];
+        sections.push(self.rows_table());
+        sections.extend(self.lines_table());
+        sections.push(format!(
+            "Copy bandwidth of this run: {} GB/s (n bytes copied count as 2n, read and written); read only: {} GB/s.\n\
+             MB: weights of the experts touched, for routing and order what is read and written. Floor: MB at copy bandwidth.",
+            digits(bandwidth.copy_gb_per_s),
+            digits(bandwidth.read_gb_per_s)
+        ));
+        sections.extend(self.rows.iter().filter(|row| row.part == Part::Layer && row.num_tokens == 1).map(|row| {
+            format!(
+                "One token, {}, {weights}, {} routing: {} GB/s of weights, {:.2} of the copy bandwidth.",
+                row.profile,
+                row.routing,
+                digits(row.gb_per_s),
+                row.copy_ratio
+            )
+        }));
+        sections.join("\n\n")
+    }
+
+    fn rows_table(&self) -> String {
+        let mut table = table([
+            Column::Text("profile"),
+            Column::Text("part"),
+            Column::Text("routing"),
+            Column::Number("tokens"),
+            Column::Number("median us"),
+            Column::Number("p10 .. p90"),
+            Column::Number("experts"),
+            Column::Number("MB"),
+            Column::Number("GB/s"),
+            Column::Number("of copy"),
+            Column::Number("floor us"),
+            Column::Number("GFLOP/s"),
+        ]);
+        for line in &self.rows {
+            table.add_row(row([
+                line.profile.to_string(),
+                line.part.to_possible_value().map_or(String::new(), |value| value.get_name().to_string()),
+                line.routing.to_string(),
+                line.num_tokens.to_string(),
+                digits(line.median_us),
+                format!("{} .. {}", digits(line.p10_us), digits(line.p90_us)),
+                digits(line.distinct_experts),
+                digits(line.bytes / 1e6),
+                digits(line.gb_per_s),
+                format!("{:.2}", line.copy_ratio),
+                digits(line.floor_us),
+                line.gflop_per_s.map_or("-".into(), digits),
+            ]));
+        }
+        table.trim_fmt()
+    }
+
+    fn lines_table(&self) -> Option<String> {
+        let mut table = table([
+            Column::Text("profile"),
+            Column::Text("routing"),
+            Column::Number("tokens"),
+            Column::Number("gate + routing us"),
+            Column::Number("order us"),
+            Column::Number("experts us"),
+            Column::Number("combine us"),
+        ]);
+        for line in &self.rows {
+            let Some(lines) = &line.lines else { continue };
+            table.add_row(row([
+                line.profile.to_string(),
+                line.routing.to_string(),
+                line.num_tokens.to_string(),
+                digits(lines.gate_and_routing_us),
+                digits(lines.order_us),
+                digits(lines.experts_us),
+                digits(lines.combine_us),
+            ]));
+        }
+        (!table.is_empty())
+            .then(|| format!("Inside the layer (medians, each step timed on its own)\n{}", table.trim_fmt()))
+    }
+}
