@@ -17,8 +17,9 @@ mod workload;
 
 use anyhow::{Context, Result, anyhow};
 use candle_core::{DType, Device};
-use candle_moe::block::{Gate, MoeBlock};
+use candle_moe::block::MoeBlock;
 use candle_moe::ep::{Communicator, Reduction, Results, Solo, Step, Topology, combine, dispatch, launch};
+use candle_moe::experts::Linear;
 use candle_moe::order::ExpertOrder;
 use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
 use candle_moe::routing::{Router, Routing};
@@ -298,7 +299,7 @@ impl Bench {
         // Logits with a standard deviation of about 1.5.
         let scale = 4.5 / (profile.hidden_size as f32).sqrt();
         let gate = random.floats(&[profile.num_experts, profile.hidden_size], scale, self.dtype)?;
-        let gate = Gate::new(gate, None)?;
+        let gate = Linear::new(gate, None)?;
         // Without the layer part, routing and order need a gate only.
         let measured = self.parts.contains(&Part::Layer);
         let roomy = memory::available().is_some_and(|available| available / 4 > self.weights.layer_bytes(profile));

@@ -1,9 +1,9 @@
 //! What is measured: layers with random weights, and inputs that keep the weights out of the cache.
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_moe::block::{Gate, MoeBlock};
+use candle_moe::block::MoeBlock;
 use candle_moe::ep::Topology;
-use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, MXFP4_BLOCK};
+use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, MXFP4_BLOCK};
 use candle_moe::perfect_router::Schedule;
 use candle_moe::routing::{Router, RoutingMethod};
 use half::bf16;
@@ -130,7 +130,7 @@ impl Random {
 /// The gate of a layer and its experts, shard by shard.
 #[derive(Debug)]
 pub(crate) struct Layer {
-    pub(crate) gate: Gate,
+    pub(crate) gate: Linear,
     pub(crate) router: Router,
     /// The experts of each rank.
     pub(crate) shards: Vec<Experts>,
@@ -159,7 +159,7 @@ impl Layer {
     pub(crate) fn random(
         profile: &Profile,
         format: WeightFormat,
-        gate: Gate,
+        gate: Linear,
         ep_size: usize,
         with_experts: bool,
         random: &mut Random,
