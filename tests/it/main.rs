@@ -4,3 +4,4 @@ mod checkpoint;
 mod ep;
 mod gpt_oss;
 mod gpt_oss_parts;
+mod routing;
