@@ -1,4 +1,4 @@
-//! Mixture-of-experts for Candle.
+#![doc = include_str!("../README.md")]
 
 pub mod block;
 pub mod checkpoint;

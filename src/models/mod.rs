@@ -1,3 +1,3 @@
-//! Models.
+//! Models built from the rooms: the only place that knows tensor names and configurations.
 
 pub mod gpt_oss;
