@@ -45,7 +45,7 @@ const WARM_UP: usize = 2;
 ///
 /// Perfect routing is for measuring: the output of a model that runs with it is meaningless.
 #[derive(Debug, Parser)]
-#[command(name = "bench_moe")]
+#[command(name = "bench_moe", allow_negative_numbers = true)]
 struct Args {
     /// Sizes of the layer; several separated by commas
     #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',', default_value = "all")]
