@@ -41,7 +41,7 @@ const MAX_SLOTS_IN_LINE: usize = 16;
 ///
 /// Perfect routing is for measuring: the output of a model that runs with it is meaningless.
 #[derive(Debug, Parser)]
-#[command(name = "perfect_router")]
+#[command(name = "perfect_router", allow_negative_numbers = true)]
 struct Args {
     /// Experts of the layer, a multiple of --ep-size
     #[arg(long, alias = "num_experts", value_name = "N", default_value_t = 8)]

@@ -46,7 +46,7 @@ const WARM_UP: usize = 2;
 ///
 /// Perfect routing is for measuring: the output of a model that runs with it is meaningless.
 #[derive(Debug, Parser)]
-#[command(name = "bench_moe")]
+#[command(name = "bench_moe", allow_negative_numbers = true)]
 struct Args {
     /// Sizes of the layer; several separated by commas
     #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',', default_value = "all")]
@@ -544,15 +544,17 @@ impl Report {
             digits(bandwidth.copy_gb_per_s),
             digits(bandwidth.read_gb_per_s)
         ));
-        sections.extend(self.rows.iter().filter(|row| row.part == Part::Layer && row.num_tokens == 1).map(|row| {
+        let single = self.rows.iter().filter(|row| row.part == Part::Layer && row.num_tokens == 1).map(|row| {
             format!(
-                "One token, {}, {weights}, {} routing: {} GB/s of weights, {:.2} of the copy bandwidth.",
+                "One token, {}, {weights}, {} routing: {} GB/s of weights, {:.2} of the copy bandwidth.\n",
                 row.profile,
                 row.routing,
                 digits(row.gb_per_s),
                 row.copy_ratio
             )
-        }));
+        });
+        sections.push(single.collect::<String>().trim_end().to_string());
+        sections.retain(|section| !section.is_empty());
         sections.join("\n\n")
     }
 

@@ -216,8 +216,8 @@ const ROTATION: usize = 64;
 const MAX_VALUES: usize = 16 << 20;
 
 impl Inputs {
-    /// Random inputs, ordered so that a call meets experts that were not used for as long as possible: their weights
-    /// then come from memory and not from the cache, as they do in a model with many layers.
+    /// Random inputs, for single tokens ordered so that a call meets experts that were not used for as long as possible:
+    /// their weights then come from memory and not from the cache, as they do in a model with many layers.
     pub(crate) fn random(
         profile: &Profile,
         layers: &[Layer],
@@ -265,7 +265,12 @@ impl Input {
 
 /// Greedily, for each call the input whose most recently used expert was used longest ago. Call `i` goes to layer
 /// `i % num_layers`.
+///
+/// Inputs that touch different numbers of experts take turns instead: the choice would prefer those that touch few.
 fn rotation(inputs: &[Input], num_layers: usize, num_experts: usize) -> Vec<usize> {
+    if inputs.iter().any(|input| input.experts.len() != inputs[0].experts.len()) {
+        return (0..ROTATION).map(|call| call % inputs.len()).collect();
+    }
     let mut last_use = vec![vec![0; num_experts]; num_layers];
     let mut sequence = Vec::with_capacity(ROTATION);
     for call in 0..ROTATION {

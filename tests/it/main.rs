@@ -2,6 +2,8 @@
 
 mod checkpoint;
 mod ep;
+mod examples_bench;
 mod gpt_oss;
 mod gpt_oss_parts;
+mod program;
 mod routing;

