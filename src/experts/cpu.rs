@@ -30,6 +30,9 @@ const MAX_WAVE: usize = 1024;
 /// Weight values of a task: enough to hide its start, small enough to spread over the cores.
 const VALUES_PER_TASK: usize = 256 * 1024;
 
+/// Multiplications below which waking other threads costs more than it saves.
+const MIN_PARALLEL: usize = 256 * 1024;
+
 /// Rows of one local expert: places of the expert order.
 struct Group {
     expert: usize,
@@ -59,6 +62,22 @@ pub(super) fn forward(experts: &Experts, hidden: &Tensor, order: &ExpertOrder) -
         })
     })?;
     Tensor::from_vec(rows, (num_rows, hidden_size), &Device::Cpu)
+}
+
+/// Maps in order, over threads when there are at least [`MIN_PARALLEL`] multiplications to share.
+fn map<T: Sync, R: Send>(items: &[T], multiplications: usize, f: impl Fn(&T) -> R + Send + Sync) -> Vec<R> {
+    match multiplications < MIN_PARALLEL {
+        true => items.iter().map(f).collect(),
+        false => items.par_iter().map(f).collect(),
+    }
+}
+
+/// Runs `f` on every row of `width` values, over threads when there are many values.
+fn for_each_row(rows: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    match rows.len() < MIN_PARALLEL {
+        true => rows.chunks_exact_mut(width.max(1)).enumerate().for_each(|(i, row)| f(i, row)),
+        false => rows.par_chunks_exact_mut(width.max(1)).enumerate().for_each(|(i, row)| f(i, row)),
+    }
 }
 
 /// Cuts the order into groups, and the groups into waves, both in order.
@@ -91,26 +110,20 @@ fn forward_wave<'a>(
     out: &mut [f32],
 ) -> Result<()> {
     let (gate_up, down) = (&experts.gate_up, &experts.down);
-    let inputs: Vec<_> = wave
-        .par_iter()
-        .map(|group| {
-            let tokens: Vec<_> = group.places.clone().map(token).collect();
-            let packed = PackedTokens::pack(order_of(&gate_up.weights), experts.hidden_size(), tokens.len(), |t, i| {
-                tokens[t][i]
-            });
-            (group.expert, packed)
-        })
-        .collect();
+    let num_rows: usize = wave.iter().map(|group| group.places.len()).sum();
+    let work = num_rows.saturating_mul(gate_up.weights.out_features() * gate_up.weights.in_features());
+    let inputs = map(wave, work, |group| {
+        let tokens: Vec<_> = group.places.clone().map(token).collect();
+        let value = |t: usize, i: usize| tokens[t][i];
+        (group.expert, PackedTokens::pack(order_of(&gate_up.weights), experts.hidden_size(), tokens.len(), value))
+    });
     let products = grouped_product(&gate_up.weights, &inputs)?;
     let hidden = with_bias(gate_up, |bias| {
-        let bands: Vec<_> = inputs.iter().zip(&products).collect();
-        Ok(bands
-            .into_par_iter()
-            .map(|((expert, input), product)| {
-                let bias = bias.map(|bias| &bias[expert * gate_up.weights.out_features()..]);
-                (*expert, activate(experts, input.num_tokens(), product, bias, round))
-            })
-            .collect::<Vec<_>>())
+        let groups: Vec<_> = inputs.iter().zip(&products).collect();
+        Ok(map(&groups, work, |((expert, input), product)| {
+            let bias = bias.map(|bias| &bias[expert * gate_up.weights.out_features()..]);
+            (*expert, activate(experts, input.num_tokens(), product, bias, round))
+        }))
     })?;
     let products = grouped_product(&down.weights, &hidden)?;
     with_bias(down, |bias| {
@@ -150,7 +163,7 @@ fn activate(
 /// `rows[t] = product[.., t] + bias`; `product` is `[hidden_size, num_tokens]`.
 fn transpose(product: &[f32], num_tokens: usize, bias: Option<&[f32]>, rows: &mut [f32]) {
     let hidden_size = product.len() / num_tokens.max(1);
-    rows.par_chunks_exact_mut(hidden_size.max(1)).with_min_len(4).enumerate().for_each(|(t, row)| {
+    for_each_row(rows, hidden_size, |t, row| {
         for (j, value) in row.iter_mut().enumerate() {
             *value = product[j * num_tokens + t] + bias.map_or(0.0, |bias| bias[j]);
         }
@@ -196,7 +209,11 @@ fn grouped_product(weights: &ExpertWeights, inputs: &[(usize, PackedTokens)]) ->
                 tasks.push((all.slice(first..first + out.len() / input.num_tokens(), in_features), input, out));
             }
         }
-        tasks.into_par_iter().for_each(|(rows, input, out)| dot_rows(rows, input, out));
+        let num_tokens: usize = inputs.iter().map(|(_, input)| input.num_tokens()).sum();
+        match num_tokens.saturating_mul(out_features * in_features) < MIN_PARALLEL {
+            true => tasks.into_iter().for_each(|(rows, input, out)| dot_rows(rows, input, out)),
+            false => tasks.into_par_iter().for_each(|(rows, input, out)| dot_rows(rows, input, out)),
+        }
         Ok(())
     })?;
     Ok(products)
@@ -260,7 +277,7 @@ pub(super) fn weighted_sum(rows: &Tensor, topk_weights: &Tensor, order: &ExpertO
     with_slice(rows, OP, "rows", |rows: &[f32]| {
         with_slice(topk_weights, OP, "topk_weights", |weights: &[f32]| {
             with_slice(&order.slot_rank, OP, "slot_rank", |rank: &[u32]| {
-                sums.par_chunks_exact_mut(hidden_size.max(1)).with_min_len(4).enumerate().for_each(|(token, sum)| {
+                for_each_row(&mut sums, hidden_size, |token, sum| {
                     for slot in token * top_k..(token + 1) * top_k {
                         if rank[slot] != NO_SLOT {
                             let row = &rows[rank[slot] as usize * hidden_size..][..hidden_size];

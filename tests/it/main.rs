@@ -1,5 +1,7 @@
 //! One test binary, a module per room.
 
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges are compared")]
+
 mod checkpoint;
 mod ep;
 mod examples_bench;

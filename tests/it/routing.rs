@@ -279,7 +279,7 @@ fn a_negative_bias_with_few_experts_selects_real_experts() {
 fn a_top_k_beyond_eight_and_beyond_thirty_two_is_exact() {
     let row: Vec<f32> = (0..896).map(|e| ((e * 7919) % 896) as f32).collect();
     for top_k in [9, 16, 22, 32, 33, 64, 895, 896] {
-        let (ids, _) = route(RoutingMethod::Default, top_k, &[row.clone()]);
+        let (ids, _) = route(RoutingMethod::Default, top_k, std::slice::from_ref(&row));
         let values: Vec<f32> = ids[0].iter().map(|&id| row[id as usize]).collect();
         let expected: Vec<f32> = (0..top_k).map(|i| (895 - i) as f32).collect();
         assert_eq!(values, expected, "top_k {top_k}");
