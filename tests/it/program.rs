@@ -1,6 +1,6 @@
 //! Runs the example programs as a user does.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 /// Runs example `name`, which `cargo test` builds, with `args`.
