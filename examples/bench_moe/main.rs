@@ -40,7 +40,7 @@ use workload::{Choice, GPT_OSS_20B, Inputs, Layer, Profile, Random, TINY, Weight
 
 /// Ranks wait for each other no longer than this.
 const DEADLINE: Duration = Duration::from_secs(600);
-const WARM_UP: usize = 2;
+const WARM_UP: usize = 1;
 
 /// Time routing, expert order and one whole MoE layer on the CPU, random against perfect routing.
 ///
@@ -67,7 +67,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value = "200")]
     iters: NonZeroUsize,
     /// Time after which a row takes no further sample
-    #[arg(long, value_name = "SECONDS", default_value = "0.2", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "0.1", value_parser = seconds)]
     seconds: Duration,
     /// Seed of weights and hidden states
     #[arg(long, value_name = "N", default_value_t = 0)]

@@ -1,6 +1,6 @@
 //! Runs the example programs as a user does.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 /// Runs example `name`, which `cargo test` builds, with `args`.
@@ -57,10 +57,16 @@ fn path(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let profile = test.parent().and_then(|deps| deps.parent()).expect("the test binary is in target/PROFILE/deps");
     let path = profile.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
-    assert!(
-        path.is_file(),
-        "{} is missing: build it with `cargo build --examples` in the same profile",
-        path.display()
-    );
+    let advice = "build it with `cargo build --examples` in the same profile, as `cargo test` without `--test` does";
+    assert!(path.is_file(), "{} is missing: {advice}", path.display());
+    assert!(!is_stale(&path), "{} is older than its sources: {advice}", path.display());
     path
+}
+
+/// Whether a source that cargo noted for the program is newer than it.
+fn is_stale(program: &Path) -> bool {
+    let modified = |path: &Path| path.metadata().and_then(|metadata| metadata.modified()).ok();
+    let sources = std::fs::read_to_string(program.with_extension("d")).unwrap_or_default();
+    let mut sources = sources.split_whitespace().skip(1).map(|source| modified(Path::new(source)));
+    sources.any(|source| source > modified(program))
 }
