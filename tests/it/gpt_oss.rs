@@ -9,11 +9,11 @@ use std::collections::HashMap;
 
 pub(crate) const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-gpt-oss");
 
-fn goldens() -> HashMap<String, Tensor> {
+pub(crate) fn goldens() -> HashMap<String, Tensor> {
     candle_core::safetensors::load(format!("{TINY}/goldens.safetensors"), &Device::Cpu).unwrap()
 }
 
-fn prompt(goldens: &HashMap<String, Tensor>) -> Vec<u32> {
+pub(crate) fn prompt(goldens: &HashMap<String, Tensor>) -> Vec<u32> {
     goldens["input_ids"].flatten_all().unwrap().to_dtype(DType::U32).unwrap().to_vec1().unwrap()
 }
 

@@ -5,6 +5,7 @@
 mod checkpoint;
 mod ep;
 mod examples_bench;
+mod examples_gpt_oss;
 mod gpt_oss;
 mod gpt_oss_parts;
 mod program;

@@ -1,0 +1,214 @@
+//! `gpt_oss`, run as a program.
+
+use crate::checkpoint::Folder;
+use crate::gpt_oss::{TINY, goldens, prompt};
+use crate::program::{assert_rejected, json_of, run, run_unread, stdout_of, text};
+use candle_core::{DType, Device};
+use serde_json::Value;
+
+const NAME: &str = "gpt_oss";
+
+fn list(value: &Value) -> Vec<u64> {
+    value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap()).collect()
+}
+
+fn spread(slots: &[u64]) -> u64 {
+    slots.iter().max().unwrap() - slots.iter().min().unwrap()
+}
+
+fn golden_ids() -> String {
+    prompt(&goldens()).iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+}
+
+#[test]
+fn help_names_every_flag() {
+    let help = stdout_of(NAME, &["--help"]);
+    for flag in [
+        "model",
+        "device",
+        "dtype",
+        "ep-size",
+        "reduction",
+        "perfect-router",
+        "prompt",
+        "input-ids",
+        "input-ids-file",
+        "max-new-tokens",
+        "temperature",
+        "top-p",
+        "seed",
+        "dump",
+        "no-comparison",
+        "output",
+    ] {
+        assert!(help.contains(&format!("--{flag}")), "--{flag} is missing in\n{help}");
+    }
+}
+
+#[test]
+fn without_arguments_it_generates_and_compares_learned_with_perfect() {
+    let table = stdout_of(NAME, &[]);
+    for words in ["4 layers, 8 experts, top-4", "generated ids", "token ids only", "learned", "perfect", "meaningless"]
+    {
+        assert!(table.contains(words), "{words:?} is missing in\n{table}");
+    }
+    let perfect = table.lines().find(|line| line.starts_with(" max / mean")).unwrap();
+    assert!(perfect.contains("1.000"), "{perfect}");
+    let readme = include_str!("../../README.md");
+    for line in table.lines().filter(|line| line.contains("routing   prompt tokens") || line.contains("4 layers")) {
+        let line = line.split(';').next().unwrap();
+        assert!(readme.contains(line.trim_end()), "the README shows another output than {line:?}");
+    }
+}
+
+#[test]
+fn json_carries_the_goldens_greedy_tokens_for_every_number_of_ranks() {
+    let expected = goldens()["f32.greedy_ids"].to_dtype(DType::U32).unwrap().to_vec1::<u32>().unwrap();
+    let expected: Vec<u64> = expected.into_iter().map(u64::from).collect();
+    for ep_size in ["1", "2", "3", "4", "8"] {
+        let ids = golden_ids();
+        let report = json_of(NAME, &["--input-ids", &ids, "--ep-size", ep_size, "--output", "json"]);
+        assert_eq!(list(&report["generated_ids"]), expected);
+        assert_eq!(report["text"], Value::Null);
+        assert_eq!(report["ep_size"].to_string(), ep_size);
+        assert_eq!(report["perfect_router"], false);
+        assert!(report["timing"]["decode_seconds"].as_f64().unwrap() > 0.0);
+        assert_eq!(report["load"].as_array().unwrap().len(), 4);
+        for layer in report["load"].as_array().unwrap() {
+            // 45 tokens of the prompt and 23 that were fed back, four slots each.
+            assert_eq!(list(&layer["slots_per_rank"]).iter().sum::<u64>(), 4 * (45 + 23));
+            assert_eq!(list(&layer["slots_per_expert"]).len(), 8);
+        }
+        match ep_size {
+            "3" => assert!(report["comparison"]["error"].as_str().unwrap().contains("ep_size")),
+            _ => assert_eq!(report["comparison"]["perfect_router"], true),
+        }
+    }
+}
+
+#[test]
+fn perfect_routing_is_balanced_in_every_layer_and_warns() {
+    for (ids, new_tokens) in [("1", "1"), ("5,6,7", "1"), ("1,2,3,4,5,6,7,8,9", "24")] {
+        for ep_size in ["1", "2", "4", "8"] {
+            let args = ["--perfect-router", "--input-ids", ids, "--ep-size", ep_size, "--max-new-tokens", new_tokens];
+            let report = json_of(NAME, &[&args[..], &["--output", "json"]].concat());
+            assert_eq!(report["perfect_router"], true);
+            assert!(report["warning"].as_str().unwrap().contains("meaningless"));
+            for layer in report["load"].as_array().unwrap() {
+                assert!(spread(&list(&layer["slots_per_rank"])) <= 1, "{layer}");
+            }
+        }
+    }
+    assert!(stdout_of(NAME, &["--perfect-router"]).contains("WARNING: perfect routing"));
+}
+
+#[test]
+fn the_dump_holds_what_the_goldens_hold() {
+    let folder = Folder::new();
+    let file = folder.path().join("dump.safetensors");
+    let ids = golden_ids();
+    stdout_of(NAME, &["--input-ids", &ids, "--max-new-tokens", "1", "--dump", file.to_str().unwrap()]);
+    let dump = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    let goldens = goldens();
+    assert_eq!(dump.len(), 1 + 4 * 5);
+    for (name, found) in &dump {
+        let expected = &goldens[&format!("f32.{name}")];
+        assert_eq!(found.dims(), expected.dims(), "{name}");
+        let is_ids = name.ends_with("topk_ids");
+        assert_eq!(found.dtype(), if is_ids { DType::I64 } else { DType::F32 }, "{name}");
+        if !is_ids && !name.ends_with("topk_weights") {
+            let difference = (found - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            let largest = expected.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(difference <= 1e-3 * largest, "{name}: {difference} of {largest}");
+        }
+    }
+}
+
+#[test]
+fn sampling_repeats_with_its_seed() {
+    let generate = |seed| {
+        let args = ["--temperature", "1.5", "--top-p", "0.9", "--seed", seed, "--no-comparison", "--output", "json"];
+        let report = json_of(NAME, &args);
+        assert_eq!(report["comparison"], Value::Null);
+        list(&report["generated_ids"])
+    };
+    assert_eq!(generate("1"), generate("1"));
+    assert_ne!(generate("1"), generate("2"));
+}
+
+#[test]
+fn token_ids_come_from_a_file_too() {
+    let folder = Folder::new();
+    let file = folder.path().join("ids.txt");
+    std::fs::write(&file, "1, 2\n3\t4\n").unwrap();
+    let file = file.to_str().unwrap();
+    let report = json_of(NAME, &["--input-ids-file", file, "--dtype", "bf16", "--output", "json"]);
+    assert_eq!(list(&report["prompt_ids"]), [1, 2, 3, 4]);
+    std::fs::write(file, "1, two").unwrap();
+    assert_rejected(NAME, &["--input-ids-file", file], &["\"two\"", "1,2,3"]);
+}
+
+#[test]
+fn text_goes_through_the_tokenizer_of_the_folder() {
+    let folder = Folder::new();
+    for entry in std::fs::read_dir(TINY).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    let vocabulary: serde_json::Map<_, _> = (0..512).map(|id| (format!("w{id}"), Value::from(id))).collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": { "type": "Whitespace" },
+        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "w0" },
+    });
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let model = folder.path().to_str().unwrap();
+    let report = json_of(NAME, &["--model", model, "--prompt", "w7 w8 w9", "--output", "json"]);
+    assert_eq!(list(&report["prompt_ids"]), [7, 8, 9]);
+    let words: Vec<_> = list(&report["generated_ids"]).iter().map(|id| format!("w{id}")).collect();
+    assert_eq!(report["text"], words.join(" "));
+    std::fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
+    let output = run(NAME, &["--model", model]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("tokenizer.json"));
+}
+
+#[test]
+fn bad_arguments_say_what_to_do() {
+    for (args, words) in [
+        (&["--ep-size", "0"][..], &["--ep-size 0", "1 to 8"][..]),
+        (&["--ep-size", "9"], &["--ep-size 9", "1 to 8"]),
+        (&["--ep-size", "3", "--perfect-router"], &["--ep-size 3", "divisor of the 8 experts"]),
+        (&["--device", "cuda"], &["--device cpu"]),
+        (&["--device", "tpu"], &["cpu, cuda or cuda:N"]),
+        (&["--dtype", "f64"], &["f32", "bf16"]),
+        (&["--model", "/no/such/folder"], &["/no/such/folder", "--model DIR"]),
+        (&["--prompt", "hello"], &["tokenizer.json", "--input-ids"]),
+        (&["--input-ids", "512"], &["512"]),
+        (&["--input-ids", "a"], &["--input-ids"]),
+        (&["--input-ids", "1", "--prompt", "x"], &["cannot be used with"]),
+        (&["--input-ids-file", "/no/such/file"], &["/no/such/file"]),
+        (&["--temperature", "-1"], &["temperature is -1"]),
+        (&["--top-p", "2"], &["top_p is 2"]),
+        (&["--max-new-tokens", "131072"], &["131072", "--max-new-tokens"]),
+        (&["--nonsense"], &["--nonsense"]),
+    ] {
+        assert_rejected(NAME, args, words);
+    }
+}
+
+#[test]
+fn a_broken_checkpoint_is_a_failure_and_not_a_bad_argument() {
+    let folder = Folder::new();
+    std::fs::copy(format!("{TINY}/config.json"), folder.path().join("config.json")).unwrap();
+    let output = run(NAME, &["--model", folder.path().to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("model.safetensors"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_panic() {
+    let output = run_unread(NAME, &[]);
+    assert!(!text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
+}
