@@ -1,0 +1,639 @@
+//! Routing against the float64 oracle, and the mistakes of other systems by name.
+
+use crate::oracle::{self, FLOATS, MODELS, Random};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_moe::routing::{Router, Routing, RoutingMethod};
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+const NANS: [u32; 6] = [0x7fc0_0000, 0xffc0_0000, 0x7f80_0001, 0xffff_ffff, 0x7fff_ffff, 0xff80_0001];
+
+/// Rows of logits, made the way `recipe` says.
+fn logit(random: &mut Random, recipe: usize) -> f32 {
+    let tied = [0.0, -0.0, 1.0, 1.0, -1.0, 2.5];
+    let special = [
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::from_bits(NANS[random.below(NANS.len())]),
+        f32::MAX,
+        f32::MIN,
+        f32::from_bits(random.below(1 << 23) as u32),
+        -f32::from_bits(random.below(1 << 23) as u32),
+        -0.0,
+        -1000.0,
+        100.0,
+    ];
+    match recipe {
+        0 => random.unit() * 8.0,
+        1 => tied[random.below(tied.len())],
+        2 => special[random.below(special.len())],
+        3 if random.below(4) == 0 => special[random.below(special.len())],
+        3 => random.unit() * 20.0,
+        4 => f32::from_bits(random.next() as u32),
+        5 => f32::from_bits(NANS[random.below(NANS.len())]),
+        6 => f32::NEG_INFINITY,
+        7 => [f32::NEG_INFINITY, f32::NAN, -1e30][random.below(3)],
+        8 => -60.0 - 60.0 * (random.unit() + 1.0),
+        _ => 0.25,
+    }
+}
+const RECIPES: usize = 10;
+
+#[derive(Clone, Copy, Debug)]
+enum View {
+    Plain,
+    Transposed,
+    Narrowed,
+    NarrowedTransposed,
+    BroadcastRow,
+}
+
+/// A tensor of the rows as a view of more than them, and the float32 values that it holds.
+fn view(rows: &[Vec<f32>], num_experts: usize, dtype: DType, view: View) -> (Tensor, Vec<Vec<f32>>) {
+    let num_tokens = rows.len();
+    // Would win every choice if it were read.
+    let bait = 60_000.0;
+    let at = |t: usize, e: usize| rows.get(t).and_then(|row| row.get(e)).copied().unwrap_or(bait);
+    let table = |height: usize, width: usize, value: &dyn Fn(usize, usize) -> f32| {
+        let values: Vec<f32> = (0..height * width).map(|i| value(i / width, i % width)).collect();
+        oracle::floats(&values, &[height, width], dtype).0
+    };
+    let tensor = match view {
+        View::Plain => table(num_tokens, num_experts, &at),
+        View::Transposed => table(num_experts, num_tokens, &|e, t| at(t, e)).t().unwrap(),
+        View::Narrowed => {
+            let wide = table(num_tokens + 3, num_experts + 5, &|t, e| at(t.wrapping_sub(2), e.wrapping_sub(3)));
+            wide.narrow(0, 2, num_tokens).unwrap().narrow(1, 3, num_experts).unwrap()
+        }
+        View::NarrowedTransposed => {
+            let wide = table(num_experts + 2, num_tokens + 2, &|e, t| at(t.wrapping_sub(1), e.wrapping_sub(2)));
+            wide.t().unwrap().narrow(0, 1, num_tokens).unwrap().narrow(1, 2, num_experts).unwrap()
+        }
+        View::BroadcastRow => table(1, num_experts, &|_, e| at(0, e)).broadcast_as((num_tokens, num_experts)).unwrap(),
+    };
+    let held = |row: &Vec<f32>| oracle::floats(row, &[num_experts], dtype).1;
+    let held = match view {
+        View::BroadcastRow => rows.iter().map(|_| held(&rows[0])).collect(),
+        _ => rows.iter().map(held).collect(),
+    };
+    (tensor, held)
+}
+
+fn wide(row: &[f32]) -> Vec<f64> {
+    row.iter().map(|&l| l.into()).collect()
+}
+
+/// Everything that the contract says about one row.
+fn check_row(method: RoutingMethod, bias: Option<&[f32]>, row: &[f32], ids: &[u32], weights: &[f32]) {
+    let context = || {
+        let mut text = format!("{method} ids {ids:?} weights {weights:?} of {row:?} with bias {bias:?}");
+        text.truncate(4000);
+        text
+    };
+    let logits = wide(row);
+    let mut sorted = ids.to_vec();
+    sorted.sort_unstable();
+    sorted.dedup();
+    assert_eq!(sorted.len(), ids.len(), "an expert twice: {}", context());
+    assert!(sorted.iter().all(|&id| (id as usize) < row.len()), "an id beyond the end: {}", context());
+
+    if method == RoutingMethod::MiniMax2 {
+        // Float32 scores: the order holds as far as float32 can tell, and exactly for identical inputs.
+        let bias_of = |e: usize| bias.map_or(0.0, |bias| f64::from(bias[e]));
+        let score: Vec<f64> = (0..row.len()).map(|e| oracle::sigmoid(logits[e]) + bias_of(e)).collect();
+        let not_worse = |a: usize, b: usize| {
+            let same = row[a] == row[b] && bias_of(a) == bias_of(b);
+            assert!(!same || a < b, "the higher id of a tie ({a} before {b}): {}", context());
+            let near = score[a] >= score[b] - 1e-6 * score[b].abs().max(1.0);
+            assert!(score[b].is_nan() || score[a] == score[b] || near, "expert {a} before {b}: {}", context());
+        };
+        let unchosen = (0..row.len() as u32).filter(|e| !ids.contains(e));
+        ids.windows(2).for_each(|pair| not_worse(pair[0] as usize, pair[1] as usize));
+        let last = ids[ids.len() - 1] as usize;
+        unchosen.for_each(|e| not_worse(last, e as usize));
+    } else {
+        assert_eq!(ids, oracle::choose(&logits, ids.len()), "{}", context());
+        assert!(weights.is_sorted_by(|a, b| *a >= b - 1e-7), "weights rise: {}", context());
+    }
+
+    assert!(weights.iter().all(|w| w.is_finite() && *w >= 0.0), "{}", context());
+    for (k, expected) in oracle::weights(method, &logits, ids).into_iter().enumerate() {
+        assert!((f64::from(weights[k]) - expected).abs() <= 1e-6, "weight {k} should be {expected}: {}", context());
+    }
+    let sum: f64 = weights.iter().map(|&w| f64::from(w)).sum();
+    // A float32 sum of many weights rounds as many times.
+    let tolerance = (row.len() as f64 * 2f64.powi(-24)).max(1e-6);
+    match method {
+        RoutingMethod::Renormalize | RoutingMethod::RenormalizeNaive | RoutingMethod::SigmoidRenorm => {
+            let tolerance = if ids.len() <= 64 { 1e-6 } else { tolerance };
+            assert!((sum - 1.0).abs() <= tolerance, "the sum is {sum}: {}", context());
+        }
+        RoutingMethod::Default | RoutingMethod::MiniMax2 => {
+            assert!(sum <= 1.0 + tolerance, "the sum is {sum}: {}", context());
+        }
+        _ => {}
+    }
+}
+
+fn check(routing: &Routing, method: RoutingMethod, bias: Option<&[f32]>, rows: &[Vec<f32>], top_k: usize) {
+    assert_eq!(routing.topk_ids.dtype(), DType::U32);
+    assert_eq!(routing.topk_weights.dtype(), DType::F32);
+    assert_eq!(routing.topk_ids.dims(), [rows.len(), top_k]);
+    assert_eq!(routing.topk_weights.dims(), [rows.len(), top_k]);
+    let ids = routing.topk_ids.to_vec2::<u32>().unwrap();
+    let weights = routing.topk_weights.to_vec2::<f32>().unwrap();
+    for ((row, ids), weights) in rows.iter().zip(&ids).zip(&weights) {
+        check_row(method, bias, row, ids, weights);
+    }
+}
+
+fn router(method: RoutingMethod, top_k: usize, bias: Option<&[f32]>) -> Router {
+    let router = Router::new(method, top_k).unwrap();
+    match bias {
+        Some(bias) => router.with_selection_bias(&Tensor::new(bias, &Device::Cpu).unwrap()).unwrap(),
+        None => router,
+    }
+}
+
+/// Routes one float32 row.
+fn route(method: RoutingMethod, top_k: usize, row: &[f32]) -> (Vec<u32>, Vec<f32>) {
+    let logits = Tensor::new(row, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let routing = router(method, top_k, None).route(&logits).unwrap();
+    check(&routing, method, None, &[row.to_vec()], top_k);
+    let ids = routing.topk_ids.flatten_all().unwrap().to_vec1().unwrap();
+    (ids, routing.topk_weights.flatten_all().unwrap().to_vec1().unwrap())
+}
+
+fn geometry() -> impl Strategy<Value = (usize, usize)> {
+    let any = (1usize..=1024, 0.0..1.0f64).prop_map(|(num_experts, part)| {
+        let most = num_experts.min(40);
+        (num_experts, 1 + (part * most as f64) as usize)
+    });
+    let small = (1usize..=12).prop_flat_map(|num_experts| (Just(num_experts), 1..=num_experts));
+    prop_oneof![2 => any, 2 => small, 3 => prop::sample::select(MODELS.to_vec())]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(400) })]
+
+    #[test]
+    fn every_method_equals_the_oracle_on_any_bits_and_views(
+        (num_experts, top_k) in geometry(),
+        num_tokens in 0usize..=9,
+        dtype in prop::sample::select(FLOATS.to_vec()),
+        kind in prop::sample::select(vec![
+            View::Plain, View::Transposed, View::Narrowed, View::NarrowedTransposed, View::BroadcastRow,
+        ]),
+        with_bias in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let mut random = Random(seed);
+        let rows: Vec<Vec<f32>> = (0..num_tokens)
+            .map(|_| {
+                let recipe = random.below(RECIPES);
+                (0..num_experts).map(|_| logit(&mut random, recipe)).collect()
+            })
+            .collect();
+        let kind = if num_tokens == 0 { View::Plain } else { kind };
+        let (logits, rows) = view(&rows, num_experts, dtype, kind);
+        for method in RoutingMethod::ALL {
+            let bias_recipe = [0, 0, 1, 3][random.below(4)];
+            let bias: Vec<f32> = (0..num_experts).map(|_| logit(&mut random, bias_recipe) / 8.0).collect();
+            let bias = (method.takes_selection_bias() && with_bias).then_some(bias.as_slice());
+            let router = router(method, top_k, bias);
+            let routing = router.route(&logits).unwrap();
+            check(&routing, method, bias, &rows, top_k);
+            let plain = router.without_selection_bias().route(&logits).unwrap();
+            check(&plain, method, None, &rows, top_k);
+        }
+    }
+}
+
+#[test]
+fn every_half_bit_pattern_is_ranked() {
+    // All 65536 values of f16 and of bf16 in rows of 1024: NaN payloads, subnormals, both zeros.
+    for top_k in [1, 33] {
+        let halves: Vec<u16> = (0..=u16::MAX).map(|i| i.wrapping_mul(40_503)).collect();
+        let as_f16: Vec<f16> = halves.iter().map(|&bits| f16::from_bits(bits)).collect();
+        let as_bf16: Vec<bf16> = halves.iter().map(|&bits| bf16::from_bits(bits)).collect();
+        let rows = |values: Vec<f32>| values.chunks(1024).map(<[f32]>::to_vec).collect::<Vec<_>>();
+        for method in RoutingMethod::ALL {
+            let routing = router(method, top_k, None)
+                .route(&Tensor::from_vec(as_f16.clone(), (64, 1024), &Device::Cpu).unwrap())
+                .unwrap();
+            check(&routing, method, None, &rows(as_f16.iter().map(|v| v.to_f32()).collect()), top_k);
+            let routing = router(method, top_k, None)
+                .route(&Tensor::from_vec(as_bf16.clone(), (64, 1024), &Device::Cpu).unwrap())
+                .unwrap();
+            check(&routing, method, None, &rows(as_bf16.iter().map(|v| v.to_f32()).collect()), top_k);
+        }
+    }
+}
+
+#[test]
+fn every_model_in_the_wild_and_every_top_k_routes_exactly() {
+    let mut random = Random(5);
+    let every_top_k = (1..=60).map(|top_k| (60, top_k));
+    for (num_experts, top_k) in MODELS.into_iter().chain(every_top_k) {
+        let row: Vec<f32> = (0..num_experts).map(|_| random.unit() * 4.0).collect();
+        for method in RoutingMethod::ALL {
+            route(method, top_k, &row);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Known mistakes of other systems
+
+#[test]
+fn a_row_of_minus_infinity_or_nan_does_not_yield_the_same_expert_twice() {
+    for value in [f32::NEG_INFINITY, f32::NAN, -f32::NAN, f32::MIN] {
+        for (num_experts, top_k) in [(60, 4), (8, 8), (3, 2), (100, 40)] {
+            for method in RoutingMethod::ALL {
+                let (ids, weights) = route(method, top_k, &vec![value; num_experts]);
+                assert_eq!(ids, (0..top_k as u32).collect::<Vec<_>>());
+                assert!(weights.iter().all(|w| *w == weights[0]));
+            }
+        }
+    }
+}
+
+#[test]
+fn an_expert_count_padded_to_a_power_of_two_does_not_yield_an_id_beyond_the_end() {
+    // 60 experts in 64 lanes: with every logit at -inf, or below any padding value, lanes 60 to 63 would win.
+    for value in [f32::NEG_INFINITY, f32::MIN, f32::NAN, -1e9] {
+        let mut row = vec![value; 60];
+        row[59] = -5.0;
+        for method in RoutingMethod::ALL {
+            let (ids, _) = route(method, 4, &row);
+            assert_eq!(ids, [59, 0, 1, 2]);
+        }
+    }
+}
+
+#[test]
+fn one_nan_does_not_turn_the_row_into_nan() {
+    for method in RoutingMethod::ALL {
+        let (ids, weights) = route(method, 3, &[1.0, f32::NAN, 2.0, 0.5]);
+        assert_eq!(ids, [2, 0, 3]);
+        assert!(weights.iter().all(|w| *w > 0.0));
+        let (ids, weights) = route(method, 4, &[1.0, f32::NAN, 2.0, 0.5]);
+        assert_eq!(ids, [2, 0, 3, 1]);
+        assert!(weights[..3].iter().all(|w| *w > 0.0));
+        assert_eq!(weights[3], 0.0);
+    }
+}
+
+#[test]
+fn nan_ranks_below_minus_infinity() {
+    for method in RoutingMethod::ALL {
+        assert_eq!(route(method, 3, &[f32::NAN, f32::NEG_INFINITY, -f32::NAN, -7.0]).0, [3, 1, 0]);
+    }
+}
+
+#[test]
+fn a_chosen_minus_infinity_has_no_weight_beside_a_very_negative_number() {
+    // Its sigmoid vanishes in float32, but it is still better than -inf and NaN.
+    for best in [-50.0, -90.0, -110.0, -1000.0, f32::MIN] {
+        for void in [f32::NEG_INFINITY, f32::NAN] {
+            let (_, weights) = route(RoutingMethod::SigmoidRenorm, 2, &[void, best, void]);
+            assert_eq!(weights, [1.0, 0.0], "{best} beside {void}");
+        }
+    }
+}
+
+#[test]
+fn several_plus_infinities_share_the_weight() {
+    let row = [f32::INFINITY, 3.0, f32::INFINITY, f32::NAN, f32::INFINITY];
+    for method in [RoutingMethod::Renormalize, RoutingMethod::RenormalizeNaive, RoutingMethod::Default] {
+        let (ids, weights) = route(method, 4, &row);
+        assert_eq!(ids, [0, 2, 4, 1]);
+        assert!(weights[..3].iter().all(|w| (w - 1.0 / 3.0).abs() < 1e-6));
+        assert_eq!(weights[3], 0.0);
+    }
+    // Default divides by all of them, chosen or not.
+    assert!(route(RoutingMethod::Default, 2, &row).1.iter().all(|w| (w - 1.0 / 3.0).abs() < 1e-6));
+}
+
+#[test]
+fn minus_zero_does_not_lose_to_plus_zero() {
+    for method in RoutingMethod::ALL {
+        assert_eq!(route(method, 2, &[-1.0, -0.0, 0.0, -0.0]).0, [1, 2]);
+    }
+}
+
+#[test]
+fn equal_top_values_are_two_experts_and_the_lower_id_comes_first() {
+    for method in RoutingMethod::ALL {
+        for top_k in [2, 3, 33] {
+            let mut row = vec![0.0; 40];
+            (row[7], row[31]) = (2.0, 2.0);
+            let (ids, weights) = route(method, top_k, &row);
+            assert_eq!(ids[..2], [7, 31]);
+            assert_eq!(weights[0], weights[1]);
+        }
+    }
+}
+
+#[test]
+fn a_tie_at_the_edge_of_the_choice_goes_to_the_lower_ids() {
+    for method in RoutingMethod::ALL {
+        for top_k in [5, 32, 33, 50] {
+            let (ids, _) = route(method, top_k, &[1.5; 64]);
+            assert_eq!(ids, (0..top_k as u32).collect::<Vec<_>>());
+        }
+    }
+}
+
+#[test]
+fn experts_beyond_256_of_512_are_not_lost_at_top_10() {
+    let mut row: Vec<f32> = (0..512).map(|e| -(e as f32)).collect();
+    (256..266).for_each(|e| row[e] = 100.0 - e as f32 / 8.0);
+    for method in RoutingMethod::ALL.into_iter().filter(|m| !m.takes_selection_bias()) {
+        assert_eq!(route(method, 10, &row).0, (256..266).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_negative_bias_with_fewer_than_32_experts_does_not_select_a_padding_lane() {
+    for num_experts in [1, 7, 20, 31] {
+        let bias = vec![-3.0; num_experts];
+        let rows = vec![(0..num_experts).map(|e| e as f32 / 8.0 - 20.0).collect::<Vec<_>>()];
+        for top_k in [1, num_experts] {
+            let router = router(RoutingMethod::MiniMax2, top_k, Some(&bias));
+            let routing = router.route(&Tensor::new(rows.clone(), &Device::Cpu).unwrap()).unwrap();
+            check(&routing, RoutingMethod::MiniMax2, Some(&bias), &rows, top_k);
+        }
+    }
+}
+
+#[test]
+fn the_selection_bias_never_enters_the_weights() {
+    let (row, bias) = ([2.0f32, 0.0, -1.0, 1.0], [0.0f32, 50.0, 100.0, 0.0]);
+    let routing =
+        router(RoutingMethod::MiniMax2, 2, Some(&bias)).route(&Tensor::new(&[row], &Device::Cpu).unwrap()).unwrap();
+    assert_eq!(routing.topk_ids.to_vec2::<u32>().unwrap(), [[2, 1]]);
+    let (a, b) = (oracle::sigmoid(-1.0), oracle::sigmoid(0.0));
+    let weights = routing.topk_weights.to_vec2::<f32>().unwrap();
+    assert!((f64::from(weights[0][0]) - a / (a + b)).abs() < 1e-6);
+    assert!((f64::from(weights[0][1]) - b / (a + b)).abs() < 1e-6);
+}
+
+#[test]
+fn top_k_above_8_does_not_overrun() {
+    let row: Vec<f32> = (0..1024).map(|e| ((e * 389) % 1024) as f32 / 64.0).collect();
+    for top_k in [9, 16, 17, 31, 32, 33, 64, 65, 512, 1023, 1024] {
+        for method in RoutingMethod::ALL {
+            route(method, top_k, &row);
+        }
+    }
+}
+
+#[test]
+#[ignore = "reads four billion logits, which takes half a minute"]
+fn num_tokens_times_num_experts_beyond_32_bits_does_not_wrap() {
+    // 2^32 + 2^10 logits in a view of one row; the last rows must be as right as the first.
+    let (num_tokens, num_experts) = ((1 << 22) + 1, 1024);
+    let mut row = vec![0f32; num_experts];
+    row[777] = 1.0;
+    let logits = Tensor::new(row.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let ids = |num_tokens: usize| {
+        let logits = logits.broadcast_as((num_tokens, num_experts)).unwrap();
+        router(RoutingMethod::Renormalize, 1, None).route(&logits).unwrap().topk_ids
+    };
+    let all = ids(num_tokens);
+    assert_eq!(all.dims(), [num_tokens, 1]);
+    for token in [0, 1 << 21, num_tokens - 2, num_tokens - 1] {
+        assert_eq!(all.narrow(0, token, 1).unwrap().to_vec2::<u32>().unwrap(), [[777]]);
+    }
+}
+
+#[test]
+fn logits_that_round_to_one_softmax_value_are_still_told_apart() {
+    let row = [-60.0f32, 100.0, -50.0, -70.0];
+    for method in RoutingMethod::ALL.into_iter().filter(|m| !m.takes_selection_bias()) {
+        assert_eq!(route(method, 3, &row).0, [1, 2, 0]);
+    }
+    let row = [40.0f32, 60.0, 50.0];
+    for method in [RoutingMethod::Llama4, RoutingMethod::SigmoidRenorm] {
+        assert_eq!(route(method, 3, &row).0, [1, 2, 0]);
+    }
+}
+
+#[test]
+fn the_same_input_gives_the_same_bits_again_and_in_any_batch() {
+    let mut random = Random(3);
+    let rows: Vec<Vec<f32>> = (0..300).map(|_| random.units(128, 6.0)).collect();
+    for method in RoutingMethod::ALL {
+        let router = router(method, 8, None);
+        let all = router.route(&Tensor::new(rows.clone(), &Device::Cpu).unwrap()).unwrap();
+        let again = router.route(&Tensor::new(rows.clone(), &Device::Cpu).unwrap()).unwrap();
+        assert_eq!(oracle::bits_of(&all.topk_weights), oracle::bits_of(&again.topk_weights));
+        for token in [0, 150, 299] {
+            let alone = router.route(&Tensor::new(vec![rows[token].clone()], &Device::Cpu).unwrap()).unwrap();
+            let here = all.topk_weights.narrow(0, token, 1).unwrap();
+            assert_eq!(oracle::bits_of(&alone.topk_weights), oracle::bits_of(&here));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Gradient
+
+/// The gradient of `sum of factors * weights` with respect to the logits.
+fn gradient(router: &Router, logits: &Tensor, factors: &[f32]) -> (Tensor, Vec<Vec<u32>>) {
+    let logits = Var::from_tensor(logits).unwrap();
+    let routing = router.route(&logits).unwrap();
+    let factors = Tensor::from_vec(factors.to_vec(), routing.topk_weights.shape(), &Device::Cpu).unwrap();
+    let loss = (routing.topk_weights * factors).unwrap().sum_all().unwrap();
+    let grads = loss.backward().unwrap();
+    (grads.get(&logits).unwrap().clone(), routing.topk_ids.to_vec2().unwrap())
+}
+
+#[test]
+fn the_gradient_equals_finite_differences() {
+    let mut random = Random(11);
+    for (num_experts, top_k) in [(1, 1), (5, 1), (5, 5), (8, 2), (60, 4), (64, 40)] {
+        for method in RoutingMethod::ALL {
+            for scale in [1.0, 6.0] {
+                let num_tokens = 3;
+                let logits = random.units(num_tokens * num_experts, scale);
+                let factors = random.units(num_tokens * top_k, 1.0);
+                let bias = random.units(num_experts, 0.5);
+                let bias = method.takes_selection_bias().then_some(bias.as_slice());
+                let tensor = Tensor::from_vec(logits.clone(), (num_tokens, num_experts), &Device::Cpu).unwrap();
+                let (gradient, ids) = gradient(&router(method, top_k, bias), &tensor, &factors);
+                assert_eq!(gradient.dtype(), DType::F32);
+                let gradient = gradient.to_vec2::<f32>().unwrap();
+                for token in 0..num_tokens {
+                    let row = wide(&logits[token * num_experts..][..num_experts]);
+                    let loss = |row: &[f64]| -> f64 {
+                        let weights = oracle::weights(method, row, &ids[token]);
+                        weights.iter().zip(&factors[token * top_k..]).map(|(w, f)| w * f64::from(*f)).sum()
+                    };
+                    for e in 0..num_experts {
+                        let moved = |by: f64| {
+                            let mut row = row.clone();
+                            row[e] += by;
+                            loss(&row)
+                        };
+                        let expected = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+                        let found = f64::from(gradient[token][e]);
+                        assert!((found - expected).abs() < 2e-6, "{method} {token} {e}: {found} {expected}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_gradient_of_very_negative_logits_is_that_of_their_weights() {
+    // Their sigmoids vanish in float32, but not their shares.
+    let logits = Tensor::new(&[[-200f32, -201., -202.]], &Device::Cpu).unwrap();
+    let (gradient, _) = gradient(&router(RoutingMethod::SigmoidRenorm, 2, None), &logits, &[1.0, 0.0]);
+    let share = oracle::sigmoid(1.0);
+    let expected = share * (1.0 - share);
+    let gradient = gradient.to_vec2::<f32>().unwrap();
+    assert!((f64::from(gradient[0][0]) - expected).abs() < 1e-6, "{gradient:?}");
+    assert!((f64::from(gradient[0][1]) + expected).abs() < 1e-6, "{gradient:?}");
+    assert_eq!(gradient[0][2], 0.0);
+}
+
+#[test]
+fn the_gradient_has_the_dtype_and_shape_of_the_logits_and_honours_views() {
+    let mut random = Random(12);
+    let values = random.units(6 * 9, 3.0);
+    for dtype in FLOATS {
+        let base = oracle::floats(&values, &[6, 9], dtype).0;
+        for method in RoutingMethod::ALL {
+            let router = router(method, 3, None);
+            let factors = random.units(9 * 3, 1.0);
+            let base = Var::from_tensor(&base).unwrap();
+            let grad_through = |logits: &Tensor| {
+                let routing = router.route(logits).unwrap();
+                let factors = Tensor::from_vec(factors.clone(), (9, 3), &Device::Cpu).unwrap();
+                let loss = (routing.topk_weights * factors).unwrap().sum_all().unwrap();
+                loss.backward().unwrap().get(&base).unwrap().clone()
+            };
+            let viewed = grad_through(&base.t().unwrap());
+            let copied = grad_through(&base.t().unwrap().contiguous().unwrap());
+            assert_eq!(viewed.dtype(), dtype);
+            assert_eq!(viewed.dims(), [6, 9]);
+            assert_eq!(oracle::bits_of(&viewed), oracle::bits_of(&copied));
+            assert!(oracle::rows_of(&viewed).concat().iter().any(|g| *g != 0.0));
+        }
+    }
+}
+
+#[test]
+fn the_gradient_of_degenerate_rows_is_finite_and_zero_where_nothing_can_move() {
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    let rows = [
+        [nan, nan, nan, nan],
+        [-inf, -inf, -inf, -inf],
+        [-inf, nan, -inf, nan],
+        [inf, inf, 1.0, 0.0],
+        [inf, nan, -inf, 0.0],
+        [1.0, nan, -inf, nan],
+        [0.0, -inf, nan, 2.0],
+        [f32::MAX, f32::MIN, 0.0, f32::MAX],
+        [-1000.0, -1001.0, -2000.0, f32::MIN],
+    ];
+    let logits = Tensor::new(&rows, &Device::Cpu).unwrap();
+    for method in RoutingMethod::ALL {
+        for top_k in [1, 3] {
+            let factors = Random(1).units(rows.len() * top_k, 1.0);
+            let (gradient, _) = gradient(&router(method, top_k, None), &logits, &factors);
+            let gradient = gradient.to_vec2::<f32>().unwrap();
+            for (row, gradient) in rows.iter().zip(&gradient) {
+                assert!(gradient.iter().all(|g| g.is_finite()), "{method} {row:?} {gradient:?}");
+            }
+            for row in &gradient[..5] {
+                assert!(row.iter().all(|g| *g == 0.0), "{method} {gradient:?}");
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Names and errors
+
+#[test]
+fn names_parse_whatever_their_case_and_separators() {
+    for method in RoutingMethod::ALL {
+        let name = method.name();
+        let lower = name.to_lowercase();
+        let kebab: String = name
+            .char_indices()
+            .map(|(i, c)| if i > 0 && c.is_uppercase() { format!("-{c}") } else { c.to_string() })
+            .collect();
+        for spelling in [name, &lower, &name.to_uppercase(), &kebab, &kebab.replace('-', "_")] {
+            assert_eq!(spelling.parse::<RoutingMethod>().unwrap(), method, "{spelling}");
+        }
+        assert_eq!(method.to_string(), name);
+    }
+    for wrong in ["", "Renormalise", "renorm", "Default ", "default2", "-"] {
+        let error = wrong.parse::<RoutingMethod>().unwrap_err().to_string();
+        assert!(error.contains(&format!("{wrong:?}")), "{error}");
+        RoutingMethod::ALL.iter().for_each(|method| assert!(error.contains(method.name()), "{error}"));
+    }
+}
+
+#[test]
+fn zero_tokens_give_empty_outputs() {
+    for dtype in FLOATS {
+        for method in RoutingMethod::ALL {
+            let logits = Tensor::zeros((0, 8), dtype, &Device::Cpu).unwrap();
+            let routing = router(method, 2, None).route(&logits).unwrap();
+            assert_eq!(routing.topk_ids.dims(), [0, 2]);
+            assert_eq!(routing.topk_weights.dims(), [0, 2]);
+            assert_eq!(routing.topk_ids.dtype(), DType::U32);
+        }
+    }
+}
+
+#[track_caller]
+fn refused<T>(result: candle_core::Result<T>, words: &[&str]) {
+    let error = result.err().expect("should be refused").to_string();
+    words.iter().for_each(|word| assert!(error.contains(word), "{word:?} is not in {error:?}"));
+}
+
+#[test]
+fn errors_name_op_argument_value_and_limit() {
+    let router = |top_k| Router::new(RoutingMethod::Renormalize, top_k).unwrap();
+    let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
+    refused(Router::new(RoutingMethod::Default, 0), &["topk-routing", "top_k is 0", "at least 1"]);
+    refused(router(9).route(&zeros(&[2, 8], DType::F32)), &["topk-routing", "top_k is 9", "num_experts", "8"]);
+    refused(router(1).route(&zeros(&[2, 0], DType::F32)), &["topk-routing", "top_k is 1", "num_experts", "0"]);
+    for shape in [&[][..], &[8], &[1, 2, 8]] {
+        let expected = &["topk-routing", "router_logits", &format!("{shape:?}"), "[num_tokens, num_experts]"];
+        refused(router(1).route(&zeros(shape, DType::F32)), expected);
+    }
+    for dtype in [DType::U8, DType::U32, DType::I64, DType::F64] {
+        let expected = &["topk-routing", "router_logits", &format!("{dtype:?}"), "f32, f16 or bf16"];
+        refused(router(1).route(&zeros(&[2, 8], dtype)), expected);
+    }
+    for method in RoutingMethod::ALL.into_iter().filter(|m| !m.takes_selection_bias()) {
+        let with_bias = Router::new(method, 1).unwrap().with_selection_bias(&zeros(&[8], DType::F32));
+        refused(with_bias, &["topk-routing", method.name(), "selection bias"]);
+    }
+    let biased = |bias: &Tensor| Router::new(RoutingMethod::MiniMax2, 1).unwrap().with_selection_bias(bias);
+    refused(biased(&zeros(&[8], DType::I64)), &["topk-routing", "selection bias", "I64", "f32, f16 or bf16"]);
+    refused(biased(&zeros(&[1, 8], DType::F32)), &["topk-routing", "selection bias", "[1, 8]", "[num_experts]"]);
+    let mismatched = biased(&zeros(&[7], DType::F32)).unwrap().route(&zeros(&[2, 8], DType::F32));
+    refused(mismatched, &["topk-routing", "selection bias", "7", "num_experts", "8"]);
+}
+
+#[test]
+fn the_selection_bias_may_be_a_half_float_or_a_view() {
+    let values: Vec<f32> = (0..16).map(|i| if i % 4 == 1 { 8.0 } else { -0.5 }).collect();
+    for dtype in FLOATS {
+        // Column 1 of [4, 4] holds the eights; row 0 holds one eight.
+        let table = oracle::floats(&values, &[4, 4], dtype).0;
+        let bias = table.t().unwrap().narrow(1, 2, 1).unwrap().squeeze(1).unwrap();
+        let router = Router::new(RoutingMethod::MiniMax2, 1).unwrap().with_selection_bias(&bias).unwrap();
+        let routing = router.route(&Tensor::zeros((1, 4), dtype, &Device::Cpu).unwrap()).unwrap();
+        assert_eq!(routing.topk_ids.to_vec2::<u32>().unwrap(), [[1]]);
+    }
+}
