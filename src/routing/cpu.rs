@@ -136,17 +136,24 @@ fn weigh(method: RoutingMethod, all: &[f32], chosen: &mut [f32]) {
             let sum = chosen.iter().sum::<f32>() + MINIMAX2_EPSILON;
             chosen.iter_mut().for_each(|w| *w /= sum);
         }
+        // Far below 0 a sigmoid is e^l, and the quotient a softmax, which does not vanish as the sigmoids do. Not "<", for
+        // the sake of NaN.
+        RoutingMethod::SigmoidRenorm if !(chosen[0] >= SIGMOID_IS_EXP) => {
+            weigh(RoutingMethod::Renormalize, all, chosen);
+        }
         RoutingMethod::SigmoidRenorm => {
             chosen.iter_mut().for_each(|w| *w = sigmoid_or_zero(*w));
             let sum = chosen.iter().sum::<f32>();
-            let equal = 1.0 / chosen.len() as f32;
-            chosen.iter_mut().for_each(|w| *w = if sum > 0.0 { *w / sum } else { equal });
+            chosen.iter_mut().for_each(|w| *w /= sum);
         }
     }
 }
 
 /// What MiniMax-M2 adds to the sum of the chosen sigmoids.
 const MINIMAX2_EPSILON: f32 = 1e-20;
+
+/// Below this logit, `1 + e^l` is 1 in float32, and sigmoid(l) is e^l.
+const SIGMOID_IS_EXP: f32 = -20.0;
 
 /// Softmax over `all`, at the `chosen` logits.
 fn softmax_of(all: &[f32], chosen: &mut [f32]) {
@@ -245,11 +252,8 @@ fn backward_row(method: RoutingMethod, logits: &[f32], ids: &[u32], weights: &[f
         }
         RoutingMethod::Llama4 => slots.for_each(|(id, (w, g))| out[id] = g * w * (1.0 - w)),
         RoutingMethod::MiniMax2 | RoutingMethod::SigmoidRenorm => {
-            let sigmoids = || ids.iter().map(|&id| sigmoid_or_zero(logits[id as usize]));
-            let epsilon = if method == RoutingMethod::MiniMax2 { MINIMAX2_EPSILON } else { 0.0 };
-            let sum = sigmoids().sum::<f32>() + epsilon;
-            for ((id, (_, g)), s) in slots.zip(sigmoids()) {
-                out[id] = if sum > 0.0 { s / sum * (1.0 - s) * (g - mean) } else { 0.0 };
+            for (id, (w, g)) in slots {
+                out[id] = w * (1.0 - sigmoid_or_zero(logits[id])) * (g - mean);
             }
         }
     }

@@ -8,5 +8,8 @@ mod examples_bench;
 mod examples_gpt_oss;
 mod gpt_oss;
 mod gpt_oss_parts;
+mod oracle;
+mod order;
+mod perfect_router;
 mod program;
 mod routing;

@@ -1,0 +1,162 @@
+//! Expert order against a naive sort.
+
+use crate::oracle::{self, Random};
+use candle_core::{Device, Tensor};
+use candle_moe::order::{ExpertOrder, NO_EXPERT, NO_SLOT};
+use proptest::prelude::*;
+use std::ops::Range;
+
+fn vector(tensor: &Tensor) -> Vec<u32> {
+    assert!(tensor.is_contiguous());
+    tensor.to_vec1().unwrap()
+}
+
+fn check(topk_ids: &Tensor, num_experts: usize, local: Range<usize>) -> ExpertOrder {
+    let order = ExpertOrder::new(topk_ids, num_experts, local.clone()).unwrap();
+    let ids: Vec<u32> = topk_ids.flatten_all().unwrap().to_vec1().unwrap();
+    let sorted = oracle::order(&ids, &local);
+
+    let counts: Vec<u32> =
+        local.clone().map(|e| sorted.iter().filter(|(expert, _)| *expert == e).count() as u32).collect();
+    assert_eq!(vector(&order.expert_counts), counts);
+    let offsets: Vec<u32> = (0..=counts.len()).map(|e| counts[..e].iter().sum()).collect();
+    assert_eq!(vector(&order.expert_offsets), offsets);
+
+    let mut sorted_slots: Vec<u32> = sorted.iter().map(|(_, slot)| *slot as u32).collect();
+    let mut slot_rank = vec![NO_SLOT; ids.len()];
+    sorted_slots.iter().enumerate().for_each(|(place, &slot)| slot_rank[slot as usize] = place as u32);
+    sorted_slots.resize(ids.len(), NO_SLOT);
+    assert_eq!(vector(&order.sorted_slots), sorted_slots);
+    assert_eq!(vector(&order.slot_rank), slot_rank);
+
+    assert_eq!((order.num_tokens(), order.top_k()), topk_ids.dims2().unwrap());
+    assert_eq!(order.local_experts(), local);
+    order
+}
+
+/// Every place in exactly one tile, tiles in order, each inside its expert, the room fixed by the shapes alone.
+fn check_tiles(order: &ExpertOrder, tile_rows: usize) {
+    let tiles = order.tile_map(tile_rows).unwrap();
+    let (experts, starts) = (vector(&tiles.tile_experts), vector(&tiles.tile_starts));
+    assert_eq!(experts.len(), starts.len());
+    let num_slots = order.num_tokens() * order.top_k();
+    let room = num_slots / tile_rows + order.local_experts().len().min(num_slots);
+    assert_eq!(experts.len(), room, "the room is said to follow from the shapes");
+    let offsets = vector(&order.expert_offsets);
+    let mut place = 0;
+    let mut used = 0;
+    for (&expert, &start) in experts.iter().zip(&starts) {
+        if expert == NO_EXPERT {
+            assert_eq!(start, NO_SLOT);
+            continue;
+        }
+        assert_eq!(used, experts.iter().position(|&e| e == NO_EXPERT).unwrap_or(room).min(used), "a gap");
+        used += 1;
+        assert_eq!(start, place, "a place is skipped or covered twice");
+        let (first, end) = (offsets[expert as usize], offsets[expert as usize + 1]);
+        assert!(start >= first && start < end, "a tile outside its expert");
+        assert_eq!((start - first) as usize % tile_rows, 0, "a partial tile that is not the last of its expert");
+        place = (end as usize).min((start as usize).saturating_add(tile_rows)) as u32;
+    }
+    assert_eq!(place, offsets[offsets.len() - 1], "places after the last tile");
+}
+
+fn random_ids(random: &mut Random, num_slots: usize, num_experts: usize, padding: usize) -> Vec<u32> {
+    // Skewed: the lower half of the experts gets most.
+    let id = |random: &mut Random| {
+        let most = if random.below(3) > 0 { num_experts.div_ceil(2) } else { num_experts };
+        random.below(most) as u32
+    };
+    (0..num_slots).map(|_| if random.below(100) < padding { NO_EXPERT } else { id(random) }).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+
+    #[test]
+    fn the_order_equals_a_naive_sort_and_tiles_cover_it_once(
+        num_tokens in 0usize..60,
+        top_k in 1usize..12,
+        num_experts in 1usize..200,
+        bounds in (0.0..1.0f64, 0.0..1.0f64),
+        padding in prop::sample::select(vec![0usize, 20, 100]),
+        tile_rows in 1usize..=128,
+        transposed in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let ids = random_ids(&mut Random(seed), num_tokens * top_k, num_experts, padding);
+        let ids = if transposed && num_tokens > 0 {
+            Tensor::from_vec(ids, (top_k, num_tokens), &Device::Cpu).unwrap().t().unwrap()
+        } else {
+            Tensor::from_vec(ids, (num_tokens, top_k), &Device::Cpu).unwrap()
+        };
+        let at = |part: f64| (part * (num_experts + 1) as f64) as usize;
+        let (a, b) = (at(bounds.0), at(bounds.1));
+        for local in [0..num_experts, a.min(b)..a.max(b), a..a] {
+            let order = check(&ids, num_experts, local);
+            check_tiles(&order, tile_rows);
+        }
+    }
+}
+
+#[test]
+fn more_than_8192_slots_are_sorted() {
+    let mut random = Random(2);
+    for (num_tokens, top_k, num_experts) in [(8192, 1, 32), (8193, 1, 8), (8192, 4, 32), (3000, 8, 384), (70_000, 1, 2)]
+    {
+        let ids = random_ids(&mut random, num_tokens * top_k, num_experts, 3);
+        let ids = Tensor::from_vec(ids, (num_tokens, top_k), &Device::Cpu).unwrap();
+        let order = check(&ids, num_experts, 0..num_experts);
+        let again = check(&ids, num_experts, 0..num_experts);
+        assert_eq!(vector(&order.sorted_slots), vector(&again.sorted_slots));
+        [1, 8, 64, 100_000].into_iter().for_each(|tile_rows| check_tiles(&order, tile_rows));
+    }
+}
+
+#[test]
+fn every_tile_height_covers_experts_of_every_size_around_it() {
+    // Experts with 0 to 130 slots each: every count just below, at and above a multiple of every tile height.
+    let ids: Vec<u32> = (0..=130u32).flat_map(|e| std::iter::repeat_n(e, e as usize)).collect();
+    let len = ids.len();
+    let order = check(&Tensor::from_vec(ids, (len, 1), &Device::Cpu).unwrap(), 131, 0..131);
+    (1..=128).for_each(|tile_rows| check_tiles(&order, tile_rows));
+    [usize::MAX, u32::MAX as usize, u32::MAX as usize + 1].into_iter().for_each(|rows| check_tiles(&order, rows));
+}
+
+#[test]
+fn the_room_of_a_tile_map_suffices_in_the_worst_case() {
+    // One slot more than full tiles for as many experts as possible.
+    for tile_rows in [1, 2, 7, 64] {
+        let ids: Vec<u32> = (0..20u32).flat_map(|e| std::iter::repeat_n(e, tile_rows + 1)).collect();
+        let len = ids.len();
+        let order = check(&Tensor::from_vec(ids, (len, 1), &Device::Cpu).unwrap(), 20, 0..20);
+        check_tiles(&order, tile_rows);
+    }
+}
+
+#[test]
+fn tokens_without_slots_and_batches_without_tokens_are_fine() {
+    for shape in [(0, 4), (0, 1), (5, 0), (0, 0)] {
+        let order = check(&Tensor::zeros(shape, candle_core::DType::U32, &Device::Cpu).unwrap(), 8, 2..6);
+        check_tiles(&order, 16);
+    }
+}
+
+#[test]
+fn padding_slots_are_skipped_and_never_counted() {
+    let ids = Tensor::new(&[[NO_EXPERT, NO_EXPERT], [1, 0], [NO_EXPERT, 1]], &Device::Cpu).unwrap();
+    let order = check(&ids, 2, 0..2);
+    assert_eq!(vector(&order.sorted_slots), [3, 2, 5, NO_SLOT, NO_SLOT, NO_SLOT]);
+    assert_eq!(vector(&order.slot_rank), [NO_SLOT, NO_SLOT, 1, 0, NO_SLOT, 2]);
+}
+
+#[test]
+fn an_id_beyond_the_experts_is_named_and_not_skipped() {
+    for (id, num_experts) in [(8, 8), (u32::MAX - 1, 8), (0, 0)] {
+        let ids = Tensor::new(&[[id]], &Device::Cpu).unwrap();
+        let error = ExpertOrder::new(&ids, num_experts, 0..0).unwrap_err().to_string();
+        for word in ["expert-order", "slot 0", &id.to_string(), &format!("num_experts, which is {num_experts}")] {
+            assert!(error.contains(word), "{word:?} is not in {error:?}");
+        }
+    }
+}
