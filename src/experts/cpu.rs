@@ -175,22 +175,24 @@ fn transpose(product: &[f32], num_tokens: usize, bias: Option<&[f32]>, rows: &mu
 pub(super) fn linear(projection: &ExpertProjection, hidden: &Tensor) -> Result<Tensor> {
     let weights = &projection.weights;
     let (num_tokens, out_features) = (hidden.dims()[0], weights.out_features());
-    let rows = with_slice(&hidden.to_dtype(DType::F32)?, "linear", "hidden", |hidden: &[f32]| {
+    let len = checked_product(OP, ("num_tokens", num_tokens), ("out_features", out_features))?;
+    let mut rows = try_with_capacity::<f32>(OP, len)?;
+    rows.resize(len, 0.0);
+    // A product that saturates belongs to sizes that only empty tensors have.
+    let group_len = out_features.saturating_mul(MAX_GROUP).max(1);
+    with_slice(&hidden.to_dtype(DType::F32)?, OP, "hidden", |hidden: &[f32]| {
         let in_features = weights.in_features();
-        let mut rows =
-            vec![0f32; checked_product("linear", ("num_tokens", num_tokens), ("out_features", out_features))?];
         with_bias(projection, |bias| {
-            let inputs = hidden.chunks(in_features.max(1) * MAX_GROUP);
-            for (hidden, rows) in inputs.zip(rows.chunks_mut(out_features.max(1) * MAX_GROUP)) {
-                let tokens = hidden.len() / in_features.max(1);
-                let input =
-                    PackedTokens::pack(order_of(weights), in_features, tokens, |t, i| hidden[t * in_features + i]);
+            for (group, rows) in rows.chunks_mut(group_len).enumerate() {
+                let (first, tokens) = (group * MAX_GROUP, rows.len() / out_features);
+                let input = PackedTokens::pack(order_of(weights), in_features, tokens, |t, i| {
+                    hidden[(first + t) * in_features + i]
+                });
                 let product = grouped_product(weights, &[(0, input)])?;
                 transpose(&product[0], tokens, bias, rows);
             }
             Ok(())
-        })?;
-        Ok(rows)
+        })
     })?;
     Tensor::from_vec(rows, (num_tokens, out_features), &Device::Cpu)?.to_dtype(hidden.dtype())
 }
@@ -198,7 +200,13 @@ pub(super) fn linear(projection: &ExpertProjection, hidden: &Tensor) -> Result<T
 /// The product of each input with the matrix of its expert, `[out_features, num_tokens]` each.
 fn grouped_product(weights: &ExpertWeights, inputs: &[(usize, PackedTokens)]) -> Result<Vec<Vec<f32>>> {
     let (out_features, in_features) = (weights.out_features(), weights.in_features());
-    let mut products: Vec<_> = inputs.iter().map(|(_, input)| vec![0f32; out_features * input.num_tokens()]).collect();
+    let zeros = |(_, input): &(usize, PackedTokens)| {
+        let len = checked_product(OP, ("out_features", out_features), ("num_rows", input.num_tokens()))?;
+        let mut zeros = try_with_capacity::<f32>(OP, len)?;
+        zeros.resize(len, 0.0);
+        Ok(zeros)
+    };
+    let mut products = inputs.iter().map(zeros).collect::<Result<Vec<_>>>()?;
     let rows_per_task = VALUES_PER_TASK.div_ceil(in_features.max(1));
     with_rows(weights, |all| {
         let mut tasks = Vec::new();

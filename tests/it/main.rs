@@ -2,10 +2,12 @@
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges are compared")]
 
+mod block;
 mod checkpoint;
 mod ep;
 mod examples_bench;
 mod examples_gpt_oss;
+mod experts;
 mod gpt_oss;
 mod gpt_oss_parts;
 mod oracle;

@@ -229,35 +229,38 @@ pub(crate) fn round(value: f64, dtype: DType) -> f64 {
     }
 }
 
-/// What became of `x` when it is rounded: nothing but the rounded value, unless its error reaches over a boundary.
+/// What became of `x` under a function that never falls.
+fn through(x: Bounded, f: impl Fn(f64) -> f64) -> Bounded {
+    let value = f(x.value);
+    let to = |end: f64| if end == value { 0.0 } else { (end - value).abs() };
+    Bounded { value, error: to(f(x.value + x.error)).max(to(f(x.value - x.error))) }
+}
+
+/// Nothing but the rounded value, unless the error of `x` reaches over a boundary.
 pub(crate) fn rounded(x: Bounded, dtype: DType) -> Bounded {
-    let value = round(x.value, dtype);
-    let error = (round(x.value + x.error, dtype) - value).abs().max((round(x.value - x.error, dtype) - value).abs());
-    Bounded { value, error }
+    through(x, |x| round(x, dtype))
 }
 
 fn activate(activation: Activation, gate: Bounded, up: Bounded) -> Bounded {
-    let (g, u, slope, factor) = match activation {
-        Activation::Silu => (gate.value, up.value, 1.0, up.value),
+    // g * sigmoid(slope * g) * factor, where g * sigmoid(..) cannot be off by more than `range`.
+    let (gate, slope, factor, range) = match activation {
+        Activation::Silu => (gate, 1.0, up, f64::INFINITY),
         Activation::SwigluOss { alpha, limit } => {
             let limit = f64::from(limit);
-            let u = up.value.clamp(-limit, limit);
-            (gate.value.min(limit), u, f64::from(alpha), u + 1.0)
+            let up = through(up, |u| u.clamp(-limit, limit));
+            let range = if alpha >= 1.0 { limit + 1.0 } else { f64::INFINITY };
+            (through(gate, |g| g.min(limit)), f64::from(alpha), Bounded { value: up.value + 1.0, ..up }, range)
         }
         other => panic!("the oracle does not know {other:?}"),
     };
-    let _ = u;
+    let g = gate.value;
     let swish = g * sigmoid(slope * g);
-    let value = swish * factor;
-    // x * sigmoid(a x) has a slope below 1.1; clamps only shrink errors. The exponential of a large argument a x is off by
-    // its rounding, |a x| * 2^-24, relative.
-    let inner = (8.0 + (slope * g).abs().min(120.0)) * EPS;
-    let error = 1.1 * gate.error * (factor.abs() + up.error)
-        + up.error * swish.abs()
-        + inner * value.abs()
-        + EPS * swish.abs()
-        + 1e-37;
-    Bounded { value, error }
+    let value = swish * factor.value;
+    // x * sigmoid(a x) has a slope below 1.1. The exponential of a large argument a x is off by its rounding,
+    // |a x| * 2^-24, relative.
+    let inherited = (1.1 * gate.error).min(range) * (factor.value.abs() + factor.error) + factor.error * swish.abs();
+    let own = (8.0 + (slope * g).abs().min(120.0)) * EPS * value.abs() + EPS * swish.abs() + 1e-37;
+    Bounded { value, error: inherited + own }
 }
 
 /// One token through one expert: float32, one rounding of the activation to `dtype`.

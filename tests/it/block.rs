@@ -1,0 +1,510 @@
+//! The sharded block: against the float64 oracle on one rank, against one rank on many, and its faults by name.
+
+use crate::oracle::{self, Bounded, FLOATS, Matrix, Random};
+use candle_core::{DType, Device, Result, Tensor};
+use candle_moe::block::{Gate, MoeBlock, MoeBlockBuilder, MoeOutput};
+use candle_moe::ep::{Communicator, Reduction, Step, Threads, Topology, launch};
+use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows};
+use candle_moe::perfect_router::Schedule;
+use candle_moe::routing::{Router, RoutingMethod};
+use std::time::{Duration, Instant};
+
+const HIDDEN: usize = 33;
+const INTERMEDIATE: usize = 20;
+const PATIENT: Duration = Duration::from_secs(20);
+/// What "prompt" means for an error, however busy the machine is.
+const PROMPT: Duration = Duration::from_secs(5);
+
+/// All weights of a layer.
+struct Layer {
+    num_experts: usize,
+    gate: (Tensor, Tensor),
+    gate_up: (Tensor, Tensor),
+    down: (Tensor, Tensor),
+    selection_bias: Tensor,
+}
+
+impl Layer {
+    fn new(seed: u64, num_experts: usize, dtype: DType) -> Self {
+        let mut random = Random(seed);
+        let mut tensor = |shape: &[usize], scale| {
+            let values = random.units(shape.iter().product(), scale);
+            oracle::floats(&values, shape, dtype).0
+        };
+        Self {
+            num_experts,
+            gate: (tensor(&[num_experts, HIDDEN], 0.5), tensor(&[num_experts], 0.2)),
+            gate_up: (
+                tensor(&[num_experts, 2 * INTERMEDIATE, HIDDEN], 0.4),
+                tensor(&[num_experts, 2 * INTERMEDIATE], 0.4),
+            ),
+            down: (tensor(&[num_experts, HIDDEN, INTERMEDIATE], 0.4), tensor(&[num_experts, HIDDEN], 0.4)),
+            selection_bias: tensor(&[num_experts], 0.3),
+        }
+    }
+
+    fn router(&self, method: RoutingMethod, top_k: usize) -> Router {
+        let router = Router::new(method, top_k).unwrap();
+        if method.takes_selection_bias() { router.with_selection_bias(&self.selection_bias).unwrap() } else { router }
+    }
+
+    /// The block of one rank, which is given its own experts only.
+    fn shard(&self, router: Router, ep_size: usize, ep_rank: usize) -> MoeBlockBuilder {
+        let range = Topology::new(self.num_experts, ep_size, ep_rank).unwrap().local_experts();
+        let local = |tensor: &Tensor| tensor.narrow(0, range.start, range.len()).unwrap();
+        let projection = |(weight, bias): &(Tensor, Tensor)| {
+            ExpertProjection::new(ExpertWeights::dense(local(weight)).unwrap(), Some(local(bias))).unwrap()
+        };
+        let experts = Experts::new(
+            projection(&self.gate_up),
+            projection(&self.down),
+            GateUpRows::Interleaved,
+            Activation::GPT_OSS,
+        )
+        .unwrap();
+        let gate = Gate::new(self.gate.0.clone(), Some(self.gate.1.clone())).unwrap();
+        MoeBlock::builder(gate, router, experts).shard(ep_size, ep_rank)
+    }
+
+    fn matrices((weight, bias): &(Tensor, Tensor)) -> Vec<Matrix> {
+        let wide = |row: Vec<f32>| row.into_iter().map(f64::from).collect::<Vec<f64>>();
+        let weight = weight.to_dtype(DType::F32).unwrap().to_vec3::<f32>().unwrap();
+        let matrix = |(rows, bias): (Vec<Vec<f32>>, Vec<f32>)| Matrix {
+            rows: rows.into_iter().map(wide).collect(),
+            bias: wide(bias),
+        };
+        weight.into_iter().zip(oracle::rows_of(bias)).map(matrix).collect()
+    }
+}
+
+fn hidden_states(seed: u64, num_tokens: usize, dtype: DType) -> Tensor {
+    oracle::floats(&Random(seed).units(num_tokens * HIDDEN, 1.5), &[num_tokens, HIDDEN], dtype).0
+}
+
+/// Runs `body` on every rank; no rank may panic.
+fn on_ranks<T: Send>(ep_size: usize, body: impl Fn(Threads) -> T + Sync) -> Vec<T> {
+    launch(ep_size, PATIENT, body).unwrap().into_iter().map(|rank| rank.unwrap()).collect()
+}
+
+/// Every rank's tokens through every rank's shard.
+fn sharded(hidden: &Tensor, counts: &[usize], build: impl Fn(usize) -> MoeBlock + Sync) -> Vec<MoeOutput> {
+    let own = |rank: usize| hidden.narrow(0, counts[..rank].iter().sum(), counts[rank]).unwrap();
+    on_ranks(counts.len(), |mut ranks| {
+        let rank = ranks.rank();
+        let step = Step::agree(&mut ranks, counts[rank]).unwrap();
+        assert_eq!(step.token_counts(), counts);
+        build(rank).forward_traced(&own(rank), &mut ranks, &step).unwrap()
+    })
+}
+
+fn random_counts(random: &mut Random, ep_size: usize) -> Vec<usize> {
+    (0..ep_size).map(|_| if random.below(3) == 0 { 0 } else { random.below(9) }).collect()
+}
+
+/// (num_experts, ep_size)
+const GROUPS: [(usize, usize); 7] = [(8, 1), (8, 2), (8, 3), (8, 4), (8, 8), (7, 3), (7, 7)];
+
+#[test]
+fn one_rank_equals_the_oracle() {
+    for dtype in FLOATS {
+        for method in RoutingMethod::ALL {
+            let layer = Layer::new(1, 8, dtype);
+            let hidden = hidden_states(2, 12, dtype);
+            let block = layer.shard(layer.router(method, 3), 1, 0).build().unwrap();
+            let output = on_ranks(1, |mut ranks| {
+                let step = Step::agree(&mut ranks, 12).unwrap();
+                block.forward_traced(&hidden, &mut ranks, &step).unwrap()
+            })
+            .remove(0);
+            assert_eq!(oracle::bits_of(&block.forward_alone(&hidden).unwrap()), oracle::bits_of(&output.hidden));
+            assert_eq!((output.hidden.dtype(), output.hidden.dims()), (dtype, hidden.dims()));
+
+            let gate = &Layer::matrices(&(layer.gate.0.unsqueeze(0).unwrap(), layer.gate.1.unsqueeze(0).unwrap()))[0];
+            let (gate_up, down) = (Layer::matrices(&layer.gate_up), Layer::matrices(&layer.down));
+            let bias = layer.selection_bias.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+            let (logits, out) = (oracle::rows_of(&output.router_logits), oracle::rows_of(&output.hidden));
+            let ids = output.routing.topk_ids.to_vec2::<u32>().unwrap();
+            for (token, x) in oracle::rows_of(&hidden).iter().enumerate() {
+                let exact: Vec<_> = x.iter().map(|&x| Bounded { value: x.into(), error: 0.0 }).collect();
+                for (expected, &found) in gate.apply(&exact).into_iter().zip(&logits[token]) {
+                    let rounded = oracle::rounded(expected, dtype);
+                    let error = rounded.error + if dtype == DType::F32 { expected.error } else { 0.0 };
+                    assert!((f64::from(found) - rounded.value).abs() <= error, "router logit {found} {expected:?}");
+                }
+                let row: Vec<f64> = logits[token].iter().map(|&l| l.into()).collect();
+                let scores: Vec<f64> = match method {
+                    RoutingMethod::MiniMax2 => {
+                        row.iter().zip(&bias).map(|(&l, &b)| oracle::sigmoid(l) + f64::from(b)).collect()
+                    }
+                    _ => row.clone(),
+                };
+                assert_eq!(ids[token], oracle::choose(&scores, 3), "{method}");
+                let weights = oracle::weights(method, &row, &ids[token]);
+                let mut sum = vec![Bounded { value: 0.0, error: 1e-30 }; HIDDEN];
+                for (&id, weight) in ids[token].iter().zip(&weights) {
+                    let (gate_up, down) = (&gate_up[id as usize], &down[id as usize]);
+                    let y = oracle::expert(gate_up, down, GateUpRows::Interleaved, Activation::GPT_OSS, x, dtype);
+                    for (sum, y) in sum.iter_mut().zip(y) {
+                        sum.value += weight * y.value;
+                        // The weight is off by 1e-6, the product and two additions round.
+                        sum.error += weight * y.error + y.value.abs() * (1e-6 + weight * 4.0 * f64::from(f32::EPSILON));
+                    }
+                }
+                for (sum, &found) in sum.into_iter().zip(&out[token]) {
+                    let rounded = oracle::rounded(sum, dtype);
+                    let error = rounded.error + if dtype == DType::F32 { sum.error } else { 0.0 };
+                    let off = (f64::from(found) - rounded.value).abs();
+                    assert!(off <= error, "{method} {dtype:?} token {token}: {found}, not {rounded:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn slot_order_gives_the_bits_of_one_rank_for_every_group_and_uneven_counts() {
+    let mut random = Random(3);
+    for (num_experts, ep_size) in GROUPS {
+        for dtype in FLOATS {
+            let layer = Layer::new(4, num_experts, dtype);
+            for method in [RoutingMethod::Renormalize, RoutingMethod::MiniMax2] {
+                let counts = random_counts(&mut random, ep_size);
+                let num_tokens = counts.iter().sum();
+                let hidden = hidden_states(random.next(), num_tokens, dtype);
+                let alone = layer.shard(layer.router(method, 3), 1, 0).build().unwrap();
+                let expected = alone.forward_alone(&hidden).unwrap();
+                let outputs = sharded(&hidden, &counts, |rank| {
+                    let block = layer.shard(layer.router(method, 3), ep_size, rank).build().unwrap();
+                    assert_eq!(block.experts().num_experts(), block.topology().local_experts().len());
+                    block
+                });
+                let bits: Vec<u32> = outputs.iter().flat_map(|output| oracle::bits_of(&output.hidden)).collect();
+                assert_eq!(bits, oracle::bits_of(&expected), "{num_experts} experts, counts {counts:?}, {method}");
+                for (output, &count) in outputs.iter().zip(&counts) {
+                    assert_eq!((output.hidden.dims(), output.hidden.dtype()), (&[count, HIDDEN][..], dtype));
+                    assert_eq!(output.router_logits.dims(), [count, num_experts]);
+                    assert_eq!(output.routing.topk_ids.dims(), [count, 3]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_group_without_any_token_gives_empty_results() {
+    for reduction in [Reduction::SlotOrder, Reduction::RankPartial] {
+        let layer = Layer::new(4, 8, DType::F32);
+        let hidden = hidden_states(1, 0, DType::F32);
+        for output in sharded(&hidden, &[0, 0, 0], |rank| {
+            layer.shard(layer.router(RoutingMethod::Default, 2), 3, rank).reduction(reduction).build().unwrap()
+        }) {
+            assert_eq!(output.hidden.dims(), [0, HIDDEN]);
+        }
+    }
+}
+
+#[test]
+fn rank_partial_equals_one_rank_within_rounding_and_itself_to_the_bit() {
+    let mut random = Random(5);
+    for (num_experts, ep_size) in GROUPS {
+        let layer = Layer::new(6, num_experts, DType::F32);
+        let counts = random_counts(&mut random, ep_size);
+        let hidden = hidden_states(random.next(), counts.iter().sum(), DType::F32);
+        let alone = layer.shard(layer.router(RoutingMethod::Renormalize, 4), 1, 0).build().unwrap();
+        let expected = alone.forward_alone(&hidden).unwrap();
+        let run = || -> Vec<u32> {
+            let outputs = sharded(&hidden, &counts, |rank| {
+                let router = layer.router(RoutingMethod::Renormalize, 4);
+                layer.shard(router, ep_size, rank).reduction(Reduction::RankPartial).build().unwrap()
+            });
+            outputs.iter().flat_map(|output| oracle::bits_of(&output.hidden)).collect()
+        };
+        let first = run();
+        assert_eq!(first, run(), "another run, other bits");
+        // Four terms of one token in another order of additions: each addition rounds a sum of magnitudes below 20.
+        for (a, b) in first.iter().zip(oracle::bits_of(&expected)) {
+            let (a, b) = (f32::from_bits(*a), f32::from_bits(b));
+            assert!((a - b).abs() <= 8.0 * f32::EPSILON * 20.0, "{a} {b}");
+        }
+    }
+}
+
+#[test]
+fn many_layers_may_share_a_step_and_a_communicator() {
+    let layers: Vec<Layer> = (0..3).map(|seed| Layer::new(seed, 8, DType::BF16)).collect();
+    let router = |layer: &Layer| layer.router(RoutingMethod::RenormalizeNaive, 2);
+    let hidden = hidden_states(9, 10, DType::BF16);
+    let mut expected = hidden.clone();
+    for layer in &layers {
+        expected = layer.shard(router(layer), 1, 0).build().unwrap().forward_alone(&expected).unwrap();
+    }
+    let counts = [3, 0, 5, 2];
+    let outputs = on_ranks(4, |mut ranks| {
+        let rank = ranks.rank();
+        let step = Step::agree(&mut ranks, counts[rank]).unwrap();
+        let mut hidden = hidden.narrow(0, counts[..rank].iter().sum(), counts[rank]).unwrap();
+        for (i, layer) in layers.iter().enumerate() {
+            ranks.set_label(&format!("layer {i}"));
+            hidden = layer.shard(router(layer), 4, rank).build().unwrap().forward(&hidden, &mut ranks, &step).unwrap();
+        }
+        oracle::bits_of(&hidden)
+    });
+    assert_eq!(outputs.concat(), oracle::bits_of(&expected));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Faults
+
+/// Rank 1 of three brings `bad`; every rank must fail at once, and the others must name it.
+#[track_caller]
+fn everybody_fails(bad: &Tensor, words: &[&str]) {
+    let layer = Layer::new(7, 8, DType::F32);
+    let good = hidden_states(8, 2, DType::F32);
+    let outcomes: Vec<(Result<Tensor>, Duration)> = on_ranks(3, |mut ranks| {
+        let rank = ranks.rank();
+        let step = Step::agree(&mut ranks, 2).unwrap();
+        let block = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, rank).build().unwrap();
+        let start = Instant::now();
+        let outcome = block.forward(if rank == 1 { bad } else { &good }, &mut ranks, &step);
+        (outcome, start.elapsed())
+    });
+    for (rank, (outcome, elapsed)) in outcomes.into_iter().enumerate() {
+        let error = outcome.expect_err("a rank went on").to_string();
+        assert!(elapsed < PROMPT, "rank {rank} waited {elapsed:?}");
+        if rank != 1 {
+            assert!(error.contains("rank 1"), "rank {rank} does not name rank 1: {error}");
+        }
+        words.iter().for_each(|word| assert!(error.contains(word), "rank {rank}: {word:?} is not in {error:?}"));
+    }
+}
+
+#[test]
+fn a_rank_with_a_wrong_hidden_state_fails_the_others_at_once_and_by_name() {
+    let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
+    everybody_fails(&zeros(&[3, HIDDEN], DType::F32), &["hidden", "[3, 33]"]);
+    everybody_fails(&zeros(&[0, HIDDEN], DType::F32), &["hidden", "[0, 33]"]);
+    everybody_fails(&zeros(&[2, HIDDEN + 1], DType::F32), &["hidden", "[2, 34]"]);
+    everybody_fails(&zeros(&[2, 0], DType::F32), &["hidden", "[2, 0]"]);
+    everybody_fails(&zeros(&[2], DType::F32), &["hidden", "[2]"]);
+    everybody_fails(&zeros(&[], DType::F32), &["hidden", "[]"]);
+    everybody_fails(&zeros(&[1, 2, HIDDEN], DType::F32), &["hidden", "[1, 2, 33]"]);
+    everybody_fails(&zeros(&[2, HIDDEN], DType::F64), &["hidden", "F64"]);
+    everybody_fails(&zeros(&[2, HIDDEN], DType::U8), &["hidden", "U8"]);
+    // Right on its own, but not what the others bring.
+    everybody_fails(&zeros(&[2, HIDDEN], DType::BF16), &["rank 1", "bf16"]);
+}
+
+#[test]
+fn a_rank_that_never_comes_is_named() {
+    let layer = Layer::new(7, 8, DType::F32);
+    let good = hidden_states(8, 2, DType::F32);
+    let errors = on_ranks(3, |mut ranks| {
+        let rank = ranks.rank();
+        let step = Step::agree(&mut ranks, 2).unwrap();
+        if rank == 2 {
+            return None;
+        }
+        let block = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, rank).build().unwrap();
+        let start = Instant::now();
+        let error = block.forward(&good, &mut ranks, &step).unwrap_err().to_string();
+        assert!(start.elapsed() < PROMPT);
+        Some(error)
+    });
+    for error in errors.into_iter().flatten() {
+        assert!(error.contains("rank 2"), "{error}");
+    }
+}
+
+#[test]
+fn a_rank_with_another_top_k_or_method_cannot_go_unnoticed() {
+    let layer = Layer::new(7, 8, DType::F32);
+    let good = hidden_states(8, 2, DType::F32);
+    let errors = on_ranks(3, |mut ranks| {
+        let rank = ranks.rank();
+        let step = Step::agree(&mut ranks, 2).unwrap();
+        let top_k = if rank == 0 { 3 } else { 2 };
+        let block = layer.shard(layer.router(RoutingMethod::Renormalize, top_k), 3, rank).build().unwrap();
+        block.forward(&good, &mut ranks, &step).unwrap_err().to_string()
+    });
+    errors.iter().for_each(|error| assert!(error.contains("rank 0"), "{error}"));
+}
+
+#[test]
+fn a_communicator_of_another_place_is_refused() {
+    let layer = Layer::new(7, 8, DType::F32);
+    let block = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 4, 1).build().unwrap();
+    let error = block.forward_alone(&hidden_states(1, 2, DType::F32)).unwrap_err().to_string();
+    for word in ["moe block", "rank 0 of 1", "rank 1 of 4"] {
+        assert!(error.contains(word), "{word:?} is not in {error:?}");
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Perfect router
+
+fn spread(counts: &[u64]) -> u64 {
+    counts.iter().max().unwrap() - counts.iter().min().unwrap()
+}
+
+#[test]
+fn perfect_routing_loads_the_ranks_within_one_for_every_token_count_of_one_sender() {
+    let layer = Layer::new(10, 8, DType::F32);
+    for (top_k, ep_size) in [(1, 4), (2, 4), (3, 4), (3, 8), (5, 2)] {
+        let loads = on_ranks(ep_size, |mut ranks| {
+            let rank = ranks.rank();
+            let router = layer.router(RoutingMethod::Renormalize, top_k);
+            let builder = layer.shard(router, ep_size, rank).perfect_router(true).statistics(true);
+            let block = builder.build().unwrap();
+            assert!(block.is_perfect());
+            let mut loads = Vec::new();
+            for num_tokens in 1..=40 {
+                let own = if rank == 0 { num_tokens } else { 0 };
+                let hidden = hidden_states(num_tokens as u64, own, DType::F32);
+                let step = Step::agree(&mut ranks, own).unwrap();
+                block.reset_load();
+                let output = block.forward_traced(&hidden, &mut ranks, &step).unwrap();
+                loads.push((num_tokens, block.load().unwrap()));
+                if rank == 0 {
+                    let plan = Schedule::new(8, top_k, ep_size, 0).unwrap();
+                    for (token, ids) in output.routing.topk_ids.to_vec2::<u32>().unwrap().into_iter().enumerate() {
+                        let mut planned: Vec<u32> = plan.experts(token).map(|e| e as u32).collect();
+                        planned.sort_unstable();
+                        let mut ids = ids;
+                        ids.sort_unstable();
+                        assert_eq!(ids, planned);
+                    }
+                }
+            }
+            loads
+        });
+        for loads in &loads {
+            assert_eq!(loads, &loads[..].to_vec());
+            for (num_tokens, load) in loads {
+                assert_eq!(load.slots_per_rank.len(), ep_size);
+                assert_eq!(load.slots_per_rank.iter().sum::<u64>(), (num_tokens * top_k) as u64);
+                assert!(spread(&load.slots_per_rank) <= 1, "{num_tokens} tokens, top {top_k}: {load:?}");
+                assert!(spread(&load.slots_per_expert) <= 1, "{num_tokens} tokens, top {top_k}: {load:?}");
+            }
+        }
+        assert!(loads.iter().all(|rank| rank == &loads[0]), "ranks disagree about the load");
+    }
+}
+
+#[test]
+fn perfect_routing_stays_balanced_when_a_sequence_continues_token_by_token() {
+    let layer = Layer::new(10, 8, DType::F32);
+    let (ep_size, top_k) = (4, 3);
+    let loads = on_ranks(ep_size, |mut ranks| {
+        let rank = ranks.rank();
+        let router = layer.router(RoutingMethod::Default, top_k);
+        let builder = layer.shard(router, ep_size, rank).perfect_router(true).statistics(true);
+        let block = builder.build().unwrap();
+        let mut spreads = Vec::new();
+        // A prompt of five tokens, then one at a time.
+        let mut first = 0;
+        for num_tokens in std::iter::once(5).chain(std::iter::repeat_n(1, 40)) {
+            let own = if rank == 0 { num_tokens } else { 0 };
+            let step = Step::agree(&mut ranks, own).unwrap().starting_at(first);
+            assert_eq!(step.first_token(), first);
+            block.forward(&hidden_states(3, own, DType::F32), &mut ranks, &step).unwrap();
+            first += num_tokens;
+            spreads.push((first, block.load().unwrap()));
+        }
+        spreads
+    });
+    for (num_tokens, load) in &loads[0] {
+        assert_eq!(load.slots_per_rank.iter().sum::<u64>(), (num_tokens * top_k) as u64);
+        assert!(spread(&load.slots_per_rank) <= 1, "after {num_tokens} tokens: {load:?}");
+    }
+}
+
+#[test]
+fn perfect_routing_reports_the_gate_as_computed_and_leaves_the_selection_bias_alone() {
+    let layer = Layer::new(11, 8, DType::BF16);
+    let hidden = hidden_states(12, 9, DType::BF16);
+    let bias = oracle::bits_of(&layer.selection_bias);
+    let router = layer.router(RoutingMethod::MiniMax2, 2);
+    // A bias that would win against any planned logit, if it were added.
+    let strong = (Tensor::new(&[9f32, 8., 7., 6., 5., 4., 3., 2.], &Device::Cpu).unwrap() * 100.0).unwrap();
+    let strong = Router::new(RoutingMethod::MiniMax2, 2).unwrap().with_selection_bias(&strong).unwrap();
+    for router in [router, strong] {
+        let build = |perfect| layer.shard(router.clone(), 1, 0).perfect_router(perfect).build().unwrap();
+        let trace = |block: &MoeBlock| {
+            let mut solo = candle_moe::ep::Solo::new();
+            let step = Step::agree(&mut solo, 9).unwrap();
+            block.forward_traced(&hidden, &mut solo, &step).unwrap()
+        };
+        let before = trace(&build(false));
+        let perfect = trace(&build(true));
+        let after = trace(&build(false));
+        assert_eq!(oracle::bits_of(&perfect.router_logits), oracle::bits_of(&before.router_logits));
+        let plan = Schedule::new(8, 2, 1, 0).unwrap();
+        for (token, ids) in perfect.routing.topk_ids.to_vec2::<u32>().unwrap().into_iter().enumerate() {
+            let mut planned: Vec<u32> = plan.experts(token).map(|e| e as u32).collect();
+            let mut ids = ids;
+            planned.sort_unstable();
+            ids.sort_unstable();
+            assert_eq!(ids, planned, "the bias disturbed the plan");
+        }
+        assert_eq!(oracle::bits_of(&after.hidden), oracle::bits_of(&before.hidden));
+        let ids = |output: &MoeOutput| output.routing.topk_ids.to_vec2::<u32>().unwrap();
+        assert_eq!(ids(&after), ids(&before), "the bias was changed");
+    }
+    assert_eq!(oracle::bits_of(&layer.selection_bias), bias);
+}
+
+#[test]
+fn perfect_routing_refuses_experts_that_do_not_divide_and_learned_routing_does_not() {
+    let layer = Layer::new(11, 7, DType::F32);
+    let builder = || layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, 1);
+    assert!(!builder().build().unwrap().is_perfect());
+    let error = builder().perfect_router(true).build().unwrap_err().to_string();
+    for word in ["num_experts is 7", "ep_size, which is 3"] {
+        assert!(error.contains(word), "{word:?} is not in {error:?}");
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Statistics
+
+#[test]
+fn the_load_equals_a_naive_count_over_all_ranks_and_calls() {
+    for (num_experts, ep_size) in [(8, 4), (7, 3), (8, 1)] {
+        let layer = Layer::new(13, num_experts, DType::F32);
+        let counts: Vec<usize> = (0..ep_size).map(|rank| [4, 0, 7, 1][rank]).collect();
+        let per_rank = on_ranks(ep_size, |mut ranks| {
+            let rank = ranks.rank();
+            let router = layer.router(RoutingMethod::Llama4, 3);
+            let block = layer.shard(router, ep_size, rank).statistics(true).build().unwrap();
+            let mut ids = Vec::new();
+            for call in 0..3u64 {
+                let step = Step::agree(&mut ranks, counts[rank]).unwrap();
+                let hidden = hidden_states(100 * call + rank as u64, counts[rank], DType::F32);
+                let output = block.forward_traced(&hidden, &mut ranks, &step).unwrap();
+                ids.extend(output.routing.topk_ids.flatten_all().unwrap().to_vec1::<u32>().unwrap());
+            }
+            let load = block.load().unwrap();
+            block.reset_load();
+            assert!(block.load().unwrap().slots_per_expert.iter().all(|&count| count == 0));
+            (ids, load)
+        });
+        let ids: Vec<u32> = per_rank.iter().flat_map(|(ids, _)| ids.clone()).collect();
+        let per_expert: Vec<u64> =
+            (0..num_experts as u32).map(|e| ids.iter().filter(|&&id| id == e).count() as u64).collect();
+        for (_, load) in &per_rank {
+            assert_eq!(load.slots_per_expert, per_expert);
+            let of_rank = |rank| Topology::new(num_experts, ep_size, rank).unwrap().local_experts();
+            let expected: Vec<u64> = (0..ep_size).map(|rank| per_expert[of_rank(rank)].iter().sum()).collect();
+            assert_eq!(load.slots_per_rank, expected);
+        }
+    }
+}
+
+#[test]
+fn the_load_of_a_block_without_statistics_is_an_error() {
+    let layer = Layer::new(13, 8, DType::F32);
+    let block = layer.shard(layer.router(RoutingMethod::Default, 1), 1, 0).build().unwrap();
+    block.reset_load();
+    let error = block.load().unwrap_err().to_string();
+    assert!(error.contains("moe block") && error.contains("statistics"), "{error}");
+}

@@ -1,0 +1,566 @@
+//! Experts against a float64 oracle that rounds where the contract says: the activation once, to the dtype of the hidden states.
+//!
+//! The bound of every comparison is worked out with the value ([`oracle::Bounded`]): float32 accumulation of `n` products may
+//! be off by `(n + 2) * 2^-24` of the sum of magnitudes. Where that cannot reach over a rounding boundary, the rounded
+//! activation must be the very same number, so a missing or an extra rounding shows.
+
+use crate::oracle::{self, Bounded, FLOATS, Matrix, Random};
+use candle_core::{DType, Device, IndexOp, Tensor};
+use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, weighted_sum};
+use candle_moe::order::{ExpertOrder, NO_EXPERT, NO_SLOT};
+use proptest::prelude::*;
+use std::ops::RangeInclusive;
+
+#[derive(Clone, Debug)]
+enum Format {
+    Dense(DType),
+    /// With scale bytes from this band.
+    Mxfp4(RangeInclusive<u8>),
+}
+
+/// Weights of `num_experts` matrices, and what they mean.
+fn weights(
+    random: &mut Random,
+    format: &Format,
+    (num_experts, out_features, in_features): (usize, usize, usize),
+) -> (ExpertWeights, Vec<Vec<Vec<f64>>>) {
+    let len = num_experts * out_features * in_features;
+    let (weights, flat): (_, Vec<f64>) = match format {
+        Format::Dense(dtype) => {
+            let values = random.units(len, 0.5);
+            let (tensor, held) = oracle::floats(&values, &[num_experts, out_features, in_features], *dtype);
+            (ExpertWeights::dense(tensor), held.into_iter().map(f64::from).collect())
+        }
+        Format::Mxfp4(band) => {
+            let blocks: Vec<u8> = (0..len / 2).map(|_| random.next() as u8).collect();
+            let width = usize::from(band.end() - band.start()) + 1;
+            let scales: Vec<u8> = (0..len / 32).map(|_| band.start() + random.below(width) as u8).collect();
+            let values = decode(&blocks, &scales);
+            let shape = (num_experts, out_features, in_features / 32);
+            let scales = Tensor::from_vec(scales, shape, &Device::Cpu).unwrap();
+            let blocks = Tensor::from_vec(blocks, (shape.0, shape.1, shape.2, 16), &Device::Cpu).unwrap();
+            (ExpertWeights::mxfp4(blocks, scales), values)
+        }
+    };
+    let matrix = |e: usize| {
+        let row = |o: usize| flat[(e * out_features + o) * in_features..][..in_features].to_vec();
+        (0..out_features).map(row).collect()
+    };
+    (weights.unwrap(), (0..num_experts).map(matrix).collect())
+}
+
+/// As published: low nibble first, 32 values to a scale byte.
+fn decode(blocks: &[u8], scales: &[u8]) -> Vec<f64> {
+    let nibbles = blocks.iter().flat_map(|byte| [byte & 15, byte >> 4]);
+    let value = |(i, nibble): (usize, u8)| {
+        let magnitude = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][usize::from(nibble & 7)];
+        let signed = if nibble & 8 == 0 { magnitude } else { -magnitude };
+        signed * 2f64.powi(i32::from(scales[i / 32]) - 127)
+    };
+    nibbles.enumerate().map(value).collect()
+}
+
+/// A projection and the matrices that it stands for.
+fn projection(
+    random: &mut Random,
+    format: &Format,
+    shape: (usize, usize, usize),
+    bias: Option<DType>,
+) -> (ExpertProjection, Vec<Matrix>) {
+    let (weights, values) = weights(random, format, shape);
+    let (tensor, held) = match bias {
+        Some(dtype) => {
+            let (tensor, held) = oracle::floats(&random.units(shape.0 * shape.1, 2.0), &[shape.0, shape.1], dtype);
+            (Some(tensor), held)
+        }
+        None => (None, vec![0.0; shape.0 * shape.1]),
+    };
+    let bias = |e: usize| held[e * shape.1..][..shape.1].iter().map(|&b| b.into()).collect();
+    let matrices = values.into_iter().enumerate().map(|(e, rows)| Matrix { rows, bias: bias(e) }).collect();
+    (ExpertProjection::new(weights, tensor).unwrap(), matrices)
+}
+
+#[derive(Clone, Debug)]
+struct Case {
+    num_experts: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    gate_up: Format,
+    down: Format,
+    bias: Option<DType>,
+    rows: GateUpRows,
+    activation: Activation,
+}
+
+struct Model {
+    experts: Experts,
+    gate_up: Vec<Matrix>,
+    down: Vec<Matrix>,
+    case: Case,
+}
+
+impl Model {
+    fn new(random: &mut Random, case: Case) -> Self {
+        let (e, h, i) = (case.num_experts, case.hidden_size, case.intermediate_size);
+        let (first, gate_up) = projection(random, &case.gate_up, (e, 2 * i, h), case.bias);
+        let (second, down) = projection(random, &case.down, (e, h, i), case.bias);
+        let experts = Experts::new(first, second, case.rows, case.activation).unwrap();
+        assert_eq!((experts.num_experts(), experts.hidden_size(), experts.intermediate_size()), (e, h, i));
+        Self { experts, gate_up, down, case }
+    }
+
+    /// Compares every row of the order; returns how far off the worst was, in parts of its bound.
+    fn check(&self, hidden: &Tensor, order: &ExpertOrder) -> f64 {
+        let rows = self.experts.forward(hidden, order).unwrap();
+        assert_eq!(rows.dtype(), DType::F32);
+        let tokens = oracle::rows_of(hidden);
+        let offsets = order.expert_offsets.to_vec1::<u32>().unwrap();
+        let slots = order.sorted_slots.to_vec1::<u32>().unwrap();
+        let num_rows = offsets[offsets.len() - 1] as usize;
+        assert_eq!(rows.dims(), [num_rows, self.case.hidden_size]);
+        let rows = if num_rows > 0 { oracle::rows_of(&rows) } else { Vec::new() };
+        let mut worst = 0f64;
+        for (place, row) in rows.iter().enumerate() {
+            let expert = offsets[1..].iter().filter(|&&end| end as usize <= place).count();
+            let token = slots[place] as usize / order.top_k();
+            let expected = oracle::expert(
+                &self.gate_up[expert],
+                &self.down[expert],
+                self.case.rows,
+                self.case.activation,
+                &tokens[token],
+                hidden.dtype(),
+            );
+            for (j, (&found, Bounded { value, error })) in row.iter().zip(expected).enumerate() {
+                if !value.is_finite() {
+                    assert!(!found.is_finite(), "place {place} feature {j}: {found}, not {value}: {:?}", self.case);
+                    continue;
+                }
+                let off = (f64::from(found) - value).abs();
+                assert!(off <= error, "place {place} feature {j}: {found}, not {value} +- {error}: {:?}", self.case);
+                worst = worst.max(off / error);
+            }
+        }
+        worst
+    }
+}
+
+fn order_of(ids: Vec<u32>, top_k: usize, num_experts: usize) -> ExpertOrder {
+    let ids = Tensor::from_vec(ids.clone(), (ids.len() / top_k, top_k), &Device::Cpu).unwrap();
+    ExpertOrder::new(&ids, num_experts, 0..num_experts).unwrap()
+}
+
+fn hidden_states(random: &mut Random, num_tokens: usize, hidden_size: usize, scale: f32, dtype: DType) -> Tensor {
+    oracle::floats(&random.units(num_tokens * hidden_size, scale), &[num_tokens, hidden_size], dtype).0
+}
+
+const REALISTIC: RangeInclusive<u8> = 116..=127;
+
+fn case() -> impl Strategy<Value = Case> {
+    let dtypes = || prop::sample::select(FLOATS.to_vec());
+    let dense = move || dtypes().prop_map(Format::Dense);
+    let format = move |mxfp4: bool| if mxfp4 { Just(Format::Mxfp4(REALISTIC)).boxed() } else { dense().boxed() };
+    let size = |mxfp4: bool, most: usize| {
+        if mxfp4 { (1..=most.div_ceil(32)).prop_map(|n| 32 * n).boxed() } else { (1..=most).boxed() }
+    };
+    let gated = prop::sample::select(vec![
+        (GateUpRows::Interleaved, Activation::GPT_OSS),
+        (GateUpRows::Concatenated, Activation::GPT_OSS),
+        (GateUpRows::Interleaved, Activation::Silu),
+        (GateUpRows::Concatenated, Activation::Silu),
+        (GateUpRows::Interleaved, Activation::SwigluOss { alpha: -0.5, limit: 0.75 }),
+    ]);
+    let formats = (any::<bool>(), any::<bool>());
+    (1usize..6, formats, prop::option::of(dtypes()), gated).prop_flat_map(
+        move |(num_experts, (first, second), bias, (rows, activation))| {
+            (size(first, 70), size(second, 45), format(first), format(second)).prop_map(
+                move |(hidden_size, intermediate_size, gate_up, down)| Case {
+                    num_experts,
+                    hidden_size,
+                    intermediate_size,
+                    gate_up,
+                    down,
+                    bias,
+                    rows,
+                    activation,
+                },
+            )
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(250) })]
+
+    #[test]
+    fn dense_and_mxfp4_experts_equal_the_oracle(
+        case in case(),
+        num_tokens in 0usize..12,
+        dtype in prop::sample::select(FLOATS.to_vec()),
+        scale in prop::sample::select(vec![0.1f32, 1.0, 30.0]),
+        seed in any::<u64>(),
+    ) {
+        let mut random = Random(seed);
+        let top_k = 1 + random.below(case.num_experts);
+        let (num_experts, hidden_size) = (case.num_experts, case.hidden_size);
+        let model = Model::new(&mut random, case);
+        let ids = (0..num_tokens).flat_map(|_| random.distinct(num_experts, top_k)).collect::<Vec<_>>();
+        let ids: Vec<u32> = ids.into_iter().map(|id| if random.below(8) == 0 { NO_EXPERT } else { id }).collect();
+        let order = order_of(ids, top_k, num_experts);
+        model.check(&hidden_states(&mut random, num_tokens, hidden_size, scale, dtype), &order);
+    }
+}
+
+fn gpt_oss(num_experts: usize, hidden_size: usize, intermediate_size: usize) -> Case {
+    Case {
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        gate_up: Format::Mxfp4(REALISTIC),
+        down: Format::Mxfp4(REALISTIC),
+        bias: Some(DType::BF16),
+        rows: GateUpRows::Interleaved,
+        activation: Activation::GPT_OSS,
+    }
+}
+
+#[test]
+fn groups_of_more_than_256_rows_and_waves_of_more_than_1024_are_whole() {
+    let mut random = Random(21);
+    let dense = Format::Dense(DType::F32);
+    for case in [gpt_oss(7, 32, 32), Case { gate_up: dense.clone(), down: dense, ..gpt_oss(7, 33, 5) }] {
+        let model = Model::new(&mut random, case);
+        // Expert 0 has none, 1 has one, 2 just a group, 3 one more than a group, 4 none, 5 more than a wave, 6 few.
+        for counts in
+            [[0, 1, 256, 257, 0, 1100, 3], [0, 0, 0, 2000, 0, 0, 0], [255, 1, 256, 512, 0, 0, 1], [1, 0, 0, 0, 0, 0, 0]]
+        {
+            let mut ids: Vec<u32> = (0..7u32).flat_map(|e| std::iter::repeat_n(e, counts[e as usize])).collect();
+            for i in (1..ids.len()).rev() {
+                ids.swap(i, random.below(i + 1));
+            }
+            let hidden = hidden_states(&mut random, ids.len(), model.case.hidden_size, 1.0, DType::BF16);
+            model.check(&hidden, &order_of(ids, 1, 7));
+        }
+    }
+}
+
+#[test]
+fn all_tokens_to_one_expert_of_many() {
+    let mut random = Random(22);
+    let model = Model::new(&mut random, gpt_oss(8, 64, 96));
+    let hidden = hidden_states(&mut random, 40, 64, 1.0, DType::BF16);
+    for expert in [0, 5, 7] {
+        model.check(&hidden, &order_of(vec![expert; 40], 1, 8));
+    }
+}
+
+#[test]
+fn only_the_local_experts_work_and_they_are_counted_from_the_start_of_the_range() {
+    let mut random = Random(23);
+    let model = Model::new(&mut random, gpt_oss(3, 32, 64));
+    let hidden = hidden_states(&mut random, 30, 32, 1.0, DType::F16);
+    let ids: Vec<u32> = (0..30).flat_map(|_| random.distinct(9, 4)).collect();
+    let ids = Tensor::from_vec(ids, (30, 4), &Device::Cpu).unwrap();
+    for start in [0, 4, 6] {
+        model.check(&hidden, &ExpertOrder::new(&ids, 9, start..start + 3).unwrap());
+    }
+}
+
+#[test]
+fn hidden_states_may_be_a_view() {
+    let mut random = Random(24);
+    let model = Model::new(&mut random, gpt_oss(4, 32, 32));
+    let wide = hidden_states(&mut random, 40, 20, 1.0, DType::BF16);
+    let view = wide.t().unwrap().narrow(1, 5, 32).unwrap().narrow(0, 2, 11).unwrap();
+    assert!(!view.is_contiguous());
+    model.check(&view, &order_of((0..11).flat_map(|_| random.distinct(4, 2)).collect(), 2, 4));
+}
+
+#[test]
+fn weights_may_be_views() {
+    let mut random = Random(25);
+    let case =
+        Case { gate_up: Format::Dense(DType::F32), down: Format::Dense(DType::F32), bias: None, ..gpt_oss(2, 5, 3) };
+    let values = random.units(4 * 9 * 9, 1.0);
+    let base = Tensor::from_vec(values, (4, 9, 9), &Device::Cpu).unwrap();
+    // As third-party copies hold them: [E, in, out].
+    let gate_up = base.i((1..3, 2..7, 1..7)).unwrap().transpose(1, 2).unwrap();
+    let down = base.i((2..4, 3..6, 4..9)).unwrap().transpose(1, 2).unwrap();
+    let matrices = |t: &Tensor| -> Vec<Matrix> {
+        let wide = |row: Vec<f32>| row.into_iter().map(f64::from).collect::<Vec<_>>();
+        let matrix =
+            |rows: Vec<Vec<f32>>| Matrix { bias: vec![0.0; rows.len()], rows: rows.into_iter().map(wide).collect() };
+        t.to_vec3::<f32>().unwrap().into_iter().map(matrix).collect()
+    };
+    let (first, second) = (matrices(&gate_up), matrices(&down));
+    let projection = |t| ExpertProjection::new(ExpertWeights::dense(t).unwrap(), None).unwrap();
+    let experts = Experts::new(projection(gate_up), projection(down), case.rows, case.activation).unwrap();
+    let model = Model { experts, gate_up: first, down: second, case };
+    model.check(&hidden_states(&mut random, 6, 5, 1.0, DType::F32), &order_of(vec![0, 1, 1, 0, 1, 0], 1, 2));
+}
+
+// ---------------------------------------------------------------------------------------------
+// MXFP4
+
+#[test]
+fn every_nibble_at_every_place_and_every_scale_decodes_exactly() {
+    // One row per scale byte; a hidden state that is 1 at one place picks one value, so nothing rounds.
+    let mut random = Random(31);
+    let blocks: Vec<u8> = (0..255 * 16).map(|_| random.next() as u8).collect();
+    let scales: Vec<u8> = (0..255).collect();
+    let exact = decode(&blocks, &scales);
+    let tensor = |values: Vec<u8>, shape: &[usize]| Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+    let weights = ExpertWeights::mxfp4(tensor(blocks, &[1, 255, 1, 16]), tensor(scales, &[1, 255, 1])).unwrap();
+    assert_eq!((weights.num_experts(), weights.out_features(), weights.in_features()), (1, 255, 32));
+    assert_eq!(weights.bytes_per_expert(), 255 * 17);
+    let projection = ExpertProjection::new(weights, None).unwrap();
+    let one_hot = Tensor::eye(32, DType::F32, &Device::Cpu).unwrap();
+    let products = oracle::rows_of(&projection.linear(&one_hot).unwrap());
+    for (i, row) in products.iter().enumerate() {
+        for (scale, &found) in row.iter().enumerate() {
+            let expected = exact[scale * 32 + i];
+            // 2^128 and more is beyond float32; infinity times the zeros beside it is NaN.
+            if scale < 253 {
+                assert_eq!(f64::from(found), expected, "place {i} scale {scale}");
+            } else if f64::from(expected as f32).is_finite() {
+                assert!(found.is_nan() || f64::from(found) == expected, "place {i} scale {scale}");
+            }
+        }
+    }
+}
+
+#[test]
+fn mxfp4_scales_of_all_magnitudes_stay_within_the_bound() {
+    // 2^-127 to 2^80: block sums of utterly different sizes, clamps everywhere.
+    let mut random = Random(32);
+    let case = Case { gate_up: Format::Mxfp4(0..=207), ..gpt_oss(4, 96, 64) };
+    let model = Model::new(&mut random, case);
+    for dtype in FLOATS {
+        let hidden = hidden_states(&mut random, 25, 96, 1.0, dtype);
+        model.check(&hidden, &order_of((0..25).flat_map(|_| random.distinct(4, 2)).collect(), 2, 4));
+    }
+}
+
+#[test]
+fn the_scale_byte_255_is_refused_with_its_place() {
+    let blocks = Tensor::zeros((3, 4, 2, 16), DType::U8, &Device::Cpu).unwrap();
+    for place in [0, 1, 7, 8, 23] {
+        let mut scales = vec![254u8; 24];
+        scales[place] = 255;
+        let scales = Tensor::from_vec(scales, (3, 4, 2), &Device::Cpu).unwrap();
+        let error = ExpertWeights::mxfp4(blocks.clone(), scales).unwrap_err().to_string();
+        let (expert, row, block) = (place / 8, place / 2 % 4, place % 2);
+        for word in [&format!("expert {expert}, row {row}, block {block}"), "255", "at most 254"] {
+            assert!(error.contains(word), "{word:?} is not in {error:?}");
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Numerics by hand
+
+/// One feature in, one expert: gate and up are the biases.
+fn activated(activation: Activation, gate: f32, up: f32, dtype: DType) -> f32 {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let bias = Tensor::new(&[[gate, up]], &Device::Cpu).unwrap();
+    let first = ExpertProjection::new(ExpertWeights::dense(zeros(&[1, 2, 1])).unwrap(), Some(bias)).unwrap();
+    let ones = zeros(&[1, 1, 1]).ones_like().unwrap();
+    let second = ExpertProjection::new(ExpertWeights::dense(ones).unwrap(), None).unwrap();
+    let experts = Experts::new(first, second, GateUpRows::Interleaved, activation).unwrap();
+    let hidden = zeros(&[1, 1]).to_dtype(dtype).unwrap();
+    experts.forward(&hidden, &order_of(vec![0], 1, 1)).unwrap().to_vec2::<f32>().unwrap()[0][0]
+}
+
+#[test]
+fn clamps_come_after_the_bias_and_the_gate_has_no_lower_clamp() {
+    let oss = |gate: f64, up: f64| gate * oracle::sigmoid(1.702 * gate) * (up + 1.0);
+    for (gate, up, expected) in [
+        (100.0, 0.0, oss(7.0, 0.0)),
+        (7.5, 100.0, oss(7.0, 7.0)),
+        (1.0, -100.0, oss(1.0, -7.0)),
+        (-9.0, 2.0, oss(-9.0, 2.0)),
+        (-1e30, 2.0, 0.0),
+        (f32::NEG_INFINITY, 7.0, f64::NAN),
+        (0.5, -1.0, 0.0),
+    ] {
+        let found = f64::from(activated(Activation::GPT_OSS, gate, up, DType::F32));
+        if expected.is_nan() {
+            // -inf * sigmoid(-inf): no number is right, but it must not be a big one.
+            assert!(found.is_nan() || found == 0.0, "{found}");
+        } else {
+            assert!((found - expected).abs() <= 4e-6 * expected.abs() + 1e-30, "({gate}, {up}): {found} {expected}");
+        }
+    }
+    let silu = f64::from(activated(Activation::Silu, 100.0, -50.0, DType::F32));
+    assert!((silu + 5000.0).abs() < 1e-2, "{silu}: Silu has no clamp");
+    assert_eq!(activated(Activation::Silu, -1000.0, 1.0, DType::F32), 0.0);
+}
+
+#[test]
+fn the_activation_is_rounded_once_to_the_dtype_of_the_hidden_states() {
+    for (gate, up) in [(1.2345678, 0.7654321), (3.3333, -0.1), (0.01, 5.5)] {
+        let exact = f64::from(activated(Activation::GPT_OSS, gate, up, DType::F32));
+        for dtype in [DType::BF16, DType::F16] {
+            assert_eq!(f64::from(activated(Activation::GPT_OSS, gate, up, dtype)), oracle::round(exact, dtype));
+        }
+        assert_ne!(exact, oracle::round(exact, DType::BF16), "a test that tells nothing");
+    }
+}
+
+#[test]
+fn nan_comes_out_as_nan_and_stays_with_its_token() {
+    for activation in [Activation::GPT_OSS, Activation::Silu] {
+        assert!(activated(activation, f32::NAN, 1.0, DType::F32).is_nan());
+        assert!(activated(activation, 1.0, f32::NAN, DType::F32).is_nan());
+    }
+    let mut random = Random(33);
+    let model = Model::new(&mut random, gpt_oss(2, 32, 32));
+    for bad in [f32::NAN, f32::INFINITY] {
+        let clean = random.units(9 * 32, 1.0);
+        let mut spoilt = clean.clone();
+        spoilt[4 * 32 + 17] = bad;
+        let run = |values: Vec<f32>| {
+            let hidden = Tensor::from_vec(values, (9, 32), &Device::Cpu).unwrap();
+            model.experts.forward(&hidden, &order_of(vec![0; 9], 1, 2)).unwrap().to_vec2::<f32>().unwrap()
+        };
+        let (clean, spoilt) = (run(clean), run(spoilt));
+        for token in (0..9).filter(|&token| token != 4) {
+            assert_eq!(clean[token], spoilt[token], "token {token} was spoilt by token 4");
+        }
+        assert!(!bad.is_nan() || spoilt[4].iter().all(|v| v.is_nan()), "NaN was lost");
+    }
+}
+
+#[test]
+fn experts_without_an_inner_feature_give_their_bias() {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let first = ExpertProjection::new(ExpertWeights::dense(zeros(&[2, 0, 3])).unwrap(), None).unwrap();
+    let bias = Tensor::new(&[[1f32, 2., 3.], [4., 5., 6.]], &Device::Cpu).unwrap();
+    let second = ExpertProjection::new(ExpertWeights::dense(zeros(&[2, 3, 0])).unwrap(), Some(bias)).unwrap();
+    let experts = Experts::new(first, second, GateUpRows::Concatenated, Activation::Silu).unwrap();
+    let rows = experts.forward(&zeros(&[2, 3]), &order_of(vec![1, 0], 1, 2)).unwrap();
+    assert_eq!(rows.to_vec2::<f32>().unwrap(), [[1., 2., 3.], [4., 5., 6.]]);
+}
+
+#[test]
+fn a_linear_layer_without_an_input_feature_gives_its_bias() {
+    let weight = Tensor::zeros((1, 3, 0), DType::F32, &Device::Cpu).unwrap();
+    let bias = Tensor::new(&[[1f32, 2., 3.]], &Device::Cpu).unwrap();
+    let linear = ExpertProjection::new(ExpertWeights::dense(weight).unwrap(), Some(bias)).unwrap();
+    let hidden = Tensor::zeros((2, 0), DType::F32, &Device::Cpu).unwrap();
+    assert_eq!(linear.linear(&hidden).unwrap().to_vec2::<f32>().unwrap(), [[1., 2., 3.], [1., 2., 3.]]);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The linear layer
+
+#[test]
+fn the_linear_layer_equals_the_oracle_with_one_rounding() {
+    let mut random = Random(41);
+    for (num_tokens, out_features, in_features) in [(0, 8, 32), (1, 1, 1), (3, 17, 45), (300, 5, 64), (520, 3, 33)] {
+        for dtype in FLOATS {
+            for format in [Format::Dense(dtype), Format::Dense(DType::F32), Format::Mxfp4(REALISTIC)] {
+                if matches!(format, Format::Mxfp4(_)) && in_features % 32 != 0 {
+                    continue;
+                }
+                let (projection, matrices) =
+                    projection(&mut random, &format, (2, out_features, in_features), Some(DType::F32));
+                let hidden = hidden_states(&mut random, num_tokens, in_features, 1.0, dtype);
+                let found = projection.linear(&hidden).unwrap();
+                assert_eq!((found.dtype(), found.dims()), (dtype, &[num_tokens, out_features][..]));
+                if num_tokens == 0 {
+                    continue;
+                }
+                for (x, row) in oracle::rows_of(&hidden).iter().zip(oracle::rows_of(&found)) {
+                    let x: Vec<_> = x.iter().map(|&x| Bounded { value: x.into(), error: 0.0 }).collect();
+                    for (expected, found) in matrices[0].apply(&x).into_iter().zip(row) {
+                        let Bounded { value, error } = oracle::rounded(expected, dtype);
+                        let error = if dtype == DType::F32 { expected.error + error } else { error };
+                        assert!((f64::from(found) - value).abs() <= error, "{found}, not {value} +- {error}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Batch invariance
+
+#[test]
+fn a_row_has_the_same_bits_whatever_else_is_in_the_batch() {
+    let mut random = Random(51);
+    let dense = |dtype| Case { gate_up: Format::Dense(dtype), down: Format::Dense(dtype), ..gpt_oss(5, 45, 37) };
+    for case in [gpt_oss(5, 64, 96), dense(DType::F32), dense(DType::BF16), dense(DType::F16)] {
+        for dtype in FLOATS {
+            let model = Model::new(&mut random, case.clone());
+            let num_tokens = 290;
+            let hidden = hidden_states(&mut random, num_tokens, case.hidden_size, 1.0, dtype);
+            // Expert 0 gets more than a group.
+            let ids: Vec<u32> = (0..num_tokens).flat_map(|_| [0, 1 + random.below(4) as u32]).collect();
+            let rows_of_tokens = |tokens: &[usize]| -> Vec<Vec<u32>> {
+                let index: Vec<u32> = tokens.iter().map(|&t| t as u32).collect();
+                let hidden = hidden.index_select(&Tensor::new(index, &Device::Cpu).unwrap(), 0).unwrap();
+                let order = order_of(tokens.iter().flat_map(|&t| ids[2 * t..2 * t + 2].to_vec()).collect(), 2, 5);
+                let rows = model.experts.forward(&hidden, &order).unwrap().to_vec2::<f32>().unwrap();
+                let rank = order.slot_rank.to_vec1::<u32>().unwrap();
+                rank.iter().map(|&place| rows[place as usize].iter().map(|v| v.to_bits()).collect()).collect()
+            };
+            let everyone: Vec<usize> = (0..num_tokens).collect();
+            let all = rows_of_tokens(&everyone);
+            assert_eq!(all, rows_of_tokens(&everyone), "another run, other bits");
+            let mut subsets: Vec<Vec<usize>> = vec![vec![0], vec![289], vec![256], (250..290).collect()];
+            subsets
+                .extend((2..8).map(|size| random.distinct(num_tokens, size).into_iter().map(|t| t as usize).collect()));
+            for tokens in subsets {
+                for (i, row) in rows_of_tokens(&tokens).into_iter().enumerate() {
+                    assert_eq!(row, all[2 * tokens[i / 2] + i % 2], "token {} of {tokens:?}", tokens[i / 2]);
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The weighted sum
+
+#[test]
+fn the_weighted_sum_adds_in_slot_order_and_skips_slots_outside_the_order() {
+    let mut random = Random(61);
+    for (num_tokens, top_k, hidden_size, local) in
+        [(0, 2, 4, 0..8), (1, 1, 1, 0..8), (70, 4, 33, 0..8), (70, 4, 5, 3..6), (9, 3, 7, 2..2)]
+    {
+        let ids: Vec<u32> = (0..num_tokens).flat_map(|_| random.distinct(8, top_k)).collect();
+        let ids: Vec<u32> = ids.into_iter().map(|id| if random.below(6) == 0 { NO_EXPERT } else { id }).collect();
+        let ids = Tensor::from_vec(ids, (num_tokens, top_k), &Device::Cpu).unwrap();
+        let order = ExpertOrder::new(&ids, 8, local).unwrap();
+        let rank = order.slot_rank.to_vec1::<u32>().unwrap();
+        let num_rows = rank.iter().filter(|&&place| place != NO_SLOT).count();
+        let rows = random.units(num_rows * hidden_size, 1e3);
+        let weights = random.units(num_tokens * top_k, 1.0);
+        let mut expected = vec![0f32; num_tokens * hidden_size];
+        for (slot, &place) in rank.iter().enumerate().filter(|(_, place)| **place != NO_SLOT) {
+            for j in 0..hidden_size {
+                expected[slot / top_k * hidden_size + j] += weights[slot] * rows[place as usize * hidden_size + j];
+            }
+        }
+        let rows = Tensor::from_vec(rows, (num_rows, hidden_size), &Device::Cpu).unwrap();
+        let weights = Tensor::from_vec(weights, (num_tokens, top_k), &Device::Cpu).unwrap();
+        let sum = weighted_sum(&rows, &weights, &order).unwrap();
+        assert_eq!((sum.dtype(), sum.dims()), (DType::F32, &[num_tokens, hidden_size][..]));
+        assert_eq!(oracle::bits_of(&sum), expected.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn the_bytes_of_an_expert_are_those_of_the_published_model() {
+    // gpt-oss: 12.44 MB of 4-bit values, 0.78 MB of scales, and the biases, which are kept in f32.
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::U8, &Device::Cpu).unwrap();
+    let projection = |rows: usize| {
+        let weights = ExpertWeights::mxfp4(zeros(&[1, rows, 90, 16]), zeros(&[1, rows, 90])).unwrap();
+        ExpertProjection::new(weights, Some(Tensor::zeros((1, rows), DType::BF16, &Device::Cpu).unwrap())).unwrap()
+    };
+    let experts =
+        Experts::new(projection(5760), projection(2880), GateUpRows::Interleaved, Activation::GPT_OSS).unwrap();
+    assert_eq!(experts.bytes_per_expert(), 12_441_600 + 777_600 + 4 * 8640);
+}
