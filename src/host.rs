@@ -23,13 +23,14 @@ pub(crate) fn with_slice<T: WithDType, R>(
     f(&storage.as_slice::<T>()?[start..start + layout.shape().elem_count()])
 }
 
-/// Reserves room for `len` elements, or says that the memory is not there.
-pub(crate) fn try_with_capacity<T>(op: &str, len: usize) -> Result<Vec<T>> {
+/// `len` copies of `value`, or an error that says that the memory is not there.
+pub(crate) fn try_filled<T: Clone>(op: &str, value: T, len: usize) -> Result<Vec<T>> {
     let mut vec = Vec::new();
-    match vec.try_reserve_exact(len) {
-        Ok(()) => Ok(vec),
-        Err(_) => bail!("{op}: cannot allocate {len} elements of {} bytes", size_of::<T>()),
+    if vec.try_reserve_exact(len).is_err() {
+        bail!("{op}: cannot allocate {len} elements of {} bytes", size_of::<T>())
     }
+    vec.resize(len, value);
+    Ok(vec)
 }
 
 /// `a * b`, or an error that names `op` and both factors.

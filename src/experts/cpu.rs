@@ -16,7 +16,7 @@
 use super::simd::{PackedTokens, WeightRows, dot_rows};
 use super::weights::Values;
 use super::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, OP};
-use crate::host::{checked_product, try_with_capacity, with_slice};
+use crate::host::{checked_product, try_filled, with_slice};
 use crate::order::{ExpertOrder, NO_SLOT};
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
@@ -44,8 +44,7 @@ pub(super) fn forward(experts: &Experts, hidden: &Tensor, order: &ExpertOrder) -
     let offsets = order.expert_offsets.to_vec1::<u32>()?;
     let num_rows = offsets.last().map_or(0, |&total| total as usize);
     let len = checked_product(OP, ("num_rows", num_rows), ("hidden_size", hidden_size))?;
-    let mut rows = try_with_capacity::<f32>(OP, len)?;
-    rows.resize(len, 0.0);
+    let mut rows = try_filled(OP, 0f32, len)?;
     let round = rounding(hidden.dtype());
     let hidden = hidden.to_dtype(DType::F32)?;
     with_slice(&hidden, OP, "hidden", |hidden: &[f32]| {
@@ -111,7 +110,7 @@ fn forward_wave<'a>(
 ) -> Result<()> {
     let (gate_up, down) = (&experts.gate_up, &experts.down);
     let num_rows: usize = wave.iter().map(|group| group.places.len()).sum();
-    let work = num_rows.saturating_mul(gate_up.weights.out_features() * gate_up.weights.in_features());
+    let work = num_rows.saturating_mul(gate_up.weights.out_features().saturating_mul(gate_up.weights.in_features()));
     let inputs = map(wave, work, |group| {
         let tokens: Vec<_> = group.places.clone().map(token).collect();
         let value = |t: usize, i: usize| tokens[t][i];
@@ -176,8 +175,7 @@ pub(super) fn linear(projection: &ExpertProjection, hidden: &Tensor) -> Result<T
     let weights = &projection.weights;
     let (num_tokens, out_features) = (hidden.dims()[0], weights.out_features());
     let len = checked_product(OP, ("num_tokens", num_tokens), ("out_features", out_features))?;
-    let mut rows = try_with_capacity::<f32>(OP, len)?;
-    rows.resize(len, 0.0);
+    let mut rows = try_filled(OP, 0f32, len)?;
     // A product that saturates belongs to sizes that only empty tensors have.
     let group_len = out_features.saturating_mul(MAX_GROUP).max(1);
     with_slice(&hidden.to_dtype(DType::F32)?, OP, "hidden", |hidden: &[f32]| {
@@ -202,9 +200,7 @@ fn grouped_product(weights: &ExpertWeights, inputs: &[(usize, PackedTokens)]) ->
     let (out_features, in_features) = (weights.out_features(), weights.in_features());
     let zeros = |(_, input): &(usize, PackedTokens)| {
         let len = checked_product(OP, ("out_features", out_features), ("num_rows", input.num_tokens()))?;
-        let mut zeros = try_with_capacity::<f32>(OP, len)?;
-        zeros.resize(len, 0.0);
-        Ok(zeros)
+        try_filled(OP, 0f32, len)
     };
     let mut products = inputs.iter().map(zeros).collect::<Result<Vec<_>>>()?;
     let rows_per_task = VALUES_PER_TASK.div_ceil(in_features.max(1));
@@ -218,7 +214,7 @@ fn grouped_product(weights: &ExpertWeights, inputs: &[(usize, PackedTokens)]) ->
             }
         }
         let num_tokens: usize = inputs.iter().map(|(_, input)| input.num_tokens()).sum();
-        match num_tokens.saturating_mul(out_features * in_features) < MIN_PARALLEL {
+        match num_tokens.saturating_mul(out_features.saturating_mul(in_features)) < MIN_PARALLEL {
             true => tasks.into_iter().for_each(|(rows, input, out)| dot_rows(rows, input, out)),
             false => tasks.into_par_iter().for_each(|(rows, input, out)| dot_rows(rows, input, out)),
         }
@@ -280,8 +276,7 @@ pub(super) fn weighted_sum(rows: &Tensor, topk_weights: &Tensor, order: &ExpertO
     }
     let (num_tokens, top_k) = (order.num_tokens(), order.top_k());
     let len = checked_product(OP, ("num_tokens", num_tokens), ("hidden_size", hidden_size))?;
-    let mut sums = try_with_capacity::<f32>(OP, len)?;
-    sums.resize(len, 0.0);
+    let mut sums = try_filled(OP, 0f32, len)?;
     with_slice(rows, OP, "rows", |rows: &[f32]| {
         with_slice(topk_weights, OP, "topk_weights", |weights: &[f32]| {
             with_slice(&order.slot_rank, OP, "slot_rank", |rank: &[u32]| {

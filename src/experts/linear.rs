@@ -35,6 +35,17 @@ impl Linear {
         ExpertProjection::new(ExpertWeights::dense(weight.unsqueeze(0)?)?, bias).map(Self)
     }
 
+    /// A projection of one expert, MXFP4 or dense, as a layer of its own.
+    ///
+    /// # Errors
+    /// More or fewer experts than one.
+    pub fn from_projection(projection: ExpertProjection) -> Result<Self> {
+        match projection.weights().num_experts() {
+            1 => Ok(Self(projection)),
+            experts => bail!("linear: the projection has {experts} experts, expected 1"),
+        }
+    }
+
     /// Columns of the weight.
     pub fn in_features(&self) -> usize {
         self.0.weights().in_features()

@@ -1,7 +1,7 @@
 //! The cache of perfect logits.
 
 use super::Schedule;
-use crate::host::{checked_product, try_with_capacity};
+use crate::host::{checked_product, try_filled};
 use candle_core::{DType, Device, DeviceLocation, Result, Tensor, bail};
 use half::{bf16, f16};
 use std::collections::HashMap;
@@ -182,8 +182,7 @@ fn generate(key: &PerfectRouterKey, rows: usize, device: &Device) -> Result<Tens
 fn generate_as<L: candle_core::WithDType>(schedule: &Schedule, rows: usize, device: &Device) -> Result<Tensor> {
     let num_experts = schedule.num_experts();
     let len = checked_product(OP, ("num_tokens", rows), ("num_experts", num_experts))?;
-    let mut logits = try_with_capacity::<L>(OP, len)?;
-    logits.resize(len, L::from_f64(OTHERS.into()));
+    let mut logits = try_filled(OP, L::from_f64(OTHERS.into()), len)?;
     for (token, row) in logits.chunks_exact_mut(num_experts).enumerate() {
         schedule.experts(token).for_each(|expert| row[expert] = L::from_f64(PLANNED.into()));
     }

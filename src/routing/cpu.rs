@@ -15,7 +15,7 @@
 //!    which the choice by sigmoid + bias depends on.
 
 use super::{OP, Router, RoutingMethod};
-use crate::host::{checked_product, try_with_capacity};
+use crate::host::{checked_product, try_filled};
 use candle_core::{Layout, Result, WithDType};
 use rayon::prelude::*;
 
@@ -33,10 +33,8 @@ pub(super) fn route<L: WithDType + Into<f32>>(
 ) -> Result<(Vec<u32>, Vec<f32>)> {
     let num_tokens = layout.shape().elem_count() / num_experts.max(1);
     let num_slots = checked_product(OP, ("num_tokens", num_tokens), ("top_k", router.top_k))?;
-    let mut ids = try_with_capacity(OP, num_slots)?;
-    let mut weights = try_with_capacity(OP, num_slots)?;
-    ids.resize(num_slots, 0u32);
-    weights.resize(num_slots, 0f32);
+    let mut ids = try_filled(OP, 0u32, num_slots)?;
+    let mut weights = try_filled(OP, 0f32, num_slots)?;
     let (stride_token, stride_expert) = (layout.stride()[0], layout.stride()[1]);
     let rows_per_task = MIN_LOGITS_PER_TASK.div_ceil(num_experts.max(1));
     let bias = router.selection_bias.as_deref();

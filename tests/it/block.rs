@@ -2,9 +2,9 @@
 
 use crate::oracle::{self, Bounded, FLOATS, Matrix, Random};
 use candle_core::{DType, Device, Result, Tensor};
-use candle_moe::block::{Gate, MoeBlock, MoeBlockBuilder, MoeOutput};
+use candle_moe::block::{MoeBlock, MoeBlockBuilder, MoeOutput};
 use candle_moe::ep::{Communicator, Reduction, Step, Threads, Topology, launch};
-use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows};
+use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear};
 use candle_moe::perfect_router::Schedule;
 use candle_moe::routing::{Router, RoutingMethod};
 use std::time::{Duration, Instant};
@@ -62,7 +62,7 @@ impl Layer {
             Activation::GPT_OSS,
         )
         .unwrap();
-        let gate = Gate::new(self.gate.0.clone(), Some(self.gate.1.clone())).unwrap();
+        let gate = Linear::new(self.gate.0.clone(), Some(self.gate.1.clone())).unwrap();
         MoeBlock::builder(gate, router, experts).shard(ep_size, ep_rank)
     }
 

@@ -6,7 +6,7 @@
 
 use crate::oracle::{self, Bounded, FLOATS, Matrix, Random};
 use candle_core::{DType, Device, IndexOp, Tensor};
-use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, weighted_sum};
+use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, weighted_sum};
 use candle_moe::order::{ExpertOrder, NO_EXPERT, NO_SLOT};
 use proptest::prelude::*;
 use std::ops::RangeInclusive;
@@ -315,7 +315,7 @@ fn every_nibble_at_every_place_and_every_scale_decodes_exactly() {
     assert_eq!(weights.bytes_per_expert(), 255 * 17);
     let projection = ExpertProjection::new(weights, None).unwrap();
     let one_hot = Tensor::eye(32, DType::F32, &Device::Cpu).unwrap();
-    let products = oracle::rows_of(&projection.linear(&one_hot).unwrap());
+    let products = oracle::rows_of(&Linear::from_projection(projection).unwrap().forward(&one_hot).unwrap());
     for (i, row) in products.iter().enumerate() {
         for (scale, &found) in row.iter().enumerate() {
             let expected = exact[scale * 32 + i];
@@ -448,7 +448,10 @@ fn a_linear_layer_without_an_input_feature_gives_its_bias() {
     let bias = Tensor::new(&[[1f32, 2., 3.]], &Device::Cpu).unwrap();
     let linear = ExpertProjection::new(ExpertWeights::dense(weight).unwrap(), Some(bias)).unwrap();
     let hidden = Tensor::zeros((2, 0), DType::F32, &Device::Cpu).unwrap();
-    assert_eq!(linear.linear(&hidden).unwrap().to_vec2::<f32>().unwrap(), [[1., 2., 3.], [1., 2., 3.]]);
+    assert_eq!(
+        Linear::from_projection(linear).unwrap().forward(&hidden).unwrap().to_vec2::<f32>().unwrap(),
+        [[1., 2., 3.], [1., 2., 3.]]
+    );
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -464,9 +467,10 @@ fn the_linear_layer_equals_the_oracle_with_one_rounding() {
                     continue;
                 }
                 let (projection, matrices) =
-                    projection(&mut random, &format, (2, out_features, in_features), Some(DType::F32));
+                    projection(&mut random, &format, (1, out_features, in_features), Some(DType::F32));
+                let projection = Linear::from_projection(projection).unwrap();
                 let hidden = hidden_states(&mut random, num_tokens, in_features, 1.0, dtype);
-                let found = projection.linear(&hidden).unwrap();
+                let found = projection.forward(&hidden).unwrap();
                 assert_eq!((found.dtype(), found.dims()), (dtype, &[num_tokens, out_features][..]));
                 if num_tokens == 0 {
                     continue;
