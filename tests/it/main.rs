@@ -2,6 +2,7 @@
 mod block;
 mod ep;
 mod experts;
+mod no_panic;
 mod oracle;
 mod order;
 mod perfect_router;
