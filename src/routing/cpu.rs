@@ -138,9 +138,8 @@ fn weigh(method: RoutingMethod, all: &[f32], chosen: &mut [f32]) {
             let sum = chosen.iter().sum::<f32>() + MINIMAX2_EPSILON;
             chosen.iter_mut().for_each(|w| *w /= sum);
         }
-        // Far below 0 a sigmoid is e^l, and the quotient a softmax, which does not vanish as the sigmoids do. Not "<", for
-        // the sake of NaN.
-        RoutingMethod::SigmoidRenorm if !(chosen[0] >= SIGMOID_IS_EXP) => {
+        // Far below 0 a sigmoid is e^l, and the quotient a softmax, which does not vanish as the sigmoids do.
+        RoutingMethod::SigmoidRenorm if chosen[0].is_nan() || chosen[0] < SIGMOID_IS_EXP => {
             weigh(RoutingMethod::Renormalize, all, chosen);
         }
         RoutingMethod::SigmoidRenorm => {
