@@ -6,7 +6,7 @@
 
 use crate::ep::{Communicator, Reduction, Results, Solo, Step, Topology, combine, dispatch};
 use crate::experts::{Experts, Linear};
-use crate::order::ExpertOrder;
+use crate::order::{ExpertOrder, NO_EXPERT};
 use crate::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
 use crate::routing::{Router, Routing};
 use candle_core::{Result, Tensor, bail};
@@ -254,13 +254,14 @@ impl MoeBlock {
         let router_logits = self.gate.forward(hidden)?;
         let routing = self.route(&router_logits, step)?;
         let dispatched = dispatch(communicator, step, hidden, &routing)?;
-        self.count(&dispatched.routing)?;
         let topk_ids = &dispatched.routing.topk_ids;
         let order = ExpertOrder::new(topk_ids, self.topology.num_experts(), self.topology.local_experts())?;
         let rows = self.experts.forward(&dispatched.hidden, &order)?;
         let results =
             Results { rows: &rows, order: &order, dispatched: &dispatched, home: &routing, topology: &self.topology };
         let sum = combine(communicator, step, self.reduction, &results)?;
+        // Not before: the order has checked the ids of the other ranks, and a failed call leaves no trace.
+        self.count(&dispatched.routing)?;
         Ok(MoeOutput { hidden: sum.to_dtype(hidden.dtype())?, router_logits, routing })
     }
 
@@ -298,7 +299,7 @@ impl MoeBlock {
         let Some(load) = &self.load else { return Ok(()) };
         crate::host::with_slice(&routing.topk_ids, OP, "topk_ids", |ids: &[u32]| {
             let mut load = load.lock().unwrap_or_else(PoisonError::into_inner);
-            ids.iter().for_each(|&id| load[id as usize] += 1);
+            ids.iter().filter(|&&id| id != NO_EXPERT).for_each(|&id| load[id as usize] += 1);
             Ok(())
         })
     }

@@ -62,6 +62,13 @@ impl ExpertWeights {
         if blocks.dtype() != DType::U8 || scales.dtype() != DType::U8 {
             bail!("mxfp4 weights: dtypes {:?} and {:?}, expected u8 and u8", blocks.dtype(), scales.dtype())
         }
+        let Some(in_features) = num_blocks.checked_mul(MXFP4_BLOCK) else {
+            bail!(
+                "mxfp4 weights: blocks have shape {:?}, expected at most {} blocks to a row",
+                blocks.shape(),
+                usize::MAX / MXFP4_BLOCK
+            )
+        };
         let (blocks, scales) = (blocks.contiguous()?, scales.contiguous()?);
         crate::host::with_slice(&scales, "mxfp4 weights", "scales", |scales: &[u8]| {
             match scales.iter().position(|&scale| scale == u8::MAX) {
@@ -77,7 +84,6 @@ impl ExpertWeights {
                 None => Ok(()),
             }
         })?;
-        let in_features = num_blocks * MXFP4_BLOCK;
         Ok(Self { values: Values::Mxfp4 { blocks, scales }, num_experts, out_features, in_features })
     }
 

@@ -1,6 +1,7 @@
 //! Expert order on the CPU: a counting sort in three passes over the slots.
 
 use super::{NO_EXPERT, NO_SLOT, OP};
+use crate::host::try_filled;
 use candle_core::{Result, bail};
 use std::ops::Range;
 
@@ -12,7 +13,7 @@ pub(super) struct Order {
 }
 
 pub(super) fn order(ids: &[u32], num_experts: usize, local: Range<usize>) -> Result<Order> {
-    let mut expert_counts = vec![0u32; local.len()];
+    let mut expert_counts = try_filled(OP, 0u32, local.len())?;
     for (slot, &id) in ids.iter().enumerate() {
         if local.contains(&(id as usize)) {
             expert_counts[id as usize - local.start] += 1;
@@ -20,13 +21,12 @@ pub(super) fn order(ids: &[u32], num_experts: usize, local: Range<usize>) -> Res
             bail!("{OP}: slot {slot} has expert id {id}, expected less than num_experts, which is {num_experts}")
         }
     }
-    let mut expert_offsets = Vec::with_capacity(local.len() + 1);
+    let mut expert_offsets = try_filled(OP, 0, local.len() + 1)?;
     let mut total = 0;
-    for count in &expert_counts {
-        expert_offsets.push(total);
+    for (offset, count) in expert_offsets[1..].iter_mut().zip(&expert_counts) {
         total += count;
+        *offset = total;
     }
-    expert_offsets.push(total);
 
     let mut next = expert_offsets.clone();
     let mut sorted_slots = vec![NO_SLOT; ids.len()];

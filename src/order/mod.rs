@@ -74,8 +74,8 @@ impl ExpertOrder {
         if local_experts.start > local_experts.end || local_experts.end > num_experts {
             bail!("{OP}: local_experts is {local_experts:?}, expected a range inside 0..{num_experts}")
         }
-        if topk_ids.elem_count() >= NO_SLOT as usize {
-            bail!("{OP}: {} slots, expected fewer than {NO_SLOT}", topk_ids.elem_count())
+        if num_tokens.checked_mul(top_k).is_none_or(|num_slots| num_slots >= NO_SLOT as usize) {
+            bail!("{OP}: topk_ids has shape {:?}, expected fewer than {NO_SLOT} slots", topk_ids.shape())
         }
         let order = crate::host::with_slice(topk_ids, OP, "topk_ids", |ids: &[u32]| {
             cpu::order(ids, num_experts, local_experts.clone())

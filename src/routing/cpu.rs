@@ -31,7 +31,9 @@ pub(super) fn route<L: WithDType + Into<f32>>(
     num_experts: usize,
     router: &Router,
 ) -> Result<(Vec<u32>, Vec<f32>)> {
-    let num_tokens = layout.shape().elem_count() / num_experts.max(1);
+    let num_tokens = layout.dims()[0];
+    // A broadcast view may stand for more logits than 64 bits count.
+    checked_product(OP, ("num_tokens", num_tokens), ("num_experts", num_experts))?;
     let num_slots = checked_product(OP, ("num_tokens", num_tokens), ("top_k", router.top_k))?;
     let mut ids = try_filled(OP, 0u32, num_slots)?;
     let mut weights = try_filled(OP, 0f32, num_slots)?;

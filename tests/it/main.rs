@@ -10,6 +10,7 @@ mod examples_gpt_oss;
 mod experts;
 mod gpt_oss;
 mod gpt_oss_parts;
+mod no_panic;
 mod oracle;
 mod order;
 mod perfect_router;
