@@ -87,16 +87,15 @@ pub fn combine(
 ) -> Result<Tensor> {
     let Results { rows, order, dispatched, home, topology } = results;
     match reduction {
-        Reduction::SlotOrder if topology.ep_size() > 1 => {
+        Reduction::RankPartial => {
+            let partial = weighted_sum(rows, &dispatched.routing.topk_weights, order)?;
+            Ok(communicator.reduce_scatter(&partial, step.token_counts())?)
+        }
+        Reduction::SlotOrder => {
             let (places, counts) = rows_by_home(step, order)?;
             let sent = rows.index_select(&places, 0)?;
             let (received, _) = communicator.all_to_all(&sent, &counts)?;
             weighted_sum(&received, &home.topk_weights, &order_by_owner(topology, &home.topk_ids)?)
-        }
-        // The sum of a single rank is in slot order already.
-        Reduction::SlotOrder | Reduction::RankPartial => {
-            let partial = weighted_sum(rows, &dispatched.routing.topk_weights, order)?;
-            Ok(communicator.reduce_scatter(&partial, step.token_counts())?)
         }
     }
 }
