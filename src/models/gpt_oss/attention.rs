@@ -10,7 +10,7 @@
 //! and probabilities stay in float32.
 
 use super::cache::LayerCache;
-use super::decoder::Weights;
+use super::weights::Weights;
 use crate::experts::Linear;
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::{ops::softmax_last_dim, rotary_emb::rope};

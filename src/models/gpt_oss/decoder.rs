@@ -3,6 +3,7 @@
 use super::attention::{Attention, Positions};
 use super::cache::Cache;
 use super::rope::Rope;
+use super::weights::Weights;
 use super::{Config, MoeLayers};
 use crate::checkpoint::Checkpoint;
 use crate::experts::Linear;
@@ -155,27 +156,5 @@ impl Norm {
     fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
         let normed = rms_norm(&hidden.to_dtype(DType::F32)?.contiguous()?, &self.weight, self.eps)?;
         normed.to_dtype(hidden.dtype())
-    }
-}
-
-/// The dense tensors of a checkpoint by their published names, in their stored dtype.
-pub(super) struct Weights<'a> {
-    pub(super) checkpoint: &'a Checkpoint,
-    pub(super) config: &'a Config,
-    pub(super) device: &'a Device,
-}
-
-impl Weights<'_> {
-    pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        Ok(self.checkpoint.tensor(name, shape, &[DType::BF16, DType::F32, DType::F16], self.device)?)
-    }
-
-    pub(super) fn linear(&self, name: &str, out_features: usize, in_features: usize, bias: bool) -> Result<Linear> {
-        let weight = self.tensor(&format!("{name}.weight"), &[out_features, in_features])?;
-        let bias = match bias {
-            true => Some(self.tensor(&format!("{name}.bias"), &[out_features])?),
-            false => None,
-        };
-        Linear::new(weight, bias)
     }
 }

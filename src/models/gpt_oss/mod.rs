@@ -13,6 +13,7 @@ mod model;
 mod moe;
 mod rope;
 mod sampling;
+mod weights;
 
 pub use cache::Cache;
 pub use config::{Config, RopeConfig};

@@ -1,7 +1,7 @@
 //! The MoE layers: read for one rank, and run by all ranks of a process.
 
 use super::Config;
-use super::decoder::Weights;
+use super::weights::Weights;
 use crate::block::{Load, MoeBlock, MoeOutput};
 use crate::checkpoint::Checkpoint;
 use crate::ep::{Communicator, Reduction, Step, Threads, Topology};
