@@ -28,8 +28,10 @@ impl Linear {
         if weight.rank() != 2 {
             bail!("linear: weight has shape {:?}, expected [out_features, in_features]", weight.shape())
         }
+        let out_features = weight.dims()[0];
         let bias = match bias {
-            Some(bias) => Some(bias.unsqueeze(0)?),
+            Some(bias) if bias.dims() == [out_features] => Some(bias.unsqueeze(0)?),
+            Some(bias) => bail!("linear: bias has shape {:?}, expected [{out_features}]", bias.shape()),
             None => None,
         };
         ExpertProjection::new(ExpertWeights::dense(weight.unsqueeze(0)?)?, bias).map(Self)

@@ -8,7 +8,7 @@ pub const MXFP4_BLOCK: usize = 32;
 /// One matrix `[out_features, in_features]` per local expert.
 ///
 /// MXFP4 stays in 4 bits: value = `table[nibble] * 2^(scale - 127)`, table 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the same negated
-/// (bit 3 is the sign). Byte `b` of a block holds elements `2b` (low nibble) and `2b + 1` (high nibble).
+/// (bit 3 is the sign). With scale bytes 253 and 254 the largest values are beyond float32 and infinite. Byte `b` of a block holds elements `2b` (low nibble) and `2b + 1` (high nibble).
 #[derive(Debug, Clone)]
 pub struct ExpertWeights {
     pub(super) values: Values,

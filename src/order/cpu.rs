@@ -28,9 +28,10 @@ pub(super) fn order(ids: &[u32], num_experts: usize, local: Range<usize>) -> Res
         *offset = total;
     }
 
-    let mut next = expert_offsets.clone();
-    let mut sorted_slots = vec![NO_SLOT; ids.len()];
-    let mut slot_rank = vec![NO_SLOT; ids.len()];
+    let mut next = try_filled(OP, 0, local.len())?;
+    next.copy_from_slice(&expert_offsets[..local.len()]);
+    let mut sorted_slots = try_filled(OP, NO_SLOT, ids.len())?;
+    let mut slot_rank = try_filled(OP, NO_SLOT, ids.len())?;
     for (slot, &id) in ids.iter().enumerate() {
         if local.contains(&(id as usize)) {
             let place = &mut next[id as usize - local.start];

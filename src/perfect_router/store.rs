@@ -164,7 +164,8 @@ impl State {
             return Ok((buffer.clone(), false));
         }
         let twice = held.map_or(MIN_ROWS, |buffer| buffer.dims()[0].saturating_mul(2));
-        let buffer = generate(key, rows.max(twice), device)?;
+        // Doubling is a convenience: what was asked for is enough.
+        let buffer = generate(key, rows.max(twice), device).or_else(|_| generate(key, rows, device))?;
         self.buffers.insert(place, buffer.clone());
         Ok((buffer, true))
     }

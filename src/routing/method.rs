@@ -20,7 +20,8 @@ use std::str::FromStr;
 ///
 /// Softmax and sigmoid are increasing, so every method without a bias compares the logits themselves: two logits
 /// whose scores would round to the same float32 are still told apart. `MiniMax2` compares the float32 value of
-/// sigmoid(l) + b, and experts whose float32 values are equal are tied.
+/// sigmoid(l) + b, and experts whose float32 values are equal are tied; where all chosen sigmoids are far below 1e-20, its
+/// weights go to 0 as the formula says.
 ///
 /// More methods will come (grouped selection among them); a `match` needs a wildcard arm.
 ///

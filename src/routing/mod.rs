@@ -10,7 +10,7 @@
 //!   or -inf has weight 0, unless nothing better was chosen: then the weights of the row are equal. Several +inf share
 //!   the weight equally.
 //! * The weights are differentiable with respect to the logits for every method; the choice itself has no gradient.
-//!   A row whose best logit is not finite has gradient 0.
+//!   A row whose best chosen logit is not finite has gradient 0.
 //!
 //! What chooses and what the weights are: [`RoutingMethod`].
 

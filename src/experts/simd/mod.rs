@@ -11,7 +11,7 @@
 //!    16 values (AVX-512), or of 8 magnitudes with the sign moved in by a shift (AVX2). Nothing is stored.
 //! 2. Low nibbles are the even elements and high nibbles the odd ones, so tokens are packed even elements first
 //!    ([`ElementOrder::EvenOdd`]) and nibbles need no shuffle.
-//! 3. The block scale multiplies the weights: a power of two, so it is exact, and is paid once for all tokens of a tile.
+//! 3. The block scale multiplies the weights: a power of two, so it is exact (up to scale byte 252), and is paid once for all tokens of a tile.
 //! 4. A tile is a few rows by a few tokens, as many as the registers hold: each weight is decoded once for all its tokens,
 //!    each token value loaded once for all its rows.
 //! 5. Every token sees the same operations in the same order whatever the tile it falls in, so its result does not depend
