@@ -13,6 +13,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod memory;
+mod report;
 mod workload;
 
 use anyhow::{Context, Result, anyhow};
@@ -25,12 +26,11 @@ use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule}
 use candle_moe::routing::{Router, Routing};
 use clap::{Parser, ValueEnum};
 use common::progress;
-use common::report::{
-    BadArguments, Column, OutputFormat, Verdict, digits, finish, plain, print, print_json, row, table,
-};
+use common::report::{BadArguments, OutputFormat, Verdict, finish, plain, print, print_json};
 use common::stats::{Budget, Meter, Summary, measure};
 use indicatif::ProgressBar;
 use memory::Bandwidth;
+use report::{Lines, Metadata, Report, Row};
 use serde::Serialize;
 use std::hint::black_box;
 use std::num::NonZeroUsize;
@@ -115,75 +115,6 @@ enum Part {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse::<f64>().map_err(|_| "expected a number of seconds".to_string())?;
     Duration::try_from_secs_f64(seconds).map_err(|_| "expected a number of seconds that is not negative".into())
-}
-
-/// The JSON output as it is.
-#[derive(Debug, Serialize)]
-struct Report {
-    metadata: Metadata,
-    rows: Vec<Row>,
-}
-
-#[derive(Debug, Serialize)]
-struct Metadata {
-    bench: &'static str,
-    crate_version: &'static str,
-    device: &'static str,
-    /// Where the system says so.
-    cpu_model: Option<String>,
-    threads: usize,
-    dtype: Precision,
-    weights: &'static str,
-    ep_size: usize,
-    seed: u64,
-    iters: usize,
-    seconds: f64,
-    #[serde(flatten)]
-    bandwidth: Bandwidth,
-}
-
-/// One measurement. Times are in microseconds, rates in 10^9 per second.
-#[derive(Debug, Serialize)]
-struct Row {
-    profile: &'static str,
-    part: Part,
-    routing: &'static str,
-    /// On each rank.
-    num_tokens: usize,
-    iterations: usize,
-    median_us: f64,
-    p10_us: f64,
-    p90_us: f64,
-    mean_us: f64,
-    stdev_us: f64,
-    min_us: f64,
-    max_us: f64,
-    /// Experts that a call touches on all ranks together, on average.
-    distinct_experts: f64,
-    /// For a layer the weights of these experts; otherwise what is read and written.
-    bytes: f64,
-    gb_per_s: f64,
-    /// Of the experts.
-    flops: Option<f64>,
-    gflop_per_s: Option<f64>,
-    copy_gb_per_s: f64,
-    /// `gb_per_s / copy_gb_per_s`.
-    copy_ratio: f64,
-    /// `bytes` at `copy_gb_per_s`.
-    floor_us: f64,
-    /// Where the time of a layer goes; measured on their own, with one rank.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    lines: Option<Lines>,
-}
-
-/// Medians.
-#[derive(Debug, Serialize)]
-struct Lines {
-    gate_and_routing_us: f64,
-    order_us: f64,
-    experts_us: f64,
-    /// Dispatch and combine.
-    combine_us: f64,
 }
 
 fn main() -> ExitCode {
@@ -523,98 +454,5 @@ impl<'a> Chooser<'a> {
         let key = PerfectRouterKey { schedule, dtype: router_logits.dtype() };
         let (first, num_tokens) = (self.workload.first_token(call), self.workload.num_tokens);
         self.router.route(&PerfectRouterStore::global().logits_from(&key, first, num_tokens, &Device::Cpu)?)
-    }
-}
-
-impl Report {
-    fn text(&self) -> String {
-        let Metadata { cpu_model, threads, dtype, weights, ep_size, bandwidth, .. } = &self.metadata;
-        let dtype = dtype.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
-        let mut sections = vec![format!(
-            "MoE on the CPU ({}, {threads} threads): {dtype} hidden states, {weights} weights, {ep_size} rank{}.\n\
-             Perfect routing is for measuring: the output of a model that runs with it is meaningless.",
-            cpu_model.as_deref().unwrap_or("unknown model"),
-            if *ep_size == 1 { "" } else { "s" }
-        )];
-        sections.push(self.rows_table());
-        sections.extend(self.lines_table());
-        sections.push(format!(
-            "Copy bandwidth of this run: {} GB/s (n bytes copied count as 2n, read and written); read only: {} GB/s.\n\
-             MB: weights of the experts touched, for routing and order what is read and written. Floor: MB at copy bandwidth.",
-            digits(bandwidth.copy_gb_per_s),
-            digits(bandwidth.read_gb_per_s)
-        ));
-        let single = self.rows.iter().filter(|row| row.part == Part::Layer && row.num_tokens == 1).map(|row| {
-            format!(
-                "One token, {}, {weights}, {} routing: {} GB/s of weights, {:.2} of the copy bandwidth.\n",
-                row.profile,
-                row.routing,
-                digits(row.gb_per_s),
-                row.copy_ratio
-            )
-        });
-        sections.push(single.collect::<String>().trim_end().to_string());
-        sections.retain(|section| !section.is_empty());
-        sections.join("\n\n")
-    }
-
-    fn rows_table(&self) -> String {
-        let mut table = table([
-            Column::Text("profile"),
-            Column::Text("part"),
-            Column::Text("routing"),
-            Column::Number("tokens"),
-            Column::Number("median us"),
-            Column::Number("p10 .. p90"),
-            Column::Number("experts"),
-            Column::Number("MB"),
-            Column::Number("GB/s"),
-            Column::Number("of copy"),
-            Column::Number("floor us"),
-            Column::Number("GFLOP/s"),
-        ]);
-        for line in &self.rows {
-            table.add_row(row([
-                line.profile.to_string(),
-                line.part.to_possible_value().map_or(String::new(), |value| value.get_name().to_string()),
-                line.routing.to_string(),
-                line.num_tokens.to_string(),
-                digits(line.median_us),
-                format!("{} .. {}", digits(line.p10_us), digits(line.p90_us)),
-                digits(line.distinct_experts),
-                digits(line.bytes / 1e6),
-                digits(line.gb_per_s),
-                format!("{:.2}", line.copy_ratio),
-                digits(line.floor_us),
-                line.gflop_per_s.map_or("-".into(), digits),
-            ]));
-        }
-        table.trim_fmt()
-    }
-
-    fn lines_table(&self) -> Option<String> {
-        let mut table = table([
-            Column::Text("profile"),
-            Column::Text("routing"),
-            Column::Number("tokens"),
-            Column::Number("gate + routing us"),
-            Column::Number("order us"),
-            Column::Number("experts us"),
-            Column::Number("combine us"),
-        ]);
-        for line in &self.rows {
-            let Some(lines) = &line.lines else { continue };
-            table.add_row(row([
-                line.profile.to_string(),
-                line.routing.to_string(),
-                line.num_tokens.to_string(),
-                digits(lines.gate_and_routing_us),
-                digits(lines.order_us),
-                digits(lines.experts_us),
-                digits(lines.combine_us),
-            ]));
-        }
-        (!table.is_empty())
-            .then(|| format!("Inside the layer (medians, each step timed on its own)\n{}", table.trim_fmt()))
     }
 }

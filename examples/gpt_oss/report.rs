@@ -1,7 +1,7 @@
 //! What was generated and who did how much work, for people and for programs.
 
 use crate::arguments::{Arguments, Plan};
-use crate::common::report::{Column, OutputFormat, digits, joined, print, print_json, row, table};
+use crate::common::report::{Column, OutputFormat, digits, joined, plain, print, print_json, row, table};
 use crate::run::Generation;
 use crate::text::Text;
 use anyhow::Result;
@@ -46,7 +46,7 @@ impl Report<'_> {
                 "timing": timing(other, self.plan.prompt_ids.len()),
                 "load": load(&other.load),
             }),
-            Some(Err(error)) => json!({ "error": plain(error) }),
+            Some(Err(error)) => json!({ "error": reason(error) }),
         };
         let mut timing = timing(&self.main, self.plan.prompt_ids.len());
         timing["load_seconds"] = self.load_seconds.into();
@@ -102,7 +102,7 @@ impl Report<'_> {
         let mut runs = vec![main];
         match &self.comparison {
             Some(Ok(other)) => runs.push(other),
-            Some(Err(error)) => writeln!(out, "\nno run with the other routing to compare with: {}", plain(error))?,
+            Some(Err(error)) => writeln!(out, "\nno run with the other routing to compare with: {}", reason(error))?,
             None => (),
         }
         runs.sort_by_key(|run| run.perfect_router);
@@ -193,12 +193,9 @@ fn layer_table(runs: &[&Generation]) -> comfy_table::Table {
     table
 }
 
-/// The error without a backtrace: here it is news, not a failure.
-fn plain(error: &anyhow::Error) -> String {
-    match error.downcast_ref() {
-        Some(candle_core::Error::WithBacktrace { inner, .. }) => inner.to_string(),
-        _ => error.to_string(),
-    }
+/// Why there is nothing to compare with: here an error is news, not a failure.
+fn reason(error: &anyhow::Error) -> String {
+    error.downcast_ref().map_or_else(|| error.to_string(), plain)
 }
 
 fn routing(run: &Generation) -> &'static str {
