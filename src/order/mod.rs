@@ -8,13 +8,13 @@
 
 mod cpu;
 
+pub use crate::routing::NO_EXPERT;
+
 use candle_core::{DType, Device, Result, Tensor, bail};
 use std::ops::Range;
 
 const OP: &str = "expert-order";
 
-/// The id of a slot without an expert (a padding token).
-pub const NO_EXPERT: u32 = u32::MAX;
 /// Marks an unused place in `sorted_slots`, and in `slot_rank` a slot that is not in the order.
 pub const NO_SLOT: u32 = u32::MAX;
 

@@ -5,16 +5,16 @@
 //! ```text
 //! value[e] = what the method chooses by
 //! key[e]   = order(value[e]) << 32 | !e        unsigned; NaN lowest, -0 = +0, lower id wins a tie
-//! chosen   = the top_k largest keys, descending
+//! chosen   = the top_k largest keys, descending; of the experts of the best groups, where the method has groups
 //! weight   = what the method makes of the chosen logits
 //! ```
 //!
 //! 1. Keys are distinct, so every selection algorithm gives the same answer; a sorted list of `top_k` keys with an early
 //!    way out is the fastest while `top_k` is small, a partition otherwise.
-//! 2. The exponential is our own, of additions and multiplications in a fixed order: the same bits on every machine,
-//!    which the choice by sigmoid + bias depends on.
+//! 2. The exponential and the logarithm are our own, of additions, multiplications and one division in a fixed order: the
+//!    same bits on every machine, which the choice by a score + bias depends on.
 
-use super::{OP, Router, RoutingMethod};
+use super::{ExpertGroups, NO_EXPERT, OP, Router, RoutingMethod};
 use crate::host::{checked_product, try_filled};
 use candle_core::{Layout, Result, WithDType};
 use rayon::prelude::*;
@@ -24,24 +24,27 @@ const MIN_LOGITS_PER_TASK: usize = 16 * 1024;
 /// Longest list that is kept sorted by insertion.
 const MAX_INSERTION: usize = 32;
 
-/// Routes every row of `logits`; returns the ids and the weights, both `[num_tokens, top_k]`.
+/// Routes the first `num_valid_tokens` rows of `logits`, the others to no expert; returns the ids and the weights, both
+/// `[num_tokens, top_k]`.
 pub(super) fn route<L: WithDType + Into<f32>>(
     logits: &[L],
     layout: &Layout,
     num_experts: usize,
+    num_valid_tokens: usize,
     router: &Router,
 ) -> Result<(Vec<u32>, Vec<f32>)> {
     let num_tokens = layout.dims()[0];
     // A broadcast view may stand for more logits than 64 bits count.
     checked_product(OP, ("num_tokens", num_tokens), ("num_experts", num_experts))?;
     let num_slots = checked_product(OP, ("num_tokens", num_tokens), ("top_k", router.top_k))?;
-    let mut ids = try_filled(OP, 0u32, num_slots)?;
+    let mut ids = try_filled(OP, NO_EXPERT, num_slots)?;
     let mut weights = try_filled(OP, 0f32, num_slots)?;
     let (stride_token, stride_expert) = (layout.stride()[0], layout.stride()[1]);
     let rows_per_task = MIN_LOGITS_PER_TASK.div_ceil(num_experts.max(1));
     let bias = router.selection_bias.as_deref();
     ids.par_chunks_exact_mut(router.top_k)
         .zip(weights.par_chunks_exact_mut(router.top_k))
+        .take(num_valid_tokens)
         .enumerate()
         .with_min_len(rows_per_task)
         .for_each_init(Scratch::default, |scratch, (token, (ids, weights))| {
@@ -55,7 +58,9 @@ pub(super) fn route<L: WithDType + Into<f32>>(
 #[derive(Default)]
 struct Scratch {
     logits: Vec<f32>,
+    scores: Vec<f32>,
     keys: Vec<u64>,
+    groups: Vec<u32>,
 }
 
 impl Scratch {
@@ -69,19 +74,52 @@ impl Scratch {
     ) {
         self.logits.clear();
         self.logits.extend(row);
-        let logits = self.logits.as_slice();
         match method {
-            RoutingMethod::MiniMax2 => {
-                let score = |e: usize| sigmoid(logits[e]) + bias.map_or(0.0, |bias| bias[e]);
-                select((0..logits.len()).map(|e| (e, score(e))), &mut self.keys, ids);
+            RoutingMethod::MiniMax2 | RoutingMethod::DeepSeekV3 { .. } => {
+                self.choose(sigmoid, bias, method.groups(), ids)
             }
-            _ => select(logits.iter().copied().enumerate(), &mut self.keys, ids),
+            RoutingMethod::DeepSeekV4 { .. } => self.choose(root_softplus, bias, method.groups(), ids),
+            _ => select(self.logits.iter().copied().enumerate(), &mut self.keys, ids),
         }
         for (weight, &id) in weights.iter_mut().zip(&*ids) {
-            *weight = logits[id as usize];
+            *weight = self.logits[id as usize];
         }
-        weigh(method, logits, weights);
+        weigh(method, &self.logits, weights);
     }
+
+    /// Chooses by `score(logit) + bias`, inside the best groups.
+    fn choose(&mut self, score: fn(f32) -> f32, bias: Option<&[f32]>, groups: ExpertGroups, ids: &mut [u32]) {
+        let Self { logits, scores, keys, groups: chosen } = self;
+        scores.clear();
+        match bias {
+            Some(bias) => scores.extend(logits.iter().zip(bias).map(|(&logit, bias)| score(logit) + bias)),
+            None => scores.extend(logits.iter().map(|&logit| score(logit))),
+        }
+        if !groups.is_limit() {
+            return select(scores.iter().copied().enumerate(), keys, ids);
+        }
+        let size = scores.len() / groups.num_groups;
+        chosen.resize(groups.topk_group, 0);
+        select(scores.chunks_exact(size).map(group_score).enumerate(), keys, chosen);
+        let members = chosen.iter().flat_map(|&group| {
+            let first = group as usize * size;
+            (first..first + size).map(|expert| (expert, scores[expert]))
+        });
+        select(members, keys, ids);
+    }
+}
+
+/// The sum of the two best scores; one alone where the other is missing or NaN.
+fn group_score(scores: &[f32]) -> f32 {
+    let mut best = [f32::NAN; 2];
+    for &score in scores {
+        if order(score) > order(best[0]) {
+            best = [score, best[0]];
+        } else if order(score) > order(best[1]) {
+            best[1] = score;
+        }
+    }
+    if best[1].is_nan() { best[0] } else { best[0] + best[1] }
 }
 
 /// Writes the ids of the `ids.len()` best values, best first.
@@ -131,10 +169,15 @@ fn weigh(method: RoutingMethod, all: &[f32], chosen: &mut [f32]) {
             chosen.iter_mut().for_each(|w| *w = share(*w, best) / denominator);
         }
         RoutingMethod::Llama4 => chosen.iter_mut().for_each(|w| *w = sigmoid_or_zero(*w)),
-        RoutingMethod::MiniMax2 => {
+        RoutingMethod::MiniMax2 | RoutingMethod::DeepSeekV3 { .. } => {
+            let factor = method.routed_scaling_factor();
             chosen.iter_mut().for_each(|w| *w = sigmoid_or_zero(*w));
-            let sum = chosen.iter().sum::<f32>() + MINIMAX2_EPSILON;
-            chosen.iter_mut().for_each(|w| *w /= sum);
+            let sum = chosen.iter().sum::<f32>() + EPSILON;
+            chosen.iter_mut().for_each(|w| *w = *w / sum * factor);
+        }
+        RoutingMethod::DeepSeekV4 { routed_scaling_factor } => {
+            root_softplus_shares(chosen);
+            chosen.iter_mut().for_each(|w| *w *= routed_scaling_factor);
         }
         // Far below 0 a sigmoid is e^l, and the quotient a softmax, which does not vanish as the sigmoids do.
         RoutingMethod::SigmoidRenorm if chosen[0] < SIGMOID_IS_EXP || chosen[0].is_nan() => {
@@ -148,11 +191,26 @@ fn weigh(method: RoutingMethod, all: &[f32], chosen: &mut [f32]) {
     }
 }
 
-/// What MiniMax-M2 adds to the sum of the chosen sigmoids.
-const MINIMAX2_EPSILON: f32 = 1e-20;
+/// What MiniMax-M2 and DeepSeek-V3 add to the sum of the chosen sigmoids.
+const EPSILON: f32 = 1e-20;
 
-/// Below this logit, `1 + e^l` is 1 in float32, and sigmoid(l) is e^l.
+/// Below this logit, `1 + e^l` is 1 in float32, and sigmoid(l) and softplus(l) are e^l.
 const SIGMOID_IS_EXP: f32 = -20.0;
+
+/// `sqrt(softplus(l))` of each chosen logit over the sum of all: they are in the order of score + bias, not of logits.
+fn root_softplus_shares(chosen: &mut [f32]) {
+    let best = chosen.iter().copied().fold(f32::NAN, f32::max);
+    let value = |logit: f32| match logit {
+        // The root is e^(l/2), and the quotient a softmax, which does not vanish as the roots do; so is that of void ones.
+        _ if best.is_nan() || best < SIGMOID_IS_EXP => share(logit / 2.0, best / 2.0),
+        _ if best == f32::INFINITY => share(logit, best),
+        _ if logit.is_nan() => 0.0,
+        _ => root_softplus(logit),
+    };
+    chosen.iter_mut().for_each(|w| *w = value(*w));
+    let sum = chosen.iter().sum::<f32>();
+    chosen.iter_mut().for_each(|w| *w /= sum);
+}
 
 /// Softmax over `all`, at the `chosen` logits.
 fn softmax_of(all: &[f32], chosen: &mut [f32]) {
@@ -186,6 +244,25 @@ fn sigmoid_or_zero(logit: f32) -> f32 {
 fn sigmoid(logit: f32) -> f32 {
     let e = exp(-logit.abs());
     if logit >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) }
+}
+
+fn root_softplus(logit: f32) -> f32 {
+    let tail = ln_1p(exp(-logit.abs()));
+    if logit > 0.0 { (logit + tail).sqrt() } else { tail.sqrt() }
+}
+
+/// `ln(1 + y)` for `y` in 0..=1 within 3 units in the last place; NaN stays NaN.
+///
+/// `2 atanh(z)` with `z = y / (2 + y)`, at most 1/3, as its power series up to `z^15`.
+fn ln_1p(y: f32) -> f32 {
+    let z = y / (2.0 + y);
+    let square = z * z;
+    let mut p = 1.0 / 15.0;
+    for c in [1.0 / 13.0, 1.0 / 11.0, 1.0 / 9.0, 1.0 / 7.0, 1.0 / 5.0, 1.0 / 3.0] {
+        p = p * square + c;
+    }
+    let z2 = z + z;
+    z2 + z2 * (square * p)
 }
 
 /// `e^x` for `x <= 0` within 2 units in the last place; NaN stays NaN.
@@ -226,7 +303,8 @@ pub(super) fn backward(method: RoutingMethod, chosen: &Chosen<'_>, logits: &[f32
         let logits = &logits[token * chosen.num_experts..][..chosen.num_experts];
         let ids = &chosen.ids[slots(token)];
         let (weights, grad) = (&chosen.weights[slots(token)], &grad[slots(token)]);
-        if !ids.iter().map(|&id| logits[id as usize]).fold(f32::NAN, f32::max).is_finite() {
+        let is_padding = ids.contains(&NO_EXPERT);
+        if is_padding || !ids.iter().map(|&id| logits[id as usize]).fold(f32::NAN, f32::max).is_finite() {
             continue;
         }
         backward_row(method, logits, ids, weights, grad, out);
@@ -255,5 +333,24 @@ fn backward_row(method: RoutingMethod, logits: &[f32], ids: &[u32], weights: &[f
                 out[id] = w * (1.0 - sigmoid_or_zero(logits[id])) * (g - mean);
             }
         }
+        // Weights that are multiplied by 0 cannot move.
+        _ if method.routed_scaling_factor() == 0.0 => {}
+        RoutingMethod::DeepSeekV3 { routed_scaling_factor, .. } => {
+            for (id, (w, g)) in slots {
+                out[id] = w * (1.0 - sigmoid_or_zero(logits[id])) * (g - mean / routed_scaling_factor);
+            }
+        }
+        RoutingMethod::DeepSeekV4 { routed_scaling_factor } => {
+            for (id, (w, g)) in slots {
+                out[id] = w * root_softplus_slope(logits[id]) * (g - mean / routed_scaling_factor);
+            }
+        }
     }
+}
+
+/// The derivative of ln(sqrt(softplus(l))), which is sigmoid(l) / (2 softplus(l)).
+fn root_softplus_slope(logit: f32) -> f32 {
+    let root = root_softplus(logit);
+    // Below, sigmoid and softplus are both e^l. NaN has no weight that could move.
+    if logit.is_nan() || logit < SIGMOID_IS_EXP { 0.5 } else { sigmoid(logit) / (2.0 * (root * root)) }
 }

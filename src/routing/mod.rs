@@ -9,21 +9,26 @@
 //! * `topk_weights` is f32 `[num_tokens, top_k]`: finite and not negative for every bit pattern of input. A chosen NaN
 //!   or -inf has weight 0, unless nothing better was chosen: then the weights of the row are equal. Several +inf share
 //!   the weight equally.
-//! * The weights are differentiable with respect to the logits for every method; the choice itself has no gradient.
-//!   A row whose best chosen logit is not finite has gradient 0.
+//! * [`Router::route_padded`] takes a number of valid tokens: rows from there on are padding and are routed to
+//!   [`NO_EXPERT`] with weight 0.
+//! * The weights are differentiable with respect to the logits for every method; the choice itself has no gradient, nor
+//!   has the selection bias. A row whose best chosen logit is not finite has gradient 0, and so has padding.
 //!
 //! What chooses and what the weights are: [`RoutingMethod`].
 
 mod cpu;
 mod method;
 
-pub use method::RoutingMethod;
+pub use method::{ExpertGroups, RoutingMethod};
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 use std::sync::{Arc, OnceLock};
 
 const OP: &str = "topk-routing";
+
+/// The id in a slot of a padding token: no expert.
+pub const NO_EXPERT: u32 = u32::MAX;
 
 /// The outcome of routing: who was chosen, and with what weight.
 #[derive(Debug, Clone)]
@@ -56,8 +61,9 @@ impl Router {
     /// A router that chooses `top_k` experts per token.
     ///
     /// # Errors
-    /// `top_k` is 0.
+    /// `top_k` is 0, or the method has a factor that is negative or not finite.
     pub fn new(method: RoutingMethod, top_k: usize) -> Result<Self> {
+        method.check(OP)?;
         if top_k == 0 {
             bail!("{OP}: top_k is 0, expected at least 1")
         }
@@ -102,11 +108,52 @@ impl Router {
     ///
     /// # Errors
     /// `router_logits` is not a matrix of f32, f16 or bf16, has fewer than `top_k` experts or another number of
-    /// experts than the selection bias, or lives on a device without an implementation.
+    /// experts than the selection bias, has experts that do not divide into the method's groups, or lives on a device
+    /// without an implementation.
     pub fn route(&self, router_logits: &Tensor) -> Result<Routing> {
+        self.apply(router_logits, None)
+    }
+
+    /// Routes the first `num_valid_tokens` rows; the rows after them are padding: their ids are [`NO_EXPERT`], their weights
+    /// 0, and their logits are not read.
+    ///
+    /// `num_valid_tokens` is u32 with one element, on the device of the logits, so that a captured graph serves any number
+    /// of tokens; a number above `num_tokens` means that all are valid.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_moe::routing::{NO_EXPERT, Router, RoutingMethod};
+    /// let router = Router::new(RoutingMethod::Renormalize, 1)?;
+    /// let logits = Tensor::new(&[[0f32, 1.], [1., 0.], [0., 0.]], &Device::Cpu)?;
+    /// let routing = router.route_padded(&logits, &Tensor::new(2u32, &Device::Cpu)?)?;
+    /// assert_eq!(routing.topk_ids.to_vec2::<u32>()?, [[1], [0], [NO_EXPERT]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`route`](Self::route); `num_valid_tokens` has another shape, dtype or device.
+    pub fn route_padded(&self, router_logits: &Tensor, num_valid_tokens: &Tensor) -> Result<Routing> {
+        if num_valid_tokens.elem_count() != 1 || num_valid_tokens.dtype() != DType::U32 {
+            bail!(
+                "{OP}: num_valid_tokens has shape {:?} and dtype {:?}, expected one element of u32",
+                num_valid_tokens.shape(),
+                num_valid_tokens.dtype()
+            )
+        }
+        if !num_valid_tokens.device().same_device(router_logits.device()) {
+            bail!(
+                "{OP}: num_valid_tokens is on {:?}, expected {:?} as router_logits",
+                num_valid_tokens.device().location(),
+                router_logits.device().location()
+            )
+        }
+        self.apply(router_logits, Some(num_valid_tokens.clone()))
+    }
+
+    fn apply(&self, router_logits: &Tensor, num_valid_tokens: Option<Tensor>) -> Result<Routing> {
         self.check(router_logits.dtype(), router_logits.shape())?;
         let ids = Arc::new(OnceLock::new());
-        let op = TopK { router: self.clone(), topk_ids: ids.clone() };
+        let op = TopK { router: self.clone(), num_valid_tokens, topk_ids: ids.clone() };
         let topk_weights = router_logits.apply_op1(op)?;
         match ids.get() {
             Some(ids) => Ok(Routing { topk_ids: ids.clone(), topk_weights }),
@@ -127,6 +174,7 @@ impl Router {
         if self.top_k > num_experts {
             bail!("{OP}: top_k is {}, expected at most num_experts, which is {num_experts}", self.top_k)
         }
+        self.method.groups().check(OP, num_experts, self.top_k)?;
         match &self.selection_bias {
             Some(bias) if bias.len() != num_experts => {
                 bail!("{OP}: selection bias has {} values, expected num_experts, which is {num_experts}", bias.len())
@@ -143,6 +191,8 @@ fn is_logit_dtype(dtype: DType) -> bool {
 /// A custom op returns one tensor, the weights; the ids travel in a slot of the op value.
 struct TopK {
     router: Router,
+    /// u32, one element; all tokens are valid without it.
+    num_valid_tokens: Option<Tensor>,
     topk_ids: Arc<OnceLock<Tensor>>,
 }
 
@@ -153,10 +203,14 @@ impl CustomOp1 for TopK {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (num_tokens, num_experts) = self.router.check(storage.dtype(), layout.shape())?;
+        let num_valid = match &self.num_valid_tokens {
+            Some(num_valid) => num_tokens.min(num_valid.flatten_all()?.get(0)?.to_scalar::<u32>()? as usize),
+            None => num_tokens,
+        };
         let (ids, weights) = match storage {
-            CpuStorage::F32(logits) => cpu::route(logits, layout, num_experts, &self.router),
-            CpuStorage::F16(logits) => cpu::route(logits, layout, num_experts, &self.router),
-            CpuStorage::BF16(logits) => cpu::route(logits, layout, num_experts, &self.router),
+            CpuStorage::F32(logits) => cpu::route(logits, layout, num_experts, num_valid, &self.router),
+            CpuStorage::F16(logits) => cpu::route(logits, layout, num_experts, num_valid, &self.router),
+            CpuStorage::BF16(logits) => cpu::route(logits, layout, num_experts, num_valid, &self.router),
             _ => bail!("{OP}: router_logits has dtype {:?}, expected f32, f16 or bf16", storage.dtype()),
         }?;
         let shape = Shape::from((num_tokens, self.router.top_k));

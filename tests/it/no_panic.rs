@@ -1,5 +1,6 @@
 //! Bad arguments everywhere: an error that names the argument, never a panic.
 
+use crate::oracle;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_moe::block::MoeBlock;
 use candle_moe::ep::{
@@ -9,7 +10,7 @@ use candle_moe::ep::{
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, weighted_sum};
 use candle_moe::order::{ExpertOrder, NO_EXPERT};
 use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
-use candle_moe::routing::{Router, Routing, RoutingMethod};
+use candle_moe::routing::{ExpertGroups, Router, Routing, RoutingMethod};
 use std::fmt::Debug;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -73,7 +74,7 @@ const NOT_MATRICES: [&[usize]; 4] = [&[], &[8], &[0], &[1, 2, 8]];
 #[test]
 fn routers() {
     refuses(&["top_k", "0"], || Router::new(RoutingMethod::Llama4, 0));
-    for method in RoutingMethod::ALL {
+    for method in oracle::methods() {
         for top_k in [1, 8, 9, MAX, u32::MAX as usize] {
             let router = survives(|| Router::new(method, top_k)).unwrap();
             for dtype in NOT_FLOATS {
@@ -104,7 +105,7 @@ fn routers() {
 #[test]
 fn selection_biases() {
     let router = |method| Router::new(method, 2).unwrap();
-    for method in RoutingMethod::ALL {
+    for method in oracle::methods() {
         for shape in NOT_MATRICES {
             for dtype in NOT_FLOATS {
                 refuses(&["bias"], || router(method).with_selection_bias(&zeros(shape, dtype)));
@@ -130,6 +131,61 @@ fn selection_biases() {
 fn method_names() {
     for name in ["", " ", "\0", "renormalize ", "ÄÖ", &"x".repeat(100_000)] {
         refuses(&["routing method", "MiniMax2"], || name.parse::<RoutingMethod>());
+    }
+    for (name, words) in [
+        ("Renormalize:", ["Renormalize", "parameter=value"]),
+        ("Renormalize:num_groups=2", ["num_groups", "the name alone"]),
+        ("DeepSeekV3:num_groups", ["num_groups", "parameter=value"]),
+        ("DeepSeekV3:num_groups=-1", ["-1", "whole number"]),
+        ("DeepSeekV3:n_group=1", ["n_group", "topk_group"]),
+        ("DeepSeekV3:num_groups=4,,", ["\"\"", "parameter=value"]),
+        ("DeepSeekV4:routed_scaling_factor=x", ["\"x\"", "a number"]),
+        ("DeepSeekV4:num_groups=1", ["num_groups", "routed_scaling_factor"]),
+    ] {
+        refuses(&["routing method", words[0], words[1]], || name.parse::<RoutingMethod>());
+    }
+}
+
+#[test]
+fn groups_and_factors() {
+    let method = |num_groups, topk_group, routed_scaling_factor| RoutingMethod::DeepSeekV3 {
+        groups: ExpertGroups { num_groups, topk_group },
+        routed_scaling_factor,
+    };
+    for factor in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1.0, -f32::MIN_POSITIVE] {
+        refuses(&["topk-routing", "routed_scaling_factor"], || Router::new(method(2, 1, factor), 2));
+        let v4 = RoutingMethod::DeepSeekV4 { routed_scaling_factor: factor };
+        refuses(&["topk-routing", "routed_scaling_factor"], || Router::new(v4, 2));
+    }
+    for (num_groups, topk_group, top_k, words) in [
+        (0, 1, 2, ["num_groups is 0", "num_experts, which is 8"]),
+        (3, 1, 2, ["num_groups is 3", "num_experts, which is 8"]),
+        (16, 1, 2, ["num_groups is 16", "num_experts, which is 8"]),
+        (MAX, MAX, 2, ["num_groups", "num_experts, which is 8"]),
+        (4, 0, 2, ["topk_group is 0", "num_groups, which is 4"]),
+        (4, 5, 2, ["topk_group is 5", "num_groups, which is 4"]),
+        (4, 1, 3, ["top_k is 3", "2 experts of 1 groups of 2"]),
+    ] {
+        let router = survives(|| Router::new(method(num_groups, topk_group, 1.0), top_k)).unwrap();
+        for num_tokens in [0, 2] {
+            refuses(&["topk-routing", words[0], words[1]], || router.route(&f32s(&[num_tokens, 8])));
+        }
+    }
+}
+
+#[test]
+fn numbers_of_valid_tokens() {
+    let router = Router::new(RoutingMethod::Renormalize, 2).unwrap();
+    for bad in [zeros(&[2], DType::U32), zeros(&[0], DType::U32), zeros(&[], DType::I64), f32s(&[1])] {
+        refuses(&["topk-routing", "num_valid_tokens", "one element of u32"], || {
+            router.route_padded(&f32s(&[2, 8]), &bad)
+        });
+    }
+    for shape in [&[][..], &[1], &[1, 1, 1]] {
+        let all = Tensor::full(u32::MAX, shape, &Device::Cpu).unwrap();
+        for num_tokens in [0, 3] {
+            survives(|| router.route_padded(&f32s(&[num_tokens, 8]), &all)).unwrap();
+        }
     }
 }
 

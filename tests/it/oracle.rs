@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_moe::experts::{Activation, GateUpRows};
-use candle_moe::routing::RoutingMethod;
+use candle_moe::routing::{ExpertGroups, RoutingMethod};
 use half::{bf16, f16};
 use std::cmp::Ordering;
 use std::ops::Range;
@@ -98,6 +98,34 @@ pub(crate) fn bits_of(tensor: &Tensor) -> Vec<u32> {
 // ---------------------------------------------------------------------------------------------
 // Routing
 
+/// Every method, the grouped one with all experts in one group, so that all of them fit any number of experts.
+pub(crate) fn methods() -> impl Iterator<Item = RoutingMethod> {
+    RoutingMethod::ALL.into_iter().map(|method| match method {
+        RoutingMethod::DeepSeekV3 { routed_scaling_factor, .. } => {
+            RoutingMethod::DeepSeekV3 { groups: ExpertGroups::ONE, routed_scaling_factor }
+        }
+        other => other,
+    })
+}
+
+/// The grouped method with every kind of groups that fits: one expert a group, a few, all groups kept, as few as can be.
+pub(crate) fn grouped_methods(num_experts: usize, top_k: usize) -> Vec<RoutingMethod> {
+    let mut methods = Vec::new();
+    for num_groups in [2, 3, 4, 8, num_experts] {
+        if num_experts % num_groups == 0 {
+            let fewest = top_k.div_ceil(num_experts / num_groups);
+            let mut kept = [fewest, (fewest + num_groups) / 2, num_groups - 1, num_groups].map(|kept| kept.max(fewest));
+            kept.sort_unstable();
+            let distinct = kept.iter().enumerate().filter(|&(i, kept_groups)| i == 0 || kept[i - 1] != *kept_groups);
+            methods.extend(distinct.map(|(_, &topk_group)| RoutingMethod::DeepSeekV3 {
+                groups: ExpertGroups { num_groups, topk_group },
+                routed_scaling_factor: 2.5,
+            }));
+        }
+    }
+    methods
+}
+
 /// Descending; NaN after everything, -0 equal to +0.
 pub(crate) fn descending(a: f64, b: f64) -> Ordering {
     match (a.is_nan(), b.is_nan()) {
@@ -117,6 +145,33 @@ pub(crate) fn choose(scores: &[f64], top_k: usize) -> Vec<u32> {
 
 pub(crate) fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
+}
+
+/// sqrt(ln(1 + e^x)) without overflow.
+pub(crate) fn root_softplus(x: f64) -> f64 {
+    (x.max(0.0) + (-x.abs()).exp().ln_1p()).sqrt()
+}
+
+/// What each expert is chosen by, of the methods that take a bias; `None` where the logits themselves are compared.
+pub(crate) fn scores(method: RoutingMethod, row: &[f64], bias: Option<&[f32]>) -> Option<Vec<f64>> {
+    let score: fn(f64) -> f64 = match method {
+        RoutingMethod::MiniMax2 | RoutingMethod::DeepSeekV3 { .. } => sigmoid,
+        RoutingMethod::DeepSeekV4 { .. } => |x| if x.is_nan() { x } else { root_softplus(x) },
+        _ => return None,
+    };
+    Some(row.iter().enumerate().map(|(e, &l)| score(l) + bias.map_or(0.0, |bias| f64::from(bias[e]))).collect())
+}
+
+/// The sum of the two best scores of each group; of one where the other is missing or NaN.
+pub(crate) fn group_scores(scores: &[f64], num_groups: usize) -> Vec<f64> {
+    let score = |group: &[f64]| {
+        let best: Vec<f64> = choose(group, 2).into_iter().map(|id| group[id as usize]).collect();
+        match best[..] {
+            [first, second] if !second.is_nan() => first + second,
+            _ => best[0],
+        }
+    };
+    scores.chunks(scores.len() / num_groups).map(score).collect()
 }
 
 /// A logit that counts for nothing.
@@ -147,9 +202,19 @@ pub(crate) fn weights(method: RoutingMethod, row: &[f64], ids: &[u32]) -> Vec<f6
         RoutingMethod::Default => softmax(row, &chosen),
         RoutingMethod::Renormalize | RoutingMethod::RenormalizeNaive => softmax(&chosen, &chosen),
         RoutingMethod::Llama4 => sigmoids().collect(),
-        RoutingMethod::MiniMax2 => {
-            let sum = sigmoids().sum::<f64>() + 1e-20;
-            sigmoids().map(|s| s / sum).collect()
+        RoutingMethod::MiniMax2 | RoutingMethod::DeepSeekV3 { .. } => {
+            let (sum, factor) = (sigmoids().sum::<f64>() + 1e-20, f64::from(method.routed_scaling_factor()));
+            sigmoids().map(|s| s / sum * factor).collect()
+        }
+        // The logarithm of the root does not vanish for logits far below 0; +inf is above everything.
+        RoutingMethod::DeepSeekV4 { routed_scaling_factor } => {
+            let log_root = |l: f64| match l {
+                _ if is_void(l) => f64::NEG_INFINITY,
+                _ if l < -30.0 => l / 2.0,
+                _ => root_softplus(l).ln(),
+            };
+            let logs: Vec<f64> = chosen.iter().map(|&l| log_root(l)).collect();
+            softmax(&logs, &logs).into_iter().map(|share| share * f64::from(routed_scaling_factor)).collect()
         }
         // sigmoid = e^l / (1 + e^l); the logarithm does not vanish for logits far below 0.
         RoutingMethod::SigmoidRenorm => {
