@@ -13,7 +13,7 @@ mod common;
 
 use anyhow::Result;
 use candle_core::{DType, Device};
-use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
+use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Plan};
 use candle_moe::routing::{Router, RoutingMethod};
 use clap::{Parser, ValueEnum};
 use common::report::{
@@ -193,7 +193,7 @@ impl Report {
         };
         // Rank 0 first, so that a fault of the sizes is named before one of the rank.
         for rank in [0, shown.start] {
-            Schedule::new(num_experts, top_k, ep_size, rank).map_err(|error| advice(args, &error))?;
+            Plan::new(num_experts, top_k, ep_size, rank).map_err(|error| advice(args, &error))?;
         }
         let slots = num_tokens.checked_mul(top_k).and_then(|slots| slots.checked_mul(ep_size));
         if slots.is_none_or(|slots| slots > MAX_SLOTS) {
@@ -204,7 +204,7 @@ impl Report {
             return Err(BadArguments(text).into());
         }
         let plans = (0..ep_size)
-            .map(|rank| Ok(Plan::new(Schedule::new(num_experts, top_k, ep_size, rank)?, num_tokens)))
+            .map(|rank| Sender::new(Plan::new(num_experts, top_k, ep_size, rank)?, num_tokens))
             .collect::<candle_core::Result<Vec<_>>>()?;
         let senders = &plans[shown.clone()];
         let per_sender: BTreeMap<_, _> = senders.iter().map(|plan| (plan.rank(), plan.load.spread())).collect();
@@ -219,7 +219,7 @@ impl Report {
             num_tokens,
             method: args.method.name(),
             schedule: args.schedule,
-            period: plans[0].schedule.period(),
+            period: plans[0].plan.period(),
             topk_ids: senders.iter().map(|plan| (plan.rank(), plan.topk_ids.clone())).collect(),
             receivers: senders.iter().map(|plan| (plan.rank(), plan.receivers.clone())).collect(),
             check: Check::new(args.method, senders, &plans, &per_sender)?,
@@ -347,8 +347,8 @@ fn advice(args: &Args, error: &candle_core::Error) -> BadArguments {
 }
 
 /// The plan of one sender.
-struct Plan {
-    schedule: Schedule,
+struct Sender {
+    plan: Plan,
     topk_ids: Vec<Vec<usize>>,
     receivers: Vec<usize>,
     load: Counts,
@@ -359,18 +359,19 @@ struct Counts {
     per_expert: Vec<usize>,
 }
 
-impl Plan {
-    fn new(schedule: Schedule, num_tokens: usize) -> Self {
-        let topk_ids: Vec<Vec<_>> = (0..num_tokens).map(|token| schedule.experts(token).collect()).collect();
-        let receivers: Vec<_> = (0..num_tokens * schedule.top_k()).map(|slot| schedule.receiver(slot)).collect();
-        let mut load = Counts::new(schedule.num_experts(), schedule.ep_size());
+impl Sender {
+    fn new(plan: Plan, num_tokens: usize) -> candle_core::Result<Self> {
+        let ids: Vec<usize> = plan.topk_ids(0, num_tokens)?.into_iter().map(|id| id as usize).collect();
+        let topk_ids: Vec<Vec<_>> = ids.chunks(plan.top_k()).map(<[_]>::to_vec).collect();
+        let receivers: Vec<_> = ids.iter().map(|&id| plan.receiver(id as u32)).collect();
+        let mut load = Counts::new(plan.num_experts(), plan.ep_size());
         topk_ids.iter().flatten().for_each(|&expert| load.per_expert[expert] += 1);
         receivers.iter().for_each(|&rank| load.per_rank[rank] += 1);
-        Self { schedule, topk_ids, receivers, load }
+        Ok(Self { plan, topk_ids, receivers, load })
     }
 
     fn rank(&self) -> usize {
-        self.schedule.ep_rank()
+        self.plan.ep_rank()
     }
 }
 
@@ -395,7 +396,7 @@ impl Counts {
 }
 
 impl Check {
-    fn new(method: RoutingMethod, senders: &[Plan], plans: &[Plan], loads: &BTreeMap<usize, Load>) -> Result<Self> {
+    fn new(method: RoutingMethod, senders: &[Sender], plans: &[Sender], loads: &BTreeMap<usize, Load>) -> Result<Self> {
         let routing = DTYPES.map(|dtype| RoutingCheck::new(method, senders, dtype));
         let routing = routing.into_iter().collect::<Result<Vec<_>>>()?;
         let steps = plans[0].receivers.len();
@@ -434,27 +435,27 @@ impl Check {
 
 impl RoutingCheck {
     /// Routes the stored logits of `senders` and compares the chosen experts with the formula.
-    fn new(method: RoutingMethod, senders: &[Plan], dtype: DType) -> Result<Self> {
+    fn new(method: RoutingMethod, senders: &[Sender], dtype: DType) -> Result<Self> {
         let store = PerfectRouterStore::new();
         let mut check = Self { dtype: dtype.as_str(), tokens: 0, mismatches: 0, first_mismatch: None };
-        for Plan { schedule, topk_ids, .. } in senders {
-            let key = PerfectRouterKey { schedule: *schedule, dtype };
-            let router = Router::new(method, schedule.top_k())?;
+        for Sender { plan, topk_ids, .. } in senders {
+            let key = PerfectRouterKey { plan: plan.clone(), dtype };
+            let router = Router::new(method, plan.top_k())?;
             for first in (0..topk_ids.len()).step_by(CHECKED_AT_ONCE) {
                 let num_tokens = CHECKED_AT_ONCE.min(topk_ids.len() - first);
                 let logits = store.logits_from(&key, first, num_tokens, &Device::Cpu)?;
                 let ids = router.route(&logits)?.topk_ids.to_vec2::<u32>()?;
                 for (token, ids) in (first..).zip(ids) {
-                    check.compare(schedule, token, ids);
+                    check.compare(plan, token, ids);
                 }
             }
         }
         Ok(check)
     }
 
-    fn compare(&mut self, schedule: &Schedule, token: usize, ids: Vec<u32>) {
-        let slots = token * schedule.top_k()..(token + 1) * schedule.top_k();
-        let planned: Vec<_> = slots.map(|slot| formula(schedule, slot)).collect();
+    fn compare(&mut self, plan: &Plan, token: usize, ids: Vec<u32>) {
+        let slots = token * plan.top_k()..(token + 1) * plan.top_k();
+        let planned: Vec<_> = slots.map(|slot| formula(plan, slot)).collect();
         let mut chosen: Vec<_> = ids.into_iter().map(|id| id as usize).collect();
         chosen.sort_unstable();
         let mut expected = planned.clone();
@@ -462,13 +463,13 @@ impl RoutingCheck {
         self.tokens += 1;
         if chosen != expected {
             self.mismatches += 1;
-            self.first_mismatch.get_or_insert(Mismatch { ep_rank: schedule.ep_rank(), token, planned, chosen });
+            self.first_mismatch.get_or_insert(Mismatch { ep_rank: plan.ep_rank(), token, planned, chosen });
         }
     }
 }
 
 /// The rank-rotated schedule as its documentation states it, so that the check does not ask the code that it checks.
-fn formula(schedule: &Schedule, slot: usize) -> usize {
+fn formula(schedule: &Plan, slot: usize) -> usize {
     let g = slot + schedule.ep_rank();
     let experts_per_rank = schedule.num_experts() / schedule.ep_size();
     let receiver = g % schedule.ep_size();

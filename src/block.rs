@@ -7,7 +7,7 @@
 use crate::ep::{Communicator, Reduction, Results, Solo, Step, Topology, combine, dispatch};
 use crate::experts::{Experts, Linear};
 use crate::order::{ExpertOrder, NO_EXPERT};
-use crate::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
+use crate::perfect_router::{PerfectRouterConfig, PerfectRouterKey, PerfectRouterStore, Plan};
 use crate::routing::{Router, Routing};
 use candle_core::{Result, Tensor, bail};
 use std::sync::{Mutex, PoisonError};
@@ -50,7 +50,9 @@ pub struct MoeBlock {
     experts: Experts,
     topology: Topology,
     reduction: Reduction,
-    perfect: Option<Schedule>,
+    perfect_config: PerfectRouterConfig,
+    /// The plan that this rank follows while its routing is perfect.
+    perfect: Option<Plan>,
     load: Option<Mutex<Vec<u64>>>,
 }
 
@@ -65,6 +67,7 @@ pub struct MoeBlockBuilder {
     ep_rank: usize,
     reduction: Reduction,
     perfect_router: bool,
+    perfect_config: PerfectRouterConfig,
     statistics: bool,
 }
 
@@ -86,13 +89,18 @@ impl MoeBlockBuilder {
         Self { perfect_router: enabled, ..self }
     }
 
+    /// How perfect routing deals out the slots, now or when it is [switched on](MoeBlock::set_perfect_router) later.
+    pub fn perfect_router_config(self, config: PerfectRouterConfig) -> Self {
+        Self { perfect_config: config, ..self }
+    }
+
     /// Counts the slots of every expert; see [`MoeBlock::load`].
     pub fn statistics(self, enabled: bool) -> Self {
         Self { statistics: enabled, ..self }
     }
 
     /// # Errors
-    /// Sizes that do not fit each other; a perfect router whose experts do not divide evenly over the ranks.
+    /// Sizes that do not fit each other; a hot spot that the perfect router cannot have.
     pub fn build(self) -> Result<MoeBlock> {
         let num_experts = self.gate.out_features();
         let topology = Topology::new(num_experts, self.ep_size, self.ep_rank)?;
@@ -116,7 +124,9 @@ impl MoeBlockBuilder {
         if top_k > num_experts {
             bail!("{OP}: top_k is {top_k}, expected at most num_experts, which is {num_experts}")
         }
+        self.router.method().groups().check(OP, num_experts, top_k)?;
         let mut block = MoeBlock {
+            perfect_config: self.perfect_config,
             perfect: None,
             load: self.statistics.then(|| Mutex::new(vec![0; num_experts])),
             gate: self.gate,
@@ -162,6 +172,7 @@ impl MoeBlock {
             ep_rank: 0,
             reduction: Reduction::default(),
             perfect_router: false,
+            perfect_config: PerfectRouterConfig::default(),
             statistics: false,
         }
     }
@@ -179,13 +190,21 @@ impl MoeBlock {
     /// Switches between learned and balanced routing; see [`MoeBlockBuilder::perfect_router`].
     ///
     /// # Errors
-    /// Experts that do not divide evenly over the ranks.
+    /// A hot spot that does not exist.
     pub fn set_perfect_router(&mut self, enabled: bool) -> Result<()> {
-        let topology = &self.topology;
-        let schedule =
-            || Schedule::new(topology.num_experts(), self.router.top_k(), topology.ep_size(), topology.ep_rank());
-        self.perfect = if enabled { Some(schedule()?) } else { None };
+        self.perfect = if enabled { Some(self.plan()?) } else { None };
         Ok(())
+    }
+
+    fn plan(&self) -> Result<Plan> {
+        let (topology, config) = (&self.topology, &self.perfect_config);
+        let (sender, _) = config.schedule.start(topology.ep_rank(), &[]);
+        let plan = Plan::new(topology.num_experts(), self.router.top_k(), topology.ep_size(), sender)?
+            .with_groups(self.router.method().groups())?;
+        match config.imbalance {
+            Some(imbalance) => plan.with_imbalance(imbalance),
+            None => Ok(plan),
+        }
     }
 
     /// This rank's experts.
@@ -266,11 +285,12 @@ impl MoeBlock {
     }
 
     fn route(&self, router_logits: &Tensor, step: &Step) -> Result<Routing> {
-        let Some(schedule) = self.perfect else { return self.router.route(router_logits) };
-        let key = PerfectRouterKey { schedule, dtype: router_logits.dtype() };
+        let Some(plan) = &self.perfect else { return self.router.route(router_logits) };
+        let (_, before) = self.perfect_config.schedule.start(self.topology.ep_rank(), step.token_counts());
+        let key = PerfectRouterKey { plan: plan.clone(), dtype: router_logits.dtype() };
         let planned = PerfectRouterStore::global().logits_from(
             &key,
-            step.first_token(),
+            step.first_token().saturating_add(before),
             router_logits.dims()[0],
             router_logits.device(),
         )?;

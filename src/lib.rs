@@ -7,5 +7,6 @@ pub mod experts;
 mod host;
 pub mod models;
 pub mod order;
+mod partition;
 pub mod perfect_router;
 pub mod routing;

@@ -1,4 +1,4 @@
-//! Times routing, expert order and one whole MoE layer on the CPU, learned-like random routing beside perfect routing.
+//! Times routing, expert order, perfect-router plans and one whole MoE layer on the CPU, learned-like random routing beside perfect routing.
 //!
 //! ```text
 //! cargo run --release --example bench_moe -- --profile gpt-oss-20b --num-tokens 1 --only layer
@@ -22,7 +22,7 @@ use candle_moe::block::MoeBlock;
 use candle_moe::ep::{Communicator, Reduction, Results, Solo, Step, Topology, combine, dispatch, launch};
 use candle_moe::experts::Linear;
 use candle_moe::order::ExpertOrder;
-use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
+use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Plan, Schedule};
 use candle_moe::routing::{Router, Routing};
 use clap::{Parser, ValueEnum};
 use common::progress;
@@ -36,11 +36,13 @@ use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use workload::{Choice, GPT_OSS_20B, Inputs, Layer, Profile, Random, TINY, WeightFormat, planned_experts};
+use workload::{Choice, DEEPSEEK_V3, GPT_OSS_20B, Inputs, Layer, Profile, Random, TINY, WeightFormat, planned_experts};
 
 /// Ranks wait for each other no longer than this.
 const DEADLINE: Duration = Duration::from_secs(600);
 const WARM_UP: usize = 1;
+/// Bytes of a layer that is measured without being asked for by its profile's name.
+const MAX_LAYER_OF_ALL: usize = 1 << 30;
 
 /// Time routing, expert order and one whole MoE layer on the CPU, random against perfect routing.
 ///
@@ -54,7 +56,7 @@ struct Args {
     /// Tokens of a call on each rank; several separated by commas
     #[arg(long, alias = "num_tokens", value_name = "N", value_delimiter = ',', default_value = "1,8,32,128")]
     num_tokens: Vec<NonZeroUsize>,
-    /// Ranks that share the experts, as threads; a divisor of the number of experts
+    /// Ranks that share the experts, as threads
     #[arg(long, alias = "ep_size", value_name = "N", default_value = "1")]
     ep_size: NonZeroUsize,
     /// Dtype of the hidden states and the gate
@@ -69,6 +71,9 @@ struct Args {
     /// Time after which a row takes no further sample
     #[arg(long, value_name = "SECONDS", default_value = "0.1", value_parser = seconds)]
     seconds: Duration,
+    /// How perfect routing deals out the slots of the ranks
+    #[arg(long, value_name = "NAME", default_value_t = Schedule::GlobalSlot, value_parser = schedule)]
+    schedule: Schedule,
     /// Seed of weights and hidden states
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -90,7 +95,10 @@ enum ProfileName {
     /// hidden 2880, intermediate 2880, 32 experts, top-4
     #[value(name = "gpt-oss-20b", alias = "gpt_oss_20b")]
     GptOss20b,
-    /// Every profile
+    /// hidden 7168, intermediate 2048, 256 experts, top-8 of 4 out of 8 groups, without the shared expert
+    #[value(name = "deepseek-v3", alias = "deepseek_v3")]
+    DeepSeekV3,
+    /// Every profile; the layers of those only that fit a gigabyte
     All,
 }
 
@@ -108,6 +116,8 @@ enum Part {
     Routing,
     /// Chosen experts to expert order
     Order,
+    /// The plan of the perfect router: which expert each slot goes to, worked out anew, on one thread
+    Plan,
     /// Gate, routing, order, experts and combination
     Layer,
 }
@@ -115,6 +125,10 @@ enum Part {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse::<f64>().map_err(|_| "expected a number of seconds".to_string())?;
     Duration::try_from_secs_f64(seconds).map_err(|_| "expected a number of seconds that is not negative".into())
+}
+
+fn schedule(name: &str) -> Result<Schedule, String> {
+    name.parse().map_err(|error| plain(&error))
 }
 
 fn main() -> ExitCode {
@@ -133,8 +147,9 @@ fn run(args: &Args) -> Result<Verdict> {
 
 /// The arguments, checked.
 struct Bench {
-    profiles: Vec<Profile>,
-    parts: Vec<Part>,
+    /// What is measured of each profile.
+    profiles: Vec<(Profile, Vec<Part>)>,
+    schedule: Schedule,
     num_tokens: Vec<usize>,
     ep_size: usize,
     dtype: DType,
@@ -146,14 +161,19 @@ struct Bench {
 
 impl Bench {
     fn new(args: &Args) -> Result<Self> {
-        let wanted = |name| args.profile.contains(&name) || args.profile.contains(&ProfileName::All);
-        let profiles = [(ProfileName::Tiny, TINY), (ProfileName::GptOss20b, GPT_OSS_20B)];
+        let named = |name| args.profile.contains(&name);
+        let profiles =
+            [(ProfileName::Tiny, TINY), (ProfileName::GptOss20b, GPT_OSS_20B), (ProfileName::DeepSeekV3, DEEPSEEK_V3)];
+        let wanted = profiles.into_iter().filter(|(name, _)| named(*name) || named(ProfileName::All));
+        let parts_of = |name, profile: &Profile| -> Vec<Part> {
+            let fits = named(name) || args.weights.layer_bytes(profile) <= MAX_LAYER_OF_ALL;
+            let asked = |part: &Part| args.only.is_empty() || args.only.contains(part);
+            let parts = [Part::Routing, Part::Order, Part::Plan, Part::Layer];
+            parts.into_iter().filter(|part| asked(part) && (*part != Part::Layer || fits)).collect()
+        };
         let bench = Self {
-            profiles: profiles.into_iter().filter(|(name, _)| wanted(*name)).map(|(_, profile)| profile).collect(),
-            parts: [Part::Routing, Part::Order, Part::Layer]
-                .into_iter()
-                .filter(|part| args.only.is_empty() || args.only.contains(part))
-                .collect(),
+            profiles: wanted.map(|(name, profile)| (profile, parts_of(name, &profile))).collect(),
+            schedule: args.schedule,
             num_tokens: args.num_tokens.iter().map(|n| n.get()).collect(),
             ep_size: args.ep_size.get(),
             dtype: match args.dtype {
@@ -165,8 +185,8 @@ impl Bench {
             budget: Budget { warm_up: WARM_UP, iterations: args.iters.get(), time: args.seconds },
             seed: args.seed,
         };
-        for profile in &bench.profiles {
-            bench.check(profile)?;
+        for (profile, parts) in &bench.profiles {
+            bench.check(profile, parts)?;
         }
         if let Some(threads) = args.threads {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
@@ -176,18 +196,16 @@ impl Bench {
     }
 
     /// Whether the sizes fit each other and the memory.
-    fn check(&self, profile: &Profile) -> Result<(), BadArguments> {
+    fn check(&self, profile: &Profile, parts: &[Part]) -> Result<(), BadArguments> {
         let Profile { name, num_experts, .. } = profile;
-        if let Err(error) = profile.schedule(self.ep_size, 0) {
+        if let Err(error) = profile.plan(self.ep_size, 0) {
             let error = plain(&error);
-            return Err(BadArguments(format!(
-                "profile {name}: {error}; choose an --ep-size that divides {num_experts}"
-            )));
+            return Err(BadArguments(format!("profile {name}: {error}; choose an --ep-size of at most {num_experts}")));
         }
         let most = self.num_tokens.iter().copied().max().unwrap_or(0);
         // Hidden states of two inputs, the rows of every slot on their way, some workspace.
         let per_token = 4 * profile.hidden_size * (4 + 3 * profile.top_k) * self.ep_size;
-        let layer = if self.parts.contains(&Part::Layer) { self.weights.layer_bytes(profile) } else { 0 };
+        let layer = if parts.contains(&Part::Layer) { self.weights.layer_bytes(profile) } else { 0 };
         let needed = most.saturating_mul(per_token).saturating_add(layer);
         match memory::available().unwrap_or(isize::MAX as usize / 2) {
             available if needed > available => Err(BadArguments(format!(
@@ -201,21 +219,24 @@ impl Bench {
     }
 
     fn run(&self) -> Result<Report> {
-        let rows_per_profile = self.num_tokens.len() * self.parts.len() * 2;
-        let bar = progress::bar(1 + self.profiles.len() * (1 + rows_per_profile));
+        let steps = |(_, parts): &(Profile, Vec<Part>)| 1 + self.num_tokens.len() * parts.len() * 2;
+        let bar = progress::bar(1 + self.profiles.iter().map(steps).sum::<usize>());
         bar.set_message("memory bandwidth");
         let bandwidth = Bandwidth::measure();
         bar.inc(1);
         let mut rows = Vec::new();
-        for profile in &self.profiles {
+        for (profile, parts) in &self.profiles {
             bar.set_message(format!("{}: weights", profile.name));
-            let layers = self.layers(profile)?;
+            let layers = self.layers(profile, parts.contains(&Part::Layer))?;
             bar.inc(1);
             for &num_tokens in &self.num_tokens {
                 let workload = Workload::new(self, profile, &layers, num_tokens)?;
-                for &part in &self.parts {
+                for &part in parts {
                     for choice in [Choice::Random, Choice::Perfect] {
-                        rows.push(workload.row(part, choice, &bandwidth, &bar)?);
+                        // Only the perfect router has a plan.
+                        if (part, choice) != (Part::Plan, Choice::Random) {
+                            rows.push(workload.row(part, choice, &bandwidth, &bar)?);
+                        }
                     }
                 }
             }
@@ -225,14 +246,13 @@ impl Bench {
     }
 
     /// Layers with the same gate and different weights. Two, where memory allows, so that a cache holds less of them.
-    fn layers(&self, profile: &Profile) -> Result<Vec<Layer>> {
+    fn layers(&self, profile: &Profile, measured: bool) -> Result<Vec<Layer>> {
         let mut random = Random::new(self.seed);
         // Logits with a standard deviation of about 1.5.
         let scale = 4.5 / (profile.hidden_size as f32).sqrt();
         let gate = random.floats(&[profile.num_experts, profile.hidden_size], scale, self.dtype)?;
         let gate = Linear::new(gate, None)?;
-        // Without the layer part, routing and order need a gate only.
-        let measured = self.parts.contains(&Part::Layer);
+        // Where the layer is not measured, routing and order need a gate only.
         let roomy = memory::available().is_some_and(|available| available / 4 > self.weights.layer_bytes(profile));
         (0..if measured && roomy { 2 } else { 1 })
             .map(|_| Ok(Layer::random(profile, self.weights, gate.clone(), self.ep_size, measured, &mut random)?))
@@ -249,6 +269,7 @@ impl Bench {
             dtype: self.precision,
             weights: self.weights.name(),
             ep_size: self.ep_size,
+            schedule: self.schedule.name(),
             seed: self.seed,
             iters: self.budget.iterations,
             seconds: self.budget.time.as_secs_f64(),
@@ -281,6 +302,7 @@ impl<'a> Workload<'a> {
         let seconds = match part {
             Part::Routing => self.time_routing(choice)?,
             Part::Order => self.time_order(choice)?,
+            Part::Plan => self.time_plan()?,
             Part::Layer => self.time_layer(choice)?,
         };
         let lines = match part {
@@ -290,12 +312,13 @@ impl<'a> Workload<'a> {
         bar.inc(1);
         let distinct_experts = match choice {
             Choice::Random => self.inputs.distinct_experts(),
-            Choice::Perfect => planned_experts(profile, self.bench.ep_size, num_tokens)?,
+            Choice::Perfect => planned_experts(profile, self.bench.schedule, self.bench.ep_size, num_tokens)?,
         };
         let num_slots = num_tokens * top_k;
         let bytes = match part {
             Part::Routing => (num_tokens * num_experts * self.bench.dtype.size_in_bytes() + num_slots * 8) as f64,
             Part::Order => (num_slots * 12 + num_experts * 8 + 4) as f64,
+            Part::Plan => (num_slots * 4) as f64,
             Part::Layer => distinct_experts * self.layers[0].bytes_per_expert() as f64,
         };
         let flops = (part == Part::Layer).then(|| profile.flops(num_tokens) * self.bench.ep_size as f64);
@@ -352,10 +375,21 @@ impl<'a> Workload<'a> {
         Ok(meter.summary())
     }
 
+    /// Rank 0's plan from nothing to the experts of every slot.
+    fn time_plan(&self) -> Result<Summary> {
+        let plan = || self.profile.plan(self.bench.ep_size, 0)?.topk_ids(0, self.num_tokens);
+        Ok(measure(self.bench.budget, |_| plan().map(|ids| drop(black_box(ids))))?)
+    }
+
     /// The whole layer, on all ranks.
     fn time_layer(&self, choice: Choice) -> Result<Summary> {
         let ep_size = self.bench.ep_size;
-        let blocks = |rank| self.layers.iter().map(|layer| layer.block(rank, choice)).collect::<Result<Vec<_>, _>>();
+        let blocks = |rank| {
+            self.layers
+                .iter()
+                .map(|layer| layer.block(rank, choice, self.bench.schedule))
+                .collect::<Result<Vec<_>, _>>()
+        };
         if ep_size == 1 {
             return self.time_rank(&mut Solo::new(), &blocks(0)?);
         }
@@ -427,7 +461,7 @@ impl<'a> Workload<'a> {
         })
     }
 
-    /// Where the perfect schedule stands at a call: every layer walks through all of it.
+    /// Where the perfect plan stands at a call: every layer walks through all of it.
     fn first_token(&self, call: usize) -> usize {
         call / self.layers.len() * self.num_tokens
     }
@@ -437,21 +471,22 @@ impl<'a> Workload<'a> {
 struct Chooser<'a> {
     workload: &'a Workload<'a>,
     router: &'a Router,
-    plan: Option<Schedule>,
+    plan: Option<Plan>,
 }
 
 impl<'a> Chooser<'a> {
     fn new(workload: &'a Workload<'a>, choice: Choice) -> Result<Self> {
         let plan = match choice {
             Choice::Random => None,
-            Choice::Perfect => Some(workload.profile.schedule(workload.bench.ep_size, 0)?),
+            // Under either schedule rank 0 begins its own plan.
+            Choice::Perfect => Some(workload.profile.plan(workload.bench.ep_size, 0)?),
         };
         Ok(Self { workload, router: &workload.layers[0].router, plan })
     }
 
     fn route(&self, call: usize, router_logits: &candle_core::Tensor) -> candle_core::Result<Routing> {
-        let Some(schedule) = self.plan else { return self.router.route(router_logits) };
-        let key = PerfectRouterKey { schedule, dtype: router_logits.dtype() };
+        let Some(plan) = &self.plan else { return self.router.route(router_logits) };
+        let key = PerfectRouterKey { plan: plan.clone(), dtype: router_logits.dtype() };
         let (first, num_tokens) = (self.workload.first_token(call), self.workload.num_tokens);
         self.router.route(&PerfectRouterStore::global().logits_from(&key, first, num_tokens, &Device::Cpu)?)
     }

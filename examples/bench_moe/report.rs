@@ -24,6 +24,7 @@ pub(crate) struct Metadata {
     pub(crate) dtype: Precision,
     pub(crate) weights: &'static str,
     pub(crate) ep_size: usize,
+    pub(crate) schedule: &'static str,
     pub(crate) seed: u64,
     pub(crate) iters: usize,
     pub(crate) seconds: f64,

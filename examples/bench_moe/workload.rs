@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_moe::block::MoeBlock;
 use candle_moe::ep::Topology;
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, MXFP4_BLOCK};
-use candle_moe::perfect_router::Schedule;
-use candle_moe::routing::{Router, RoutingMethod};
+use candle_moe::perfect_router::{PerfectRouterConfig, Plan, Schedule};
+use candle_moe::routing::{ExpertGroups, Router, RoutingMethod};
 use half::bf16;
 use rayon::prelude::*;
 use std::collections::BTreeSet;
@@ -18,14 +18,40 @@ pub(crate) struct Profile {
     pub(crate) intermediate_size: usize,
     pub(crate) num_experts: usize,
     pub(crate) top_k: usize,
+    pub(crate) method: RoutingMethod,
+    pub(crate) activation: Activation,
+    /// Whether the experts have biases.
+    pub(crate) expert_bias: bool,
 }
 
 /// Small enough for any machine.
 pub(crate) const TINY: Profile =
-    Profile { name: "tiny", hidden_size: 128, intermediate_size: 192, num_experts: 8, top_k: 4 };
+    Profile { name: "tiny", hidden_size: 128, intermediate_size: 192, num_experts: 8, ..GPT_OSS_20B };
 /// A layer of GPT-OSS 20B.
-pub(crate) const GPT_OSS_20B: Profile =
-    Profile { name: "gpt-oss-20b", hidden_size: 2880, intermediate_size: 2880, num_experts: 32, top_k: 4 };
+pub(crate) const GPT_OSS_20B: Profile = Profile {
+    name: "gpt-oss-20b",
+    hidden_size: 2880,
+    intermediate_size: 2880,
+    num_experts: 32,
+    top_k: 4,
+    method: RoutingMethod::Renormalize,
+    activation: Activation::GPT_OSS,
+    expert_bias: true,
+};
+/// A layer of DeepSeek-V3 without its shared expert.
+pub(crate) const DEEPSEEK_V3: Profile = Profile {
+    name: "deepseek-v3",
+    hidden_size: 7168,
+    intermediate_size: 2048,
+    num_experts: 256,
+    top_k: 8,
+    method: RoutingMethod::DeepSeekV3 {
+        groups: ExpertGroups { num_groups: 8, topk_group: 4 },
+        routed_scaling_factor: 2.5,
+    },
+    activation: Activation::Silu,
+    expert_bias: false,
+};
 
 impl Profile {
     /// Multiplications and additions of the experts.
@@ -34,8 +60,8 @@ impl Profile {
     }
 
     /// The plan that stands in for the gate on a rank.
-    pub(crate) fn schedule(&self, ep_size: usize, ep_rank: usize) -> Result<Schedule> {
-        Schedule::new(self.num_experts, self.top_k, ep_size, ep_rank)
+    pub(crate) fn plan(&self, ep_size: usize, ep_rank: usize) -> Result<Plan> {
+        Plan::new(self.num_experts, self.top_k, ep_size, ep_rank)?.with_groups(self.method.groups())
     }
 }
 
@@ -169,23 +195,28 @@ impl Layer {
             let num_experts = Topology::new(profile.num_experts, ep_size, rank)?.local_experts().len();
             let mut projection = |out_features, in_features| {
                 let weights = random.weights(format, (num_experts, out_features, in_features))?;
-                ExpertProjection::new(weights, Some(random.floats(&[num_experts, out_features], 0.1, DType::F32)?))
+                let bias = match profile.expert_bias {
+                    true => Some(random.floats(&[num_experts, out_features], 0.1, DType::F32)?),
+                    false => None,
+                };
+                ExpertProjection::new(weights, bias)
             };
             let (gate_up, down) = (projection(2 * intermediate, hidden)?, projection(hidden, intermediate)?);
-            Experts::new(gate_up, down, GateUpRows::Interleaved, Activation::GPT_OSS)
+            Experts::new(gate_up, down, GateUpRows::Interleaved, profile.activation)
         };
         Ok(Self {
             gate,
-            router: Router::new(RoutingMethod::Renormalize, profile.top_k)?,
+            router: Router::new(profile.method, profile.top_k)?,
             shards: (0..if with_experts { ep_size } else { 0 }).map(&mut shard).collect::<Result<_>>()?,
         })
     }
 
     /// Rank `rank`'s part of the layer; the weights are shared, not copied.
-    pub(crate) fn block(&self, rank: usize, choice: Choice) -> Result<MoeBlock> {
+    pub(crate) fn block(&self, rank: usize, choice: Choice, schedule: Schedule) -> Result<MoeBlock> {
         MoeBlock::builder(self.gate.clone(), self.router.clone(), self.shards[rank].clone())
             .shard(self.shards.len(), rank)
             .perfect_router(choice == Choice::Perfect)
+            .perfect_router_config(PerfectRouterConfig { schedule, imbalance: None })
             .build()
     }
 
@@ -287,16 +318,25 @@ fn rotation(inputs: &[Input], num_layers: usize, num_experts: usize) -> Vec<usiz
     sequence
 }
 
-/// Experts that a call touches under perfect routing, on average over one period of the schedule.
-pub(crate) fn planned_experts(profile: &Profile, ep_size: usize, num_tokens: usize) -> Result<f64> {
-    let schedules = (0..ep_size).map(|rank| profile.schedule(ep_size, rank)).collect::<Result<Vec<_>>>()?;
-    let period = schedules[0].period();
+/// Calls over which touched experts are averaged at most.
+const MAX_CALLS: usize = 256;
+
+/// Experts that a call touches under perfect routing, on average over one period of the plan.
+pub(crate) fn planned_experts(profile: &Profile, schedule: Schedule, ep_size: usize, num_tokens: usize) -> Result<f64> {
+    let token_counts = vec![num_tokens; ep_size];
+    let starts = (0..ep_size).map(|rank| schedule.start(rank, &token_counts));
+    let plans =
+        starts.map(|(sender, first)| Ok((profile.plan(ep_size, sender)?, first))).collect::<Result<Vec<_>>>()?;
+    let period = plans[0].0.period();
+    let calls = period.min(MAX_CALLS);
     let mut touched = 0;
-    for call in 0..period {
-        // Rows repeat after a period, so no call needs more of them.
-        let tokens = || (0..num_tokens.min(period)).map(move |token| call * num_tokens + token);
-        let experts = schedules.iter().flat_map(|schedule| tokens().flat_map(|token| schedule.experts(token)));
-        touched += experts.collect::<BTreeSet<_>>().len();
+    for call in 0..calls {
+        let mut experts = BTreeSet::new();
+        for (plan, first) in &plans {
+            // Rows repeat after a period, so no call needs more of them.
+            experts.extend(plan.topk_ids(first + call * num_tokens, num_tokens.min(period))?);
+        }
+        touched += experts.len();
     }
-    Ok(touched as f64 / period as f64)
+    Ok(touched as f64 / calls as f64)
 }

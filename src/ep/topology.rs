@@ -1,5 +1,6 @@
 //! Which rank owns which experts.
 
+use crate::partition::Partition;
 use candle_core::{Result, bail};
 use std::ops::Range;
 
@@ -19,8 +20,7 @@ use std::ops::Range;
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Topology {
-    num_experts: usize,
-    ep_size: usize,
+    experts: Partition,
     ep_rank: usize,
 }
 
@@ -41,17 +41,17 @@ impl Topology {
         if ep_rank >= ep_size {
             bail!("topology: ep_rank is {ep_rank}, it must be below ep_size = {ep_size}");
         }
-        Ok(Self { num_experts, ep_size, ep_rank })
+        Ok(Self { experts: Partition { total: num_experts, parts: ep_size }, ep_rank })
     }
 
     /// All experts of the layer, over all ranks.
     pub fn num_experts(&self) -> usize {
-        self.num_experts
+        self.experts.total
     }
 
     /// The number of ranks that share the experts.
     pub fn ep_size(&self) -> usize {
-        self.ep_size
+        self.experts.parts
     }
 
     /// This rank.
@@ -61,7 +61,7 @@ impl Topology {
 
     /// The experts that this rank owns; never empty.
     pub fn local_experts(&self) -> Range<usize> {
-        self.range(self.ep_rank)
+        self.experts.range(self.ep_rank)
     }
 
     /// The experts that `rank` owns; never empty.
@@ -70,10 +70,10 @@ impl Topology {
     ///
     /// `rank` is not below `ep_size`.
     pub fn experts_of(&self, rank: usize) -> Result<Range<usize>> {
-        if rank >= self.ep_size {
-            bail!("experts_of: rank is {rank}, it must be below ep_size = {}", self.ep_size);
+        if rank >= self.ep_size() {
+            bail!("experts_of: rank is {rank}, it must be below ep_size = {}", self.ep_size());
         }
-        Ok(self.range(rank))
+        Ok(self.experts.range(rank))
     }
 
     /// The rank that owns `expert`.
@@ -82,19 +82,9 @@ impl Topology {
     ///
     /// `expert` is not below `num_experts`.
     pub fn owner(&self, expert: usize) -> Result<usize> {
-        if expert >= self.num_experts {
-            bail!("owner: expert is {expert}, it must be below num_experts = {}", self.num_experts);
+        if expert >= self.num_experts() {
+            bail!("owner: expert is {expert}, it must be below num_experts = {}", self.num_experts());
         }
-        let (small, longer) = (self.num_experts / self.ep_size, self.num_experts % self.ep_size);
-        // The first `longer` ranks own `small + 1` experts each, the others `small`, which is at
-        // least one because `ep_size <= num_experts`.
-        let boundary = longer * (small + 1);
-        Ok(if expert < boundary { expert / (small + 1) } else { longer + (expert - boundary) / small })
-    }
-
-    fn range(&self, rank: usize) -> Range<usize> {
-        let (small, longer) = (self.num_experts / self.ep_size, self.num_experts % self.ep_size);
-        let start = rank * small + rank.min(longer);
-        start..start + small + usize::from(rank < longer)
+        Ok(self.experts.owner(expert))
     }
 }

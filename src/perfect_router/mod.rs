@@ -5,22 +5,39 @@
 //! modified; a selection bias must be left out while perfect logits are routed
 //! ([`Router::without_selection_bias`](crate::routing::Router::without_selection_bias)).
 //!
-//! [`Schedule`] is the plan, [`PerfectRouterStore`] the cache of the logits that realise it. The schedule rotates by
-//! sender (*rank-rotated*): at step `i` the senders hit different receivers, which is what a benchmark of communication
-//! wants. It balances ranks, and experts only over whole periods: at few tokens per rank, senders overlap on experts, so a
-//! whole layer loads fewer weights than it could. At small batch a balanced table in turn touches more experts than real
-//! routing does, so its time is not a lower bound.
+//! * [`Plan`] is what one sender does: which experts each of its tokens goes to, flat in closed form, grouped by a round
+//!   that is worked out once, or with a hot spot ([`Imbalance`]) to measure skew instead.
+//! * [`Schedule`] says how the plans of all senders relate: which to use for communication, which for whole layers.
+//! * [`PerfectRouterStore`] keeps the logits that make routing follow a plan.
 
+mod flat;
+mod imbalance;
+mod plan;
+mod planner;
 mod schedule;
 mod store;
 
+pub use imbalance::{Hotspot, Imbalance};
+pub use plan::{Balance, Plan};
 pub use schedule::Schedule;
 pub use store::{PerfectRouterKey, PerfectRouterStore, StoreStatistics};
 
+/// What stands in for the gate's logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PerfectRouterConfig {
+    /// How the plans of the senders relate.
+    pub schedule: Schedule,
+    /// A hot spot, to measure skew instead of balance.
+    pub imbalance: Option<Imbalance>,
+}
+
 /// Whether the environment asks for perfect routing: `ENABLE_PERFECT_ROUTER=1`.
 ///
-/// The one place that reads the variable; blocks are told through
-/// [`MoeBlockBuilder::perfect_router`](crate::block::MoeBlockBuilder::perfect_router).
+/// The one place that reads the variable; blocks are told through their builder.
 pub fn enabled_by_environment() -> bool {
     std::env::var_os("ENABLE_PERFECT_ROUTER").is_some_and(|value| value == "1")
+}
+
+fn greatest_common_divisor(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
 }

@@ -1,6 +1,6 @@
 //! The cache of perfect logits.
 
-use super::Schedule;
+use super::Plan;
 use crate::host::{checked_product, try_filled};
 use candle_core::{DType, Device, DeviceLocation, Result, Tensor, bail};
 use half::{bf16, f16};
@@ -20,10 +20,13 @@ const OTHERS: f32 = -10.0;
 const MIN_ROWS: usize = 16;
 
 /// What the logits depend on. Not the number of tokens: row `t` is the same however many rows are asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+///
+/// Plans are equal when their parameters are: `num_experts`, `top_k`, `ep_size` and `ep_rank`, groups that are a limit, a
+/// hot spot of some tokens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PerfectRouterKey {
     /// The plan.
-    pub schedule: Schedule,
+    pub plan: Plan,
     /// The dtype of the logits: f32, f16 or bf16.
     pub dtype: DType,
 }
@@ -51,9 +54,9 @@ pub struct StoreStatistics {
 ///
 /// ```
 /// use candle_core::{DType, Device};
-/// use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
+/// use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Plan};
 /// let store = PerfectRouterStore::new();
-/// let key = PerfectRouterKey { schedule: Schedule::new(8, 2, 4, 0)?, dtype: DType::F32 };
+/// let key = PerfectRouterKey { plan: Plan::new(8, 2, 4, 0)?, dtype: DType::F32 };
 /// store.reserve(&key, 1024, &Device::Cpu)?;
 /// let logits = store.logits(&key, 3, &Device::Cpu)?;
 /// assert_eq!(logits.dims(), [3, 8]);
@@ -92,9 +95,9 @@ impl PerfectRouterStore {
         self.logits_from(key, 0, num_tokens, device)
     }
 
-    /// The logits of `num_tokens` tokens from `first_token` on, which may lie anywhere: the schedule repeats.
+    /// The logits of `num_tokens` tokens from `first_token` on, which may lie anywhere: the plan repeats.
     ///
-    /// A sequence that is decoded step by step continues its schedule this way; with `first_token = 0` the address of the
+    /// A sequence that is decoded step by step continues its plan this way; with `first_token = 0` the address of the
     /// view stays the same, as a CUDA graph needs.
     ///
     /// # Errors
@@ -106,7 +109,7 @@ impl PerfectRouterStore {
         num_tokens: usize,
         device: &Device,
     ) -> Result<Tensor> {
-        let first = first_token % key.schedule.period();
+        let first = first_token % key.plan.period();
         let Some(rows) = first.checked_add(num_tokens) else {
             bail!("{OP}: num_tokens is {num_tokens}, expected at most {}", usize::MAX - first)
         };
@@ -123,7 +126,7 @@ impl PerfectRouterStore {
 
     /// Makes room for `max_num_tokens` rows, so that no later request up to that size allocates or moves the buffer.
     ///
-    /// Requests that start at another token than 0 need [`Schedule::period`] rows more. Not counted as a request.
+    /// Requests that start at another token than 0 need [`Plan::period`] rows more. Not counted as a request.
     ///
     /// # Errors
     /// As [`logits`](Self::logits).
@@ -158,7 +161,7 @@ impl PerfectRouterStore {
 impl State {
     /// The buffer of `key` with at least `rows` rows, and whether it had to be built or grown.
     fn buffer(&mut self, key: &PerfectRouterKey, rows: usize, device: &Device) -> Result<(Tensor, bool)> {
-        let place = (*key, device.location());
+        let place = (key.clone(), device.location());
         let held = self.buffers.get(&place);
         if let Some(buffer) = held.filter(|buffer| buffer.dims()[0] >= rows) {
             return Ok((buffer.clone(), false));
@@ -173,19 +176,20 @@ impl State {
 
 fn generate(key: &PerfectRouterKey, rows: usize, device: &Device) -> Result<Tensor> {
     match key.dtype {
-        DType::F32 => generate_as::<f32>(&key.schedule, rows, device),
-        DType::F16 => generate_as::<f16>(&key.schedule, rows, device),
-        DType::BF16 => generate_as::<bf16>(&key.schedule, rows, device),
+        DType::F32 => generate_as::<f32>(&key.plan, rows, device),
+        DType::F16 => generate_as::<f16>(&key.plan, rows, device),
+        DType::BF16 => generate_as::<bf16>(&key.plan, rows, device),
         dtype => bail!("{OP}: dtype is {dtype:?}, expected f32, f16 or bf16"),
     }
 }
 
-fn generate_as<L: candle_core::WithDType>(schedule: &Schedule, rows: usize, device: &Device) -> Result<Tensor> {
-    let num_experts = schedule.num_experts();
+fn generate_as<L: candle_core::WithDType>(plan: &Plan, rows: usize, device: &Device) -> Result<Tensor> {
+    let num_experts = plan.num_experts();
     let len = checked_product(OP, ("num_tokens", rows), ("num_experts", num_experts))?;
     let mut logits = try_filled(OP, L::from_f64(OTHERS.into()), len)?;
-    for (token, row) in logits.chunks_exact_mut(num_experts).enumerate() {
-        schedule.experts(token).for_each(|expert| row[expert] = L::from_f64(PLANNED.into()));
+    let topk_ids = plan.topk_ids(0, rows)?;
+    for (row, ids) in logits.chunks_exact_mut(num_experts).zip(topk_ids.chunks_exact(plan.top_k())) {
+        ids.iter().for_each(|&expert| row[expert as usize] = L::from_f64(PLANNED.into()));
     }
     Tensor::from_vec(logits, (rows, num_experts), device)
 }

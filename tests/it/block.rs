@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_moe::block::{MoeBlock, MoeBlockBuilder, MoeOutput};
 use candle_moe::ep::{Communicator, Reduction, Step, Threads, Topology, launch};
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear};
-use candle_moe::perfect_router::Schedule;
+use candle_moe::perfect_router::Plan;
 use candle_moe::routing::{Router, RoutingMethod};
 use std::time::{Duration, Instant};
 
@@ -360,9 +360,9 @@ fn perfect_routing_loads_the_ranks_within_one_for_every_token_count_of_one_sende
                 let output = block.forward_traced(&hidden, &mut ranks, &step).unwrap();
                 loads.push((num_tokens, block.load().unwrap()));
                 if rank == 0 {
-                    let plan = Schedule::new(8, top_k, ep_size, 0).unwrap();
+                    let plan = Plan::new(8, top_k, ep_size, 0).unwrap();
                     for (token, ids) in output.routing.topk_ids.to_vec2::<u32>().unwrap().into_iter().enumerate() {
-                        let mut planned: Vec<u32> = plan.experts(token).map(|e| e as u32).collect();
+                        let mut planned = plan.topk_ids(token, 1).unwrap();
                         planned.sort_unstable();
                         let mut ids = ids;
                         ids.sort_unstable();
@@ -433,9 +433,9 @@ fn perfect_routing_reports_the_gate_as_computed_and_leaves_the_selection_bias_al
         let perfect = trace(&build(true));
         let after = trace(&build(false));
         assert_eq!(oracle::bits_of(&perfect.router_logits), oracle::bits_of(&before.router_logits));
-        let plan = Schedule::new(8, 2, 1, 0).unwrap();
+        let plan = Plan::new(8, 2, 1, 0).unwrap();
         for (token, ids) in perfect.routing.topk_ids.to_vec2::<u32>().unwrap().into_iter().enumerate() {
-            let mut planned: Vec<u32> = plan.experts(token).map(|e| e as u32).collect();
+            let mut planned = plan.topk_ids(token, 1).unwrap();
             let mut ids = ids;
             planned.sort_unstable();
             ids.sort_unstable();

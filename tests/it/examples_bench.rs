@@ -160,8 +160,14 @@ fn bench_moe_measures_what_it_is_asked_for() {
         &short(&["--output", "json", "--only", "layer", "--ep_size", "2", "--dtype", "bf16", "--weights", "bf16"]),
     );
     assert_eq!(parts(&report), ["layer"].repeat(4));
-    // Two senders with one token each; the flat schedule makes them overlap.
+    // Two senders with one token each: the global-slot schedule keeps their experts apart, the other makes them overlap.
+    assert_eq!(report["rows"][1]["distinct_experts"], 8.0);
+    let report = json_of(
+        BENCH,
+        &short(&["--output", "json", "--only", "layer", "--ep-size", "2", "--schedule", "rank-rotated"]),
+    );
     assert_eq!(report["rows"][1]["distinct_experts"], 5.0);
+    assert_eq!(report["metadata"]["schedule"], "rank-rotated");
     let table = stdout_of(BENCH, &SHORT);
     for words in ["median us", "of copy", "Copy bandwidth", "One token, tiny", "meaningless"] {
         assert!(table.contains(words), "{words:?} is missing in\n{table}");
@@ -170,7 +176,8 @@ fn bench_moe_measures_what_it_is_asked_for() {
 
 #[test]
 fn bench_moe_says_what_is_wrong_with_its_arguments() {
-    assert_rejected(BENCH, &["--ep-size", "3"], &["num_experts is 8", "ep_size, which is 3", "divides 8"]);
+    assert_rejected(BENCH, &["--ep-size", "9"], &["ep_size is 9", "num_experts, which is 8", "at most 8"]);
+    assert_rejected(BENCH, &["--schedule", "random"], &["random", "global-slot"]);
     assert_rejected(BENCH, &["--num-tokens", "1,0"], &["num-tokens"]);
     assert_rejected(BENCH, &["--num-tokens", "1000000000000"], &["GB of memory", "fewer --num-tokens"]);
     assert_rejected(BENCH, &["--seconds", "-1"], &["seconds"]);

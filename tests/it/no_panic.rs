@@ -9,7 +9,7 @@ use candle_moe::ep::{
 };
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, weighted_sum};
 use candle_moe::order::{ExpertOrder, NO_EXPERT};
-use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Schedule};
+use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Plan};
 use candle_moe::routing::{ExpertGroups, Router, Routing, RoutingMethod};
 use std::fmt::Debug;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -228,7 +228,7 @@ fn expert_orders() {
 // Perfect router
 
 #[test]
-fn schedules_and_their_store() {
+fn plans_and_their_store() {
     let sizes = [0, 1, 2, 3, 8, 9, u32::MAX as usize, u32::MAX as usize + 1, MAX - 1, MAX];
     let mut accepted = Vec::new();
     for num_experts in sizes {
@@ -238,33 +238,35 @@ fn schedules_and_their_store() {
                     let valid = ep_size > 0
                         && num_experts > 0
                         && num_experts <= u32::MAX as usize
-                        && num_experts % ep_size == 0
+                        && ep_size <= num_experts
                         && ep_rank < ep_size
                         && (1..=num_experts).contains(&top_k);
                     if valid {
-                        accepted.push(survives(|| Schedule::new(num_experts, top_k, ep_size, ep_rank)).unwrap());
+                        accepted.push(survives(|| Plan::new(num_experts, top_k, ep_size, ep_rank)).unwrap());
                     } else {
-                        refuses(&["perfect-router", "is "], || Schedule::new(num_experts, top_k, ep_size, ep_rank));
+                        refuses(&["perfect-router", "is "], || Plan::new(num_experts, top_k, ep_size, ep_rank));
                     }
                 }
             }
         }
     }
     let store = PerfectRouterStore::new();
-    for schedule in accepted {
-        for slot in sizes {
-            assert!(schedule.receiver(slot) < schedule.ep_size());
-            assert!(schedule.expert(slot) < schedule.num_experts());
-            assert_eq!(schedule.experts(slot).take(3).count(), schedule.top_k().min(3));
+    for plan in accepted {
+        assert!(plan.period() >= 1);
+        refuses(&["perfect-router"], || plan.topk_ids(0, MAX));
+        if plan.top_k() < 10 {
+            for token in sizes {
+                let ids = survives(|| plan.topk_ids(token, 2)).unwrap();
+                assert!(ids.iter().all(|&id| (id as usize) < plan.num_experts() && plan.receiver(id) < plan.ep_size()));
+            }
         }
-        assert!(schedule.period() >= 1);
-        let key = PerfectRouterKey { schedule, dtype: DType::F16 };
+        let key = PerfectRouterKey { plan, dtype: DType::F16 };
         let num_tokens = 1 << 50;
         refuses(&["perfect-router store"], || store.logits(&key, num_tokens, &Device::Cpu));
         refuses(&["perfect-router store"], || store.reserve(&key, MAX, &Device::Cpu));
         refuses(&["perfect-router store"], || store.logits_from(&key, MAX, MAX, &Device::Cpu));
         for dtype in NOT_FLOATS {
-            let key = PerfectRouterKey { dtype, ..key };
+            let key = PerfectRouterKey { dtype, ..key.clone() };
             refuses(&["dtype", &format!("{dtype:?}")], || store.logits(&key, 1, &Device::Cpu));
             refuses(&["dtype", &format!("{dtype:?}")], || store.reserve(&key, 1, &Device::Cpu));
         }

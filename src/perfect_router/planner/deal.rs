@@ -1,0 +1,327 @@
+//! How many slots each token of a round gives each rank.
+//!
+//! A walk says which groups each token may use. Looked for is a deal of whole slots on it that keeps every rank, after every
+//! token, between two limits, and brings all ranks back to the same number at the end of the round. That is a flow: from
+//! each token to the ranks in its reach, and from each rank and token on to the same rank one token later, where what
+//! flows is what the rank has received so far.
+//!
+//! 1. First all ranks have the same limits: as close together as the first token allows at best, then one further apart,
+//!    and so on. Where the limits stand is tried on both ends of what fractions of slots would give the ranks, and all
+//!    around the mean. Walks are tried in which every token goes on to groups that the last one did not use; in which
+//!    it fills the ranks of a group to one height before it goes on; and in which it takes the groups whose ranks have
+//!    received least, over one to a few times the fewest tokens that can end even.
+//! 2. Ranks that cannot be kept together so, which takes ranks of different lengths, get limits of their own: if a token
+//!    could give fractions of a slot, and gave every expert of its groups the same, what the rank would have received,
+//!    rounded down and up. Such a deal always exists: the limits of a rank over time are nested, and so are those of a
+//!    token, and two nested families of limits around a fractional solution have a whole one between them (their matrix
+//!    is totally unimodular).
+
+use super::flow::Network;
+use crate::partition::Partition;
+use crate::perfect_router::greatest_common_divisor;
+use crate::routing::ExpertGroups;
+
+/// How much further apart than the first token's the limits of all ranks may be.
+const SLACK: usize = 4;
+/// Longest round, except that of step 2.
+const MAX_TOKENS: usize = 4096;
+/// How often the fewest tokens that can end even go into a round of least loaded groups.
+const MAX_REPEATS: usize = 6;
+/// Sets of groups that the first token is tried with; beyond them its difference is not known.
+const MAX_SETS: usize = 4096;
+
+/// The tokens of a round.
+pub(super) struct Deal {
+    pub(super) tokens: Vec<Token>,
+    /// Whether all ranks have received the same at the end.
+    pub(super) is_even: bool,
+    /// The largest difference between two ranks after any token.
+    pub(super) max_minus_min: usize,
+    /// Whether the first token alone makes it necessary.
+    pub(super) is_smallest: bool,
+}
+
+/// One token: the groups it chooses from, and how many slots it gives each rank.
+pub(super) struct Token {
+    pub(super) groups: Vec<usize>,
+    pub(super) slots_per_rank: Vec<usize>,
+}
+
+/// What each rank may have received after each token, `[token][rank]`.
+struct Limits {
+    least: Vec<Vec<usize>>,
+    most: Vec<Vec<usize>>,
+}
+
+/// A walk through the groups of `table[group][rank]` experts.
+struct Walk<'a> {
+    table: &'a [Vec<usize>],
+    top_k: usize,
+    topk_group: usize,
+    /// The groups of each token.
+    tokens: Vec<Vec<usize>>,
+}
+
+/// A round for `table[group][rank]` experts.
+pub(super) fn deal(table: &[Vec<usize>], experts: Partition, groups: ExpertGroups, top_k: usize) -> Deal {
+    let (num_groups, num_ranks) = (groups.num_groups, experts.parts);
+    // Cut into num_groups * num_ranks equal parts, each group has num_ranks of them and each rank num_groups.
+    let overlap = |group: usize, rank: usize| {
+        let start = (group * num_ranks).max(rank * num_groups);
+        ((group + 1) * num_ranks).min((rank + 1) * num_groups).saturating_sub(start)
+    };
+    let overlaps: Vec<Vec<_>> =
+        (0..num_groups).map(|group| (0..num_ranks).map(|rank| overlap(group, rank)).collect()).collect();
+    let walks = walks(table, &overlaps, groups.topk_group, top_k);
+    let unavoidable = unavoidable(table, groups.topk_group, top_k);
+    let first = unavoidable.unwrap_or_else(|| level_spread(table, &walks[0].tokens[0], top_k));
+    let shares: Vec<_> = walks.iter().map(|walk| walk.shares(&overlaps, num_ranks)).collect();
+    let alike = (first..=first + SLACK).find_map(|apart| {
+        walks.iter().zip(&shares).find_map(|(walk, shares)| {
+            let mut limits = walk.limits(shares, apart);
+            limits.find_map(|limits| walk.solve(&limits)).map(|slots| (walk, slots))
+        })
+    });
+    let by_expert = || {
+        let shares = walks[0].shares(table, experts.total / num_groups);
+        (&walks[0], walks[0].solve(&Limits::around(&shares)).unwrap_or_default())
+    };
+    let (walk, slots) = alike.unwrap_or_else(by_expert);
+    walk.finish(slots, unavoidable)
+}
+
+/// The walks to try. The first uses all groups equally often.
+fn walks<'a>(table: &'a [Vec<usize>], overlaps: &[Vec<usize>], topk_group: usize, top_k: usize) -> Vec<Walk<'a>> {
+    let (num_groups, num_ranks) = (table.len(), table[0].len());
+    let order = group_order(overlaps);
+    let fewest_tokens = num_ranks / greatest_common_divisor(num_ranks, top_k);
+    let walk = |tokens| Walk { table, top_k, topk_group, tokens };
+    // Token `t` stands at group `t * step / per` of the order.
+    let around = |step: usize, per: usize| {
+        let once = num_groups * per / greatest_common_divisor(num_groups * per, step);
+        let num_tokens = once / greatest_common_divisor(once, fewest_tokens) * fewest_tokens;
+        let groups_of = |token: usize| (0..topk_group).map(|i| order[(token * step / per + i) % num_groups]).collect();
+        walk((0..num_tokens).map(groups_of).collect())
+    };
+    let ranks_per_group = (num_ranks / num_groups).max(1);
+    let height = top_k.div_ceil(topk_group * ranks_per_group) * ranks_per_group;
+    let least_loaded = |times: usize| walk(least_loaded(table, topk_group, top_k, fewest_tokens * times));
+    let mut walks = vec![around(topk_group, 1), around(top_k, height)];
+    walks.extend((1..=MAX_REPEATS).map(least_loaded));
+    let longest = walks[0].tokens.len().max(MAX_TOKENS);
+    walks.retain(|walk| walk.tokens.len() <= longest);
+    walks
+}
+
+/// Each token's groups: one after the other the group whose experts' ranks have received least on average, of those the one
+/// that was used least.
+fn least_loaded(table: &[Vec<usize>], topk_group: usize, top_k: usize, num_tokens: usize) -> Vec<Vec<usize>> {
+    let mut received = vec![0; table[0].len()];
+    let mut used = vec![0; table.len()];
+    let next = |received: &[usize], used: &[usize], groups: &[usize]| {
+        // All groups have equally many experts, so sums compare as averages do.
+        let load =
+            |group: &usize| table[*group].iter().zip(received).map(|(experts, load)| experts * load).sum::<usize>();
+        let left = (0..table.len()).filter(|group| !groups.contains(group));
+        left.min_by_key(|group| (load(group), used[*group], *group))
+    };
+    let groups_of = |_| {
+        let mut groups: Vec<usize> = Vec::with_capacity(topk_group);
+        let mut expected = received.clone();
+        while let (true, Some(group)) = (groups.len() < topk_group, next(&expected, &used, &groups)) {
+            let part = (groups.len() + 1) * top_k / topk_group - groups.len() * top_k / topk_group;
+            groups.push(group);
+            used[group] += 1;
+            level(&mut expected, |rank| table[group][rank], part);
+        }
+        level(&mut received, |rank| groups.iter().map(|&group| table[group][rank]).sum(), top_k);
+        groups
+    };
+    (0..num_tokens).map(groups_of).collect()
+}
+
+/// Gives each of `slots` to the rank with room that has received least.
+fn level(received: &mut [usize], room: impl Fn(usize) -> usize, slots: usize) {
+    let mut room: Vec<usize> = (0..received.len()).map(room).collect();
+    for _ in 0..slots {
+        let open = (0..received.len()).filter(|&rank| room[rank] > 0);
+        if let Some(least) = open.min_by_key(|&rank| received[rank]) {
+            received[least] += 1;
+            room[least] -= 1;
+        }
+    }
+}
+
+/// The groups, each next to be the one that leaves the ranks closest together.
+fn group_order(overlaps: &[Vec<usize>]) -> Vec<usize> {
+    let mut received = vec![0; overlaps[0].len()];
+    let mut order: Vec<usize> = Vec::with_capacity(overlaps.len());
+    while order.len() < overlaps.len() {
+        let squares = |group: &usize| -> usize {
+            received.iter().zip(&overlaps[*group]).map(|(a, b): (&usize, &usize)| (a + b) * (a + b)).sum()
+        };
+        let left = (0..overlaps.len()).filter(|group| !order.contains(group));
+        let Some(next) = left.min_by_key(squares) else { break };
+        received.iter_mut().zip(&overlaps[next]).for_each(|(received, more)| *received += more);
+        order.push(next);
+    }
+    order
+}
+
+/// The smallest difference between two ranks that one token can leave; `None` where there are too many sets of groups.
+fn unavoidable(table: &[Vec<usize>], topk_group: usize, top_k: usize) -> Option<usize> {
+    let num_groups = table.len();
+    let count = (0..topk_group).try_fold(1usize, |count, i| Some(count.checked_mul(num_groups - i)? / (i + 1)))?;
+    if count > MAX_SETS {
+        return None;
+    }
+    let mut smallest = None;
+    for_each_set(0, num_groups, topk_group, &mut Vec::new(), &mut |set| {
+        let spread = level_spread(table, set, top_k);
+        smallest = Some(smallest.map_or(spread, |smallest: usize| smallest.min(spread)));
+    });
+    smallest
+}
+
+/// The difference that one token leaves that gives each slot to the rank that has least.
+fn level_spread(table: &[Vec<usize>], groups: &[usize], top_k: usize) -> usize {
+    let mut received = vec![0; table[0].len()];
+    level(&mut received, |rank| groups.iter().map(|&group| table[group][rank]).sum(), top_k);
+    spread(&received)
+}
+
+fn spread(received: &[usize]) -> usize {
+    received.iter().max().unwrap_or(&0) - received.iter().min().unwrap_or(&0)
+}
+
+fn for_each_set(first: usize, num_groups: usize, size: usize, chosen: &mut Vec<usize>, f: &mut impl FnMut(&[usize])) {
+    if chosen.len() == size {
+        return f(chosen);
+    }
+    for group in first..num_groups {
+        chosen.push(group);
+        for_each_set(group + 1, num_groups, size, chosen, f);
+        chosen.pop();
+    }
+}
+
+/// What each rank would have received after each token if there were fractions of slots.
+struct Shares {
+    /// `[token][rank]`
+    numerators: Vec<Vec<u128>>,
+    denominator: u128,
+}
+
+impl Walk<'_> {
+    fn num_ranks(&self) -> usize {
+        self.table[0].len()
+    }
+
+    /// Limits that are the same for all ranks: `most - least = apart`, at several places.
+    fn limits<'s>(&'s self, shares: &'s Shares, apart: usize) -> impl Iterator<Item = Limits> + 's {
+        let lowest = |row: &Vec<u128>| row.iter().min().map_or(0, |least| least / shares.denominator) as usize;
+        let highest = |row: &Vec<u128>| row.iter().max().map_or(0, |most| most.div_ceil(shares.denominator)) as usize;
+        let mean = move |tokens: usize| tokens * self.top_k / self.num_ranks();
+        let from = move |least: Vec<usize>| {
+            let end = mean(self.tokens.len());
+            Limits::alike(&least, apart, &vec![end; self.num_ranks()])
+        };
+        let above_lowest = from(shares.numerators.iter().map(lowest).collect());
+        let below_highest = from(shares.numerators.iter().map(|row| highest(row).saturating_sub(apart)).collect());
+        let around_mean = (0..=apart)
+            .map(move |below| from((1..=self.tokens.len()).map(|tokens| mean(tokens).saturating_sub(below)).collect()));
+        [above_lowest, below_highest].into_iter().chain(around_mean)
+    }
+
+    /// What each rank would have received after each token, where a group gives a rank `parts[group][rank] / whole` of what
+    /// it gets.
+    fn shares(&self, parts: &[Vec<usize>], whole: usize) -> Shares {
+        let mut received = vec![0u128; self.num_ranks()];
+        let numerators = self.tokens.iter().map(|groups| {
+            for &group in groups {
+                received.iter_mut().zip(&parts[group]).for_each(|(sum, part)| *sum += (*part * self.top_k) as u128);
+            }
+            received.clone()
+        });
+        Shares { numerators: numerators.collect(), denominator: (self.topk_group * whole) as u128 }
+    }
+
+    /// Whole slots within the limits, `[token][rank]`.
+    fn solve(&self, limits: &Limits) -> Option<Vec<Vec<usize>>> {
+        let (num_tokens, num_ranks) = (self.tokens.len(), self.num_ranks());
+        let (source, sink) = (0, 1);
+        let token_node = |token: usize| 2 + token;
+        let rank_node = |token: usize, rank: usize| 2 + num_tokens + token * num_ranks + rank;
+        let mut network = Network::new(2 + num_tokens + num_tokens * num_ranks);
+        let mut deals = Vec::with_capacity(num_tokens);
+        let mut needed = 0;
+        for (token, groups) in self.tokens.iter().enumerate() {
+            network.edge(source, token_node(token), self.top_k);
+            let mut deal = Vec::with_capacity(num_ranks);
+            for rank in 0..num_ranks {
+                let room: usize = groups.iter().map(|&group| self.table[group][rank]).sum();
+                deal.push(network.edge(token_node(token), rank_node(token, rank), room));
+                // What a rank must have by now goes to the sink; what it has beyond goes on to the next token.
+                let before = if token == 0 { 0 } else { limits.least[token - 1][rank] };
+                let more = limits.least[token][rank].checked_sub(before)?;
+                needed += more;
+                network.edge(rank_node(token, rank), sink, more);
+                let beyond = limits.most[token][rank].checked_sub(limits.least[token][rank])?;
+                if token + 1 < num_tokens {
+                    network.edge(rank_node(token, rank), rank_node(token + 1, rank), beyond);
+                }
+            }
+            deals.push(deal);
+        }
+        if network.fill(source, sink) != needed {
+            return None;
+        }
+        for rank in 0..num_ranks {
+            let beyond = limits.most[num_tokens - 1][rank] - limits.least[num_tokens - 1][rank];
+            network.edge(rank_node(num_tokens - 1, rank), sink, beyond);
+        }
+        if needed + network.fill(source, sink) != num_tokens * self.top_k {
+            return None;
+        }
+        let flows = |deal: Vec<usize>| deal.into_iter().map(|edge| network.flow(edge)).collect();
+        Some(deals.into_iter().map(flows).collect())
+    }
+
+    fn finish(&self, slots: Vec<Vec<usize>>, unavoidable: Option<usize>) -> Deal {
+        let mut received = vec![0; self.num_ranks()];
+        let (mut max_minus_min, mut last) = (0, 0);
+        for slots in &slots {
+            received.iter_mut().zip(slots).for_each(|(sum, slots): (&mut usize, _)| *sum += slots);
+            last = spread(&received);
+            max_minus_min = last.max(max_minus_min);
+        }
+        let tokens = self.tokens.iter().cloned().zip(slots);
+        Deal {
+            tokens: tokens.map(|(groups, slots_per_rank)| Token { groups, slots_per_rank }).collect(),
+            is_even: last == 0,
+            max_minus_min,
+            is_smallest: unavoidable == Some(max_minus_min),
+        }
+    }
+}
+
+impl Limits {
+    /// The same for all ranks, which are to have received `end` at the end.
+    fn alike(least: &[usize], apart: usize, end: &[usize]) -> Self {
+        let rows = |from: usize| -> Vec<Vec<usize>> {
+            let mut rows: Vec<_> = least.iter().map(|least| vec![least + from; end.len()]).collect();
+            rows.last_mut().into_iter().for_each(|last| last.copy_from_slice(end));
+            rows
+        };
+        Self { least: rows(0), most: rows(apart) }
+    }
+
+    /// Every share rounded down and up.
+    fn around(shares: &Shares) -> Self {
+        let rounded = |round: fn(u128, u128) -> u128| {
+            let row = |row: &Vec<u128>| row.iter().map(|share| round(*share, shares.denominator) as usize).collect();
+            shares.numerators.iter().map(row).collect()
+        };
+        Self { least: rounded(|a, b| a / b), most: rounded(u128::div_ceil) }
+    }
+}
