@@ -77,7 +77,9 @@ impl<'a> Weights<'a> {
                 let num_blocks = in_features / MXFP4_BLOCK;
                 let blocks = read(blocks, &[num_experts, out_features, num_blocks, 16], &[DType::U8])?;
                 let values = read(scales, &[num_experts, out_features, num_blocks], &[DType::U8])?;
-                ExpertWeights::mxfp4(blocks, values).map_err(|error| error.context(scales.clone()))?
+                let file = self.checkpoint.info(scales)?.file;
+                let place = || format!("{}: {scales}", file.display());
+                ExpertWeights::mxfp4(blocks, values).map_err(|error| error.context(place()))?
             }
             Matrices::Transposed(name) => {
                 let shape = [num_experts, in_features, out_features];
