@@ -15,7 +15,7 @@ const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-gpt-oss
 const DEFAULT_PROMPT: &str = "A mixture of experts is";
 const DEFAULT_PROMPT_TOKENS: u32 = 32;
 
-/// Generate with a GPT-OSS checkpoint (published MXFP4 layout) through expert-parallel MoE blocks.
+/// Generate with a GPT-OSS checkpoint (published, original/ or bf16 layout) through expert-parallel MoE blocks.
 #[derive(Debug, Parser)]
 #[command(name = "gpt_oss", group = ArgGroup::new("input").args(["prompt", "input_ids", "input_ids_file"]))]
 pub(crate) struct Arguments {

@@ -24,7 +24,7 @@ pub enum CheckpointError {
     HeaderInvalid { file: PathBuf, reason: String },
     /// A tensor has a dtype that this crate does not read.
     UnsupportedDtype { file: PathBuf, tensor: String, found: String },
-    /// The number of bytes of a shape overflows.
+    /// The number of bits of a shape overflows, zero dimensions counted as ones.
     ShapeOverflow { file: PathBuf, tensor: String, shape: Vec<usize> },
     /// The data offsets of a tensor do not match its shape and dtype.
     SizeMismatch { file: PathBuf, tensor: String, found: u64, expected: u64 },
@@ -34,7 +34,7 @@ pub enum CheckpointError {
     Truncated { file: PathBuf, found: u64, expected: u64 },
     /// The file goes on after its data.
     TrailingBytes { file: PathBuf, found: u64, expected: u64 },
-    /// Two shards hold a tensor of the same name.
+    /// Two shards hold a tensor of the same name, or one shard holds it twice.
     DuplicateTensor { tensor: String, first: PathBuf, second: PathBuf },
     /// The index names a file that is not a plain name inside the folder.
     IndexPathEscapes { file: PathBuf, tensor: String, found: String },

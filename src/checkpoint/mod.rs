@@ -5,14 +5,16 @@
 //! callers say which names, shapes and dtypes they expect.
 
 mod error;
+mod header;
 mod shard;
 
 pub use error::CheckpointError;
 
 use candle_core::{DType, Device, Tensor};
+use header::Entry;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use shard::{Entry, Shard};
+use shard::Shard;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -50,8 +52,10 @@ pub struct Checkpoint {
 pub struct TensorInfo {
     /// The file that holds it.
     pub file: PathBuf,
-    /// Its stored dtype.
-    pub dtype: DType,
+    /// Its stored dtype, `None` where this crate cannot read it.
+    pub dtype: Option<DType>,
+    /// Its stored dtype as the file spells it: `BF16`.
+    pub dtype_name: String,
     /// Its shape.
     pub shape: Vec<usize>,
     /// Its size.
@@ -70,7 +74,8 @@ impl Checkpoint {
     /// The files must not be changed while the checkpoint is open: they are mapped, not copied.
     ///
     /// # Errors
-    /// Everything that headers and file sizes can be wrong in, before any tensor is read.
+    /// Everything that headers and file sizes can be wrong in, before any tensor is read. A tensor of a dtype that this
+    /// crate cannot read is no error until it is read.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, CheckpointError> {
         let folder = folder.as_ref();
         let index = folder.join(INDEX);
@@ -149,6 +154,7 @@ impl Checkpoint {
         Ok(TensorInfo {
             file: shard.file.clone(),
             dtype: entry.dtype,
+            dtype_name: entry.dtype_name.clone(),
             shape: entry.shape.clone(),
             bytes: entry.range.len() as u64,
         })
@@ -157,7 +163,7 @@ impl Checkpoint {
     /// A whole tensor in its stored dtype, which must be one of `dtypes`.
     ///
     /// # Errors
-    /// No such tensor, or another shape or dtype.
+    /// No such tensor, another shape or dtype, or a dtype that this crate cannot read at all.
     pub fn tensor(
         &self,
         name: &str,
@@ -165,8 +171,8 @@ impl Checkpoint {
         dtypes: &[DType],
         device: &Device,
     ) -> Result<Tensor, CheckpointError> {
-        let (shard, entry) = self.find_as(name, shape, dtypes)?;
-        self.copy(shard, entry, name, 0..entry.range.len(), shape, device)
+        let (shard, entry, dtype) = self.find_as(name, shape, dtypes)?;
+        self.copy(shard, entry, name, 0..entry.range.len(), (shape, dtype), device)
     }
 
     /// The rows `rows` of a tensor of shape `shape`: `[rows.len(), shape[1..]]`. Touches only their bytes.
@@ -181,7 +187,7 @@ impl Checkpoint {
         rows: Range<usize>,
         device: &Device,
     ) -> Result<Tensor, CheckpointError> {
-        let (shard, entry) = self.find_as(name, shape, dtypes)?;
+        let (shard, entry, dtype) = self.find_as(name, shape, dtypes)?;
         let num_rows = shape.first().copied().unwrap_or(0);
         if rows.start > rows.end || rows.end > num_rows {
             let (file, tensor) = (shard.file.clone(), name.to_string());
@@ -192,7 +198,7 @@ impl Checkpoint {
         if let Some(first) = shape.first_mut() {
             *first = rows.len();
         }
-        self.copy(shard, entry, name, rows.start * row_bytes..rows.end * row_bytes, &shape, device)
+        self.copy(shard, entry, name, rows.start * row_bytes..rows.end * row_bytes, (&shape, dtype), device)
     }
 
     /// Bytes of all tensors.
@@ -226,8 +232,20 @@ impl Checkpoint {
         }
     }
 
-    fn find_as(&self, name: &str, shape: &[usize], dtypes: &[DType]) -> Result<(&Shard, &Entry), CheckpointError> {
+    fn find_as(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtypes: &[DType],
+    ) -> Result<(&Shard, &Entry, DType), CheckpointError> {
         let (shard, entry) = self.find(name)?;
+        let Some(dtype) = entry.dtype else {
+            return Err(CheckpointError::UnsupportedDtype {
+                file: shard.file.clone(),
+                tensor: name.into(),
+                found: entry.dtype_name.clone(),
+            });
+        };
         if entry.shape != shape {
             return Err(CheckpointError::WrongShape {
                 file: shard.file.clone(),
@@ -236,15 +254,15 @@ impl Checkpoint {
                 expected: shape.into(),
             });
         }
-        if !dtypes.contains(&entry.dtype) {
+        if !dtypes.contains(&dtype) {
             return Err(CheckpointError::WrongDtype {
                 file: shard.file.clone(),
                 tensor: name.into(),
-                found: entry.dtype.as_str().into(),
+                found: dtype.as_str().into(),
                 expected: dtypes.iter().map(|dtype| dtype.as_str().into()).collect(),
             });
         }
-        Ok((shard, entry))
+        Ok((shard, entry, dtype))
     }
 
     fn copy(
@@ -253,7 +271,7 @@ impl Checkpoint {
         entry: &Entry,
         name: &str,
         range: Range<usize>,
-        shape: &[usize],
+        (shape, dtype): (&[usize], DType),
         device: &Device,
     ) -> Result<Tensor, CheckpointError> {
         let (start, end) = (entry.range.start + range.start, entry.range.start + range.end);
@@ -263,14 +281,14 @@ impl Checkpoint {
             reason: error.to_string(),
         };
         if range.is_empty() {
-            return Tensor::zeros(shape, entry.dtype, device).map_err(candle);
+            return Tensor::zeros(shape, dtype, device).map_err(candle);
         }
         self.read_log(|log| {
             let ranges = log.entry(name.into()).or_default();
             ranges.push(range.start as u64..range.end as u64);
             merge(ranges);
         });
-        Tensor::from_raw_buffer(shard.bytes(start..end), entry.dtype, shape, device).map_err(candle)
+        Tensor::from_raw_buffer(shard.bytes(start..end), dtype, shape, device).map_err(candle)
     }
 
     /// Up to three existing names that share the longest beginning and end with `name`.

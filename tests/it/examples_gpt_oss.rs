@@ -2,6 +2,7 @@
 
 use crate::checkpoint::Folder;
 use crate::gpt_oss::{TINY, goldens, prompt};
+use crate::gpt_oss_parts::Stored;
 use crate::program::{assert_rejected, json_of, run, run_unread, stdout_of, text};
 use candle_core::{DType, Device};
 use serde_json::Value;
@@ -120,6 +121,22 @@ fn the_dump_holds_what_the_goldens_hold() {
             let difference = (found - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             let largest = expected.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             assert!(difference <= 1e-3 * largest, "{name}: {difference} of {largest}");
+        }
+    }
+}
+
+#[test]
+fn other_layouts_generate_the_same_tokens() {
+    let ids = golden_ids();
+    let generated = |model: &str| {
+        let report = json_of(NAME, &["--model", model, "--input-ids", &ids, "--ep-size", "3", "--output", "json"]);
+        list(&report["generated_ids"])
+    };
+    let expected = generated(TINY);
+    assert_eq!(expected.len(), 24);
+    for stored in [Stored::original(), Stored::decoded(DType::BF16)] {
+        for shards in [1, 2] {
+            assert_eq!(generated(stored.write(shards).path().to_str().unwrap()), expected);
         }
     }
 }

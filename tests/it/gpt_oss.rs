@@ -21,11 +21,11 @@ fn load(options: &MoeOptions) -> Model {
     Model::load(TINY, options, &|_, _| ()).unwrap()
 }
 
-fn options(dtype: DType, ep_size: usize, reduction: Reduction) -> MoeOptions {
+pub(crate) fn options(dtype: DType, ep_size: usize, reduction: Reduction) -> MoeOptions {
     MoeOptions { dtype, ep_size, reduction, ..Default::default() }
 }
 
-fn whole_prompt(model: &mut Model, ids: &[u32]) -> Vec<f32> {
+pub(crate) fn whole_prompt(model: &mut Model, ids: &[u32]) -> Vec<f32> {
     let mut cache = Cache::new(model.config());
     flat(&model.forward(ids, &mut cache, Logits::All).unwrap())
 }
@@ -34,7 +34,7 @@ fn flat(tensor: &Tensor) -> Vec<f32> {
     tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-fn max_distance(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn max_distance(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }

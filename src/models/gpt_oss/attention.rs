@@ -10,6 +10,7 @@
 //! and probabilities stay in float32.
 
 use super::cache::LayerCache;
+use super::layout::LayerRole;
 use super::weights::Weights;
 use crate::experts::Linear;
 use candle_core::{D, DType, Result, Tensor};
@@ -41,14 +42,14 @@ impl Attention {
         let config = weights.config;
         let (num_heads, num_kv_heads, head_dim) =
             (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
-        let prefix = format!("model.layers.{layer}.self_attn");
-        let linear = |name: &str, out: usize, inp: usize| weights.linear(&format!("{prefix}.{name}"), out, inp, true);
+        let linear = |role: LayerRole, out: usize, inp: usize| weights.linear(layer, role, out, inp);
+        let sinks = weights.layer(layer, LayerRole::Sinks, &[num_heads])?;
         Ok(Self {
-            query: linear("q_proj", num_heads * head_dim, config.hidden_size)?,
-            key: linear("k_proj", num_kv_heads * head_dim, config.hidden_size)?,
-            value: linear("v_proj", num_kv_heads * head_dim, config.hidden_size)?,
-            output: linear("o_proj", config.hidden_size, num_heads * head_dim)?,
-            sinks: weights.tensor(&format!("{prefix}.sinks"), &[num_heads])?.to_dtype(DType::F32)?,
+            query: linear(LayerRole::Query, num_heads * head_dim, config.hidden_size)?,
+            key: linear(LayerRole::Key, num_kv_heads * head_dim, config.hidden_size)?,
+            value: linear(LayerRole::Value, num_kv_heads * head_dim, config.hidden_size)?,
+            output: linear(LayerRole::Output, config.hidden_size, num_heads * head_dim)?,
+            sinks: sinks.to_dtype(DType::F32)?,
             num_heads,
             num_kv_heads,
             head_dim,

@@ -9,7 +9,14 @@ const OP: &str = "gpt-oss config";
 /// Sizes above this are a mistake, and their products would overflow.
 const MAX_SIZE: usize = 1 << 24;
 
-/// A GPT-OSS model, as its published `config.json` describes it.
+/// The token that ends a message, for files that name none.
+const PUBLISHED_EOS: u32 = 200_002;
+
+/// A GPT-OSS model, as its `config.json` describes it: that of the published repositories, or that of their folder
+/// `original/`, whose spelling of YaRN is `rope_scaling_factor`, `rope_ntk_alpha` and `rope_ntk_beta`.
+///
+/// What a file leaves out is as in the published models: sliding layers are the even ones, `rms_norm_eps` is 1e-5, and a
+/// vocabulary that has token 200002 ends with it.
 ///
 /// ```
 /// use candle_moe::models::gpt_oss::Config;
@@ -18,11 +25,11 @@ const MAX_SIZE: usize = 1 << 24;
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 #[derive(Debug, Clone, Deserialize)]
-#[serde(from = "Published")]
+#[serde(try_from = "File")]
 pub struct Config {
     /// Decoder layers.
     pub num_layers: usize,
-    /// Experts of each layer, all of them (`num_local_experts` in the file).
+    /// Experts of each layer, all of them (`num_local_experts` or `num_experts` in the file).
     pub num_experts: usize,
     /// Experts per token.
     pub top_k: usize,
@@ -56,7 +63,7 @@ pub struct Config {
     pub vocab_size: usize,
     /// Tokens that end a generation.
     pub eos_token_ids: Vec<u32>,
-    /// How the experts are stored: `mxfp4`, or nothing.
+    /// How the file says that the experts are stored: `mxfp4`, or nothing. The tensors decide.
     pub quant_method: Option<String>,
     attention_bias: bool,
     tie_word_embeddings: bool,
@@ -101,11 +108,12 @@ fn yes() -> bool {
     true
 }
 
-/// The file, older and newer spellings alike.
+/// The file, older and newer spellings and that of `original/` alike.
 #[derive(Deserialize)]
-struct Published {
+struct File {
     num_hidden_layers: usize,
-    num_local_experts: usize,
+    num_local_experts: Option<usize>,
+    num_experts: Option<usize>,
     num_experts_per_tok: Option<usize>,
     experts_per_token: Option<usize>,
     hidden_size: usize,
@@ -121,15 +129,20 @@ struct Published {
     swiglu_alpha: Option<f64>,
     layer_types: Option<Vec<String>>,
     sliding_window: usize,
+    #[serde(default = "published_eps")]
     rms_norm_eps: f64,
     rope_theta: Option<f64>,
     rope_scaling: Option<RopeConfig>,
     rope_parameters: Option<RopeConfig>,
+    rope_scaling_factor: Option<f64>,
+    rope_ntk_alpha: Option<f64>,
+    rope_ntk_beta: Option<f64>,
+    initial_context_length: Option<usize>,
     #[serde(default = "longest")]
     max_position_embeddings: usize,
     vocab_size: usize,
     #[serde(default, deserialize_with = "one_or_many")]
-    eos_token_id: Vec<u32>,
+    eos_token_id: Option<Vec<u32>>,
     quantization_config: Option<Quantization>,
 }
 
@@ -138,26 +151,48 @@ struct Quantization {
     quant_method: String,
 }
 
+fn published_eps() -> f64 {
+    1e-5
+}
+
 fn longest() -> usize {
     131_072
 }
 
-fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<u32>, D::Error> {
+/// A list, `null` for an empty one, or one id.
+fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<Vec<u32>>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Ids {
         One(u32),
         Many(Vec<u32>),
     }
-    Ok(match Option::<Ids>::deserialize(deserializer)? {
+    Ok(Some(match Option::<Ids>::deserialize(deserializer)? {
         None => Vec::new(),
         Some(Ids::One(id)) => vec![id],
         Some(Ids::Many(ids)) => ids,
-    })
+    }))
 }
 
-impl From<Published> for Config {
-    fn from(file: Published) -> Self {
+impl File {
+    /// YaRN as `original/` spells it; `None` in a file of another spelling.
+    fn original_rope(&self) -> Option<RopeConfig> {
+        Some(RopeConfig {
+            rope_type: "yarn".into(),
+            rope_theta: None,
+            factor: self.rope_scaling_factor?,
+            beta_fast: self.rope_ntk_beta.unwrap_or(32.0),
+            beta_slow: self.rope_ntk_alpha.unwrap_or(1.0),
+            truncate: false,
+            original_max_position_embeddings: self.initial_context_length.unwrap_or(4096),
+        })
+    }
+}
+
+impl TryFrom<File> for Config {
+    type Error = &'static str;
+
+    fn try_from(file: File) -> std::result::Result<Self, Self::Error> {
         const PLAIN: RopeConfig = RopeConfig {
             rope_type: String::new(),
             rope_theta: None,
@@ -168,7 +203,11 @@ impl From<Published> for Config {
             original_max_position_embeddings: 0,
         };
         let plain = RopeConfig { rope_type: default_rope_type(), ..PLAIN };
-        let rope = file.rope_parameters.or(file.rope_scaling).unwrap_or(plain);
+        let original_rope = file.original_rope();
+        let stretched = file.rope_parameters.or(file.rope_scaling).or(original_rope);
+        let rope = stretched.unwrap_or(plain);
+        let num_experts = file.num_local_experts.or(file.num_experts);
+        let default_eos = || (file.vocab_size > PUBLISHED_EOS as usize).then_some(PUBLISHED_EOS).into_iter().collect();
         let (sliding_layers, unknown_layer_types) = match file.layer_types {
             // A count that is absurd is refused by `validate`, not allocated here.
             None => ((0..file.num_hidden_layers.min(MAX_SIZE)).map(|layer| layer % 2 == 0).collect(), Vec::new()),
@@ -177,9 +216,9 @@ impl From<Published> for Config {
                 types.into_iter().filter(|name| name != "sliding_attention" && name != "full_attention").collect(),
             ),
         };
-        Self {
+        Ok(Self {
             num_layers: file.num_hidden_layers,
-            num_experts: file.num_local_experts,
+            num_experts: num_experts.ok_or("missing field `num_local_experts` or `num_experts`")?,
             top_k: file.num_experts_per_tok.or(file.experts_per_token).unwrap_or(4),
             hidden_size: file.hidden_size,
             intermediate_size: file.intermediate_size,
@@ -195,11 +234,11 @@ impl From<Published> for Config {
             rope: RopeConfig { rope_theta: rope.rope_theta.or(file.rope_theta), ..rope },
             max_position_embeddings: file.max_position_embeddings,
             vocab_size: file.vocab_size,
-            eos_token_ids: file.eos_token_id,
+            eos_token_ids: file.eos_token_id.unwrap_or_else(default_eos),
             quant_method: file.quantization_config.map(|q| q.quant_method),
             attention_bias: file.attention_bias,
             tie_word_embeddings: file.tie_word_embeddings,
-        }
+        })
     }
 }
 

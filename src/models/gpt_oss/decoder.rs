@@ -2,6 +2,7 @@
 
 use super::attention::{Attention, Positions};
 use super::cache::Cache;
+use super::layout::{LayerRole, ModelRole};
 use super::rope::Rope;
 use super::weights::Weights;
 use super::{Config, MoeLayers};
@@ -44,10 +45,10 @@ pub enum Logits {
 }
 
 impl Decoder {
-    /// Reads the dense tensors of a checkpoint in the published layout. `dtype` is that of the hidden states: f32 or bf16.
+    /// Reads the dense tensors of a checkpoint in any of the [layouts](super). `dtype` is that of the hidden states: f32 or bf16.
     ///
     /// # Errors
-    /// Missing or unfit tensors, another dtype, another device than the CPU.
+    /// Tensors of two layouts or of none, missing or unfit tensors, another dtype, another device than the CPU.
     pub fn load(checkpoint: &Checkpoint, config: &Config, dtype: DType, device: &Device) -> Result<Self> {
         config.validate()?;
         if !matches!(dtype, DType::F32 | DType::BF16) {
@@ -56,22 +57,23 @@ impl Decoder {
         if !device.is_cpu() {
             bail!("{OP}: device is {:?}, expected the CPU", device.location())
         }
-        let weights = Weights { checkpoint, config, device };
+        let weights = Weights::new(checkpoint, config, device)?;
         let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
         let layer = |layer: usize| {
-            let norm = |name: &str| Norm::load(&weights, &format!("model.layers.{layer}.{name}.weight"));
+            let norm = |role: LayerRole| Norm::new(weights.layer(layer, role, &[hidden_size])?, config);
             Ok(Layer {
-                attention_norm: norm("input_layernorm")?,
+                attention_norm: norm(LayerRole::AttentionNorm)?,
                 attention: Attention::load(&weights, layer)?,
-                moe_norm: norm("post_attention_layernorm")?,
+                moe_norm: norm(LayerRole::MoeNorm)?,
             })
         };
+        let vocabulary = |role: ModelRole| weights.model(role, &[vocab_size, hidden_size]);
         Ok(Self {
             dtype,
-            embedding: weights.tensor("model.embed_tokens.weight", &[vocab_size, hidden_size])?,
+            embedding: vocabulary(ModelRole::Embedding)?,
             layers: (0..config.num_layers).map(layer).collect::<Result<_>>()?,
-            norm: Norm::load(&weights, "model.norm.weight")?,
-            head: weights.linear("lm_head", vocab_size, hidden_size, false)?,
+            norm: Norm::new(weights.model(ModelRole::Norm, &[hidden_size])?, config)?,
+            head: Linear::new(vocabulary(ModelRole::Head)?, None)?,
             rope: Rope::new(&config.rope, config.head_dim),
             config: config.clone(),
         })
@@ -148,9 +150,8 @@ struct Norm {
 }
 
 impl Norm {
-    fn load(weights: &Weights<'_>, name: &str) -> Result<Self> {
-        let weight = weights.tensor(name, &[weights.config.hidden_size])?.to_dtype(DType::F32)?;
-        Ok(Self { weight, eps: weights.config.rms_norm_eps as f32 })
+    fn new(weight: Tensor, config: &Config) -> Result<Self> {
+        Ok(Self { weight: weight.to_dtype(DType::F32)?, eps: config.rms_norm_eps as f32 })
     }
 
     fn forward(&self, hidden: &Tensor) -> Result<Tensor> {

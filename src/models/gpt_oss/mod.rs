@@ -1,4 +1,12 @@
-//! GPT-OSS: checkpoints in the published MXFP4 layout, on one rank or several.
+//! GPT-OSS on one rank or several.
+//!
+//! Checkpoints come in three layouts, told apart by the names of their tensors:
+//!
+//! | layout | where | experts |
+//! | --- | --- | --- |
+//! | published | root of the published repositories | MXFP4 |
+//! | original | the folder `original/` of these repositories, with a `config.json` of its own | MXFP4 |
+//! | bf16 | copies by third parties | bf16, f16 or f32, `[num_experts, in_features, out_features]` |
 //!
 //! * [`Config`] is `config.json`.
 //! * [`Decoder`] is everything around the experts, with its [`Cache`].
@@ -9,6 +17,7 @@ mod attention;
 mod cache;
 mod config;
 mod decoder;
+mod layout;
 mod model;
 mod moe;
 mod rope;

@@ -26,10 +26,11 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads `folder`. `progress(done, total)` hears of every part, from any thread.
+    /// Loads `folder`: `config.json` and safetensors files in any of the [layouts](super), told apart by the names of the
+    /// tensors. `progress(done, total)` hears of every part, from any thread.
     ///
     /// # Errors
-    /// Everything that can be wrong with the checkpoint or the options.
+    /// Everything that can be wrong with the checkpoint or the options, tensors of two layouts or of none included.
     pub fn load(
         folder: impl AsRef<Path>,
         options: &MoeOptions,

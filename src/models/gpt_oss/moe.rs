@@ -1,11 +1,12 @@
 //! The MoE layers: read for one rank, and run by all ranks of a process.
 
 use super::Config;
+use super::layout::{ExpertRole, LayerRole};
 use super::weights::Weights;
 use crate::block::{Load, MoeBlock, MoeOutput};
 use crate::checkpoint::Checkpoint;
 use crate::ep::{Communicator, Reduction, Step, Threads, Topology};
-use crate::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, MXFP4_BLOCK};
+use crate::experts::{Activation, Experts, GateUpRows, MXFP4_BLOCK};
 use crate::routing::{Router, RoutingMethod};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
@@ -61,7 +62,7 @@ impl Default for MoeOptions {
 /// Reads the MoE layer `layer` for rank `ep_rank`: the gate, and the bytes of this rank's experts only.
 ///
 /// # Errors
-/// Missing or unfit tensors; sizes that MXFP4 cannot have; a perfect router whose experts do not divide over the ranks.
+/// Tensors of two layouts or of none; missing or unfit tensors; sizes that MXFP4 cannot have; a perfect router whose experts do not divide over the ranks.
 pub fn load_moe_block(
     checkpoint: &Checkpoint,
     config: &Config,
@@ -70,36 +71,25 @@ pub fn load_moe_block(
     ep_rank: usize,
 ) -> Result<MoeBlock> {
     config.validate()?;
+    let weights = Weights::new(checkpoint, config, &Device::Cpu)?;
     let (hidden_size, intermediate_size) = (config.hidden_size, config.intermediate_size);
     for (name, size) in [("hidden_size", hidden_size), ("intermediate_size", intermediate_size)] {
-        if !size.is_multiple_of(MXFP4_BLOCK) {
+        if weights.is_mxfp4() && !size.is_multiple_of(MXFP4_BLOCK) {
             bail!("{OP}: {name} is {size}, expected a multiple of {MXFP4_BLOCK} for MXFP4 weights")
         }
     }
     let topology = Topology::new(config.num_experts, options.ep_size, ep_rank)?;
-    let prefix = format!("model.layers.{layer}.mlp");
-    let projection = |name: &str, rows: usize, columns: usize| {
-        let read = |suffix: &str, shape: &[usize], dtypes: &[DType]| {
-            let name = format!("{prefix}.experts.{name}_{suffix}");
-            checkpoint.rows(&name, shape, dtypes, topology.local_experts(), &Device::Cpu)
-        };
-        let (num_experts, num_blocks) = (config.num_experts, columns / MXFP4_BLOCK);
-        let blocks = read("blocks", &[num_experts, rows, num_blocks, 16], &[DType::U8])?;
-        let scales = read("scales", &[num_experts, rows, num_blocks], &[DType::U8])?;
-        let bias = read("bias", &[num_experts, rows], &[DType::BF16, DType::F32, DType::F16])?;
-        let weights =
-            ExpertWeights::mxfp4(blocks, scales).map_err(|error| error.context(format!("{prefix}: {name}")))?;
-        ExpertProjection::new(weights, Some(bias))
+    let projection = |role: ExpertRole, out_features: usize, in_features: usize| {
+        weights.experts(layer, role, topology.local_experts(), out_features, in_features)
     };
     let activation = Activation::SwigluOss { alpha: config.swiglu_alpha as f32, limit: config.swiglu_limit as f32 };
     let experts = Experts::new(
-        projection("gate_up_proj", 2 * intermediate_size, hidden_size)?,
-        projection("down_proj", hidden_size, intermediate_size)?,
+        projection(ExpertRole::GateUp, 2 * intermediate_size, hidden_size)?,
+        projection(ExpertRole::Down, hidden_size, intermediate_size)?,
         GateUpRows::Interleaved,
         activation,
     )?;
-    let weights = Weights { checkpoint, config, device: &Device::Cpu };
-    let gate = weights.linear(&format!("{prefix}.router"), config.num_experts, hidden_size, true)?;
+    let gate = weights.linear(layer, LayerRole::Gate, config.num_experts, hidden_size)?;
     let router = Router::new(RoutingMethod::Renormalize, config.top_k)?;
     MoeBlock::builder(gate, router, experts)
         .shard(options.ep_size, ep_rank)
