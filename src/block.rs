@@ -1,15 +1,16 @@
 //! The sharded MoE block that ties the rooms together.
 //!
 //! ```text
-//! hidden states -> gate -> router logits -> (perfect router) -> routing -> dispatch -> order -> experts -> combine
+//! hidden states -> gate -> router logits -> (perfect router) -> routing -> dispatch -> order -> experts -> combine -> sum
+//!        \------------------------------- shared experts -----------------------------------------------------------/
 //! ```
 
 use crate::ep::{Communicator, Reduction, Results, Solo, Step, Topology, combine, dispatch};
-use crate::experts::{Experts, Linear};
+use crate::experts::{Experts, Linear, weighted_sum};
 use crate::order::{ExpertOrder, NO_EXPERT};
 use crate::perfect_router::{PerfectRouterConfig, PerfectRouterKey, PerfectRouterStore, Plan};
 use crate::routing::{Router, Routing};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use std::sync::{Mutex, PoisonError};
 
 const OP: &str = "moe block";
@@ -48,6 +49,10 @@ pub struct MoeBlock {
     gate: Linear,
     router: Router,
     experts: Experts,
+    /// Every token of this rank goes to all of them.
+    shared_experts: Option<Experts>,
+    /// The dtype in which the gate computes its logits; that of the hidden states without it.
+    router_dtype: Option<DType>,
     topology: Topology,
     reduction: Reduction,
     perfect_config: PerfectRouterConfig,
@@ -63,6 +68,8 @@ pub struct MoeBlockBuilder {
     gate: Linear,
     router: Router,
     experts: Experts,
+    shared_experts: Option<Experts>,
+    router_dtype: Option<DType>,
     ep_size: usize,
     ep_rank: usize,
     reduction: Reduction,
@@ -76,6 +83,18 @@ impl MoeBlockBuilder {
     /// [`local_experts`](Topology::local_experts) only.
     pub fn shard(self, ep_size: usize, ep_rank: usize) -> Self {
         Self { ep_size, ep_rank, ..self }
+    }
+
+    /// Experts that every token goes to, each with weight 1, beside those it is routed to. Every rank holds all of them and
+    /// works on its own tokens. Their sum is added in float32, before the one rounding.
+    pub fn shared_experts(self, shared_experts: Experts) -> Self {
+        Self { shared_experts: Some(shared_experts), ..self }
+    }
+
+    /// The dtype of the router logits, f32, bf16 or f16: the gate rounds to it. That of the hidden states when not called, as in
+    /// GPT-OSS; DeepSeek-V3 wants f32.
+    pub fn router_dtype(self, dtype: DType) -> Self {
+        Self { router_dtype: Some(dtype), ..self }
     }
 
     /// How results are summed; `SlotOrder` when not called.
@@ -120,6 +139,13 @@ impl MoeBlockBuilder {
                 self.experts.hidden_size()
             )
         }
+        if let Some(shared) = self.shared_experts.as_ref().filter(|s| s.hidden_size() != self.experts.hidden_size()) {
+            bail!(
+                "{OP}: the shared experts have hidden_size {}, expected that of the experts, {}",
+                shared.hidden_size(),
+                self.experts.hidden_size()
+            )
+        }
         let top_k = self.router.top_k();
         if top_k > num_experts {
             bail!("{OP}: top_k is {top_k}, expected at most num_experts, which is {num_experts}")
@@ -132,6 +158,8 @@ impl MoeBlockBuilder {
             gate: self.gate,
             router: self.router,
             experts: self.experts,
+            shared_experts: self.shared_experts,
+            router_dtype: self.router_dtype,
             topology,
             reduction: self.reduction,
         };
@@ -145,7 +173,8 @@ impl MoeBlockBuilder {
 pub struct MoeOutput {
     /// `[num_tokens, hidden_size]` in the dtype of the input.
     pub hidden: Tensor,
-    /// `[num_tokens, num_experts]` in the dtype of the input: what the gate computed, also under perfect routing.
+    /// `[num_tokens, num_experts]` in the dtype of the input or the [router's](MoeBlockBuilder::router_dtype): what the gate
+    /// computed, also under perfect routing.
     pub router_logits: Tensor,
     /// The routing that was used.
     pub routing: Routing,
@@ -168,6 +197,8 @@ impl MoeBlock {
             gate,
             router,
             experts,
+            shared_experts: None,
+            router_dtype: None,
             ep_size: 1,
             ep_rank: 0,
             reduction: Reduction::default(),
@@ -210,6 +241,11 @@ impl MoeBlock {
     /// This rank's experts.
     pub fn experts(&self) -> &Experts {
         &self.experts
+    }
+
+    /// The experts that every token goes to.
+    pub fn shared_experts(&self) -> Option<&Experts> {
+        self.shared_experts.as_ref()
     }
 
     /// The layer for `hidden [num_tokens, hidden_size]` in f32, bf16 or f16, where `num_tokens` is this rank's count in
@@ -270,7 +306,10 @@ impl MoeBlock {
 
     fn try_forward(&self, hidden: &Tensor, communicator: &mut dyn Communicator, step: &Step) -> Result<MoeOutput> {
         self.check_group(communicator, step, hidden)?;
-        let router_logits = self.gate.forward(hidden)?;
+        let router_logits = match self.router_dtype {
+            Some(dtype) => self.gate.forward(&hidden.to_dtype(dtype)?)?,
+            None => self.gate.forward(hidden)?,
+        };
         let routing = self.route(&router_logits, step)?;
         let dispatched = dispatch(communicator, step, hidden, &routing)?;
         let topk_ids = &dispatched.routing.topk_ids;
@@ -278,14 +317,21 @@ impl MoeBlock {
         let rows = self.experts.forward(&dispatched.hidden, &order)?;
         let results =
             Results { rows: &rows, order: &order, dispatched: &dispatched, home: &routing, topology: &self.topology };
-        let sum = combine(communicator, step, self.reduction, &results)?;
+        let mut sum = combine(communicator, step, self.reduction, &results)?;
+        if let Some(shared) = &self.shared_experts {
+            sum = (sum + everyone_to(shared, hidden, &routing.topk_ids)?)?;
+        }
         // Not before: the order has checked the ids of the other ranks, and a failed call leaves no trace.
         self.count(&dispatched.routing)?;
         Ok(MoeOutput { hidden: sum.to_dtype(hidden.dtype())?, router_logits, routing })
     }
 
     fn route(&self, router_logits: &Tensor, step: &Step) -> Result<Routing> {
-        let Some(plan) = &self.perfect else { return self.router.route(router_logits) };
+        let routed = |router: &Router, logits: &Tensor| match step.num_valid_tokens() {
+            Some(num_valid_tokens) => router.route_padded(logits, num_valid_tokens),
+            None => router.route(logits),
+        };
+        let Some(plan) = &self.perfect else { return routed(&self.router, router_logits) };
         let (_, before) = self.perfect_config.schedule.start(self.topology.ep_rank(), step.token_counts());
         let key = PerfectRouterKey { plan: plan.clone(), dtype: router_logits.dtype() };
         let planned = PerfectRouterStore::global().logits_from(
@@ -294,7 +340,7 @@ impl MoeBlock {
             router_logits.dims()[0],
             router_logits.device(),
         )?;
-        self.router.without_selection_bias().route(&planned)
+        routed(&self.router.without_selection_bias(), &planned)
     }
 
     fn check_group(&self, communicator: &dyn Communicator, step: &Step, hidden: &Tensor) -> Result<()> {
@@ -323,4 +369,20 @@ impl MoeBlock {
             Ok(())
         })
     }
+}
+
+/// The sum of what all `experts` make of each token, f32 `[num_tokens, hidden_size]`; 0 for tokens that `topk_ids` shows to
+/// be padding.
+fn everyone_to(experts: &Experts, hidden: &Tensor, topk_ids: &Tensor) -> Result<Tensor> {
+    let (num_tokens, num_experts) = (hidden.dims()[0], experts.num_experts());
+    let top_k = topk_ids.dims()[1];
+    let ids = crate::host::with_slice(topk_ids, OP, "topk_ids", |topk_ids: &[u32]| {
+        let everyone = 0..num_experts as u32;
+        let of_token = |first: u32| everyone.clone().map(move |e| if first == NO_EXPERT { NO_EXPERT } else { e });
+        Ok(topk_ids.chunks(top_k).flat_map(|ids| of_token(ids[0])).collect::<Vec<_>>())
+    })?;
+    let ids = Tensor::from_vec(ids, (num_tokens, num_experts), hidden.device())?;
+    let order = ExpertOrder::new(&ids, num_experts, 0..num_experts)?;
+    let ones = Tensor::ones((num_tokens, num_experts), DType::F32, hidden.device())?;
+    weighted_sum(&experts.forward(hidden, &order)?, &ones, &order)
 }

@@ -102,12 +102,6 @@ impl Arguments {
             ));
         }
         let perfect_router = self.perfect_router || enabled_by_environment();
-        if perfect_router && !config.num_experts.is_multiple_of(self.ep_size) {
-            return bad(format!(
-                "--ep-size {} with perfect routing: expected a divisor of the {} experts",
-                self.ep_size, config.num_experts
-            ));
-        }
         let prompt_ids = self.prompt_ids(config, text)?;
         let positions = prompt_ids.len().saturating_add(self.max_new_tokens);
         if positions > config.max_position_embeddings {

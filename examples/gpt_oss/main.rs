@@ -46,7 +46,7 @@ fn generate(arguments: &Arguments) -> Result<Verdict> {
     let main = Generation::run(&mut model, &plan, arguments.dump.as_deref())?;
     let comparison = match arguments.no_comparison {
         true => None,
-        false => Some(main.repeat_with_other_routing(&mut model, &plan)),
+        false => Some(main.repeat_with_other_routing(&mut model, &plan)?),
     };
     let report = Report { arguments, plan: &plan, config: &config, text: &text, load_seconds, main, comparison };
     report.print()?;

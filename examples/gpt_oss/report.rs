@@ -1,7 +1,7 @@
 //! What was generated and who did how much work, for people and for programs.
 
 use crate::arguments::{Arguments, Plan};
-use crate::common::report::{Column, OutputFormat, digits, joined, plain, print, print_json, row, table};
+use crate::common::report::{Column, OutputFormat, digits, joined, print, print_json, row, table};
 use crate::run::Generation;
 use crate::text::Text;
 use anyhow::Result;
@@ -22,8 +22,8 @@ pub(crate) struct Report<'a> {
     pub(crate) text: &'a Text,
     pub(crate) load_seconds: f64,
     pub(crate) main: Generation,
-    /// The same tokens under the other routing, or why there is none.
-    pub(crate) comparison: Option<Result<Generation>>,
+    /// The same tokens under the other routing.
+    pub(crate) comparison: Option<Generation>,
 }
 
 impl Report<'_> {
@@ -41,12 +41,11 @@ impl Report<'_> {
     fn for_programs(&self) -> Result<Value> {
         let comparison = match &self.comparison {
             None => Value::Null,
-            Some(Ok(other)) => json!({
+            Some(other) => json!({
                 "perfect_router": other.perfect_router,
                 "timing": timing(other, self.plan.prompt_ids.len()),
                 "load": load(&other.load),
             }),
-            Some(Err(error)) => json!({ "error": reason(error) }),
         };
         let mut timing = timing(&self.main, self.plan.prompt_ids.len());
         timing["load_seconds"] = self.load_seconds.into();
@@ -100,11 +99,7 @@ impl Report<'_> {
             (None, _) => (),
         }
         let mut runs = vec![main];
-        match &self.comparison {
-            Some(Ok(other)) => runs.push(other),
-            Some(Err(error)) => writeln!(out, "\nno run with the other routing to compare with: {}", reason(error))?,
-            None => (),
-        }
+        runs.extend(&self.comparison);
         runs.sort_by_key(|run| run.perfect_router);
         writeln!(out, "\nspeed\n{}", self.speed_table(&runs))?;
         writeln!(out, "\nslots per rank, all layers, prompt and generation\n{}", self.rank_table(&runs))?;
@@ -194,10 +189,6 @@ fn layer_table(runs: &[&Generation]) -> comfy_table::Table {
 }
 
 /// Why there is nothing to compare with: here an error is news, not a failure.
-fn reason(error: &anyhow::Error) -> String {
-    error.downcast_ref().map_or_else(|| error.to_string(), plain)
-}
-
 fn routing(run: &Generation) -> &'static str {
     if run.perfect_router { "perfect" } else { "learned" }
 }

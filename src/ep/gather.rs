@@ -12,7 +12,7 @@
 use super::{Communicator, Step, Topology};
 use crate::experts::weighted_sum;
 use crate::host::with_slice;
-use crate::order::{ExpertOrder, NO_SLOT};
+use crate::order::{ExpertOrder, NO_EXPERT, NO_SLOT};
 use crate::routing::Routing;
 use candle_core::{Device, Result, Tensor, bail};
 
@@ -124,7 +124,11 @@ fn rows_by_home(step: &Step, order: &ExpertOrder) -> Result<(Tensor, Vec<usize>)
 /// The order in which rows come home: by owner of the expert, then by slot. It is an expert order of the owners.
 fn order_by_owner(topology: &Topology, topk_ids: &Tensor) -> Result<ExpertOrder> {
     let owners = with_slice(topk_ids, OP, "topk_ids", |ids: &[u32]| {
-        ids.iter().map(|&id| Ok(topology.owner(id as usize)? as u32)).collect::<Result<Vec<_>>>()
+        let owner = |&id: &u32| match id {
+            NO_EXPERT => Ok(NO_EXPERT),
+            id => Ok(topology.owner(id as usize)? as u32),
+        };
+        ids.iter().map(owner).collect::<Result<Vec<_>>>()
     })?;
     let owners = Tensor::from_vec(owners, topk_ids.shape(), &Device::Cpu)?;
     ExpertOrder::new(&owners, topology.ep_size(), 0..topology.ep_size())

@@ -1,7 +1,7 @@
 //! What all ranks must know about a forward step before its first layer.
 
 use super::Communicator;
-use candle_core::{Result, bail};
+use candle_core::{Result, Tensor, bail};
 
 /// One forward step: how many tokens every rank holds.
 ///
@@ -13,10 +13,11 @@ use candle_core::{Result, bail};
 /// assert_eq!(step.token_counts(), [5]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Step {
     token_counts: Vec<usize>,
     first_token: usize,
+    num_valid_tokens: Option<Tensor>,
 }
 
 impl Step {
@@ -39,7 +40,7 @@ impl Step {
             }
             token_counts.push(count);
         }
-        Ok(Self { token_counts, first_token: 0 })
+        Ok(Self { token_counts, first_token: 0, num_valid_tokens: None })
     }
 
     /// Sets where this rank's tokens stand in their sequence (0 otherwise).
@@ -50,7 +51,16 @@ impl Step {
         Self { first_token, ..self }
     }
 
-    /// Tokens of each rank.
+    /// Says that only the first tokens of this rank are real, and the others padding, as in a batch of fixed size: padding is
+    /// routed to no expert, and its output is 0.
+    ///
+    /// `num_valid_tokens` is u32 with one element, on the device of the hidden states, and may change between layers or
+    /// graph replays; other ranks need not know.
+    pub fn with_valid_tokens(self, num_valid_tokens: &Tensor) -> Self {
+        Self { num_valid_tokens: Some(num_valid_tokens.clone()), ..self }
+    }
+
+    /// Tokens of each rank, padding included.
     pub fn token_counts(&self) -> &[usize] {
         &self.token_counts
     }
@@ -60,7 +70,12 @@ impl Step {
         self.first_token
     }
 
-    /// Tokens of all ranks.
+    /// How many of this rank's tokens are real; `None` when all are.
+    pub fn num_valid_tokens(&self) -> Option<&Tensor> {
+        self.num_valid_tokens.as_ref()
+    }
+
+    /// Tokens of all ranks, padding included.
     pub fn num_tokens(&self) -> usize {
         self.token_counts.iter().sum()
     }

@@ -5,8 +5,9 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_moe::block::{MoeBlock, MoeBlockBuilder, MoeOutput};
 use candle_moe::ep::{Communicator, Reduction, Step, Threads, Topology, launch};
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear};
-use candle_moe::perfect_router::Plan;
-use candle_moe::routing::{Router, RoutingMethod};
+use candle_moe::order::ExpertOrder;
+use candle_moe::perfect_router::{Hotspot, Imbalance, PerfectRouterConfig, Plan, Schedule};
+use candle_moe::routing::{ExpertGroups, Router, RoutingMethod};
 use std::time::{Duration, Instant};
 
 const HIDDEN: usize = 33;
@@ -449,14 +450,187 @@ fn perfect_routing_reports_the_gate_as_computed_and_leaves_the_selection_bias_al
 }
 
 #[test]
-fn perfect_routing_refuses_experts_that_do_not_divide_and_learned_routing_does_not() {
+fn perfect_routing_balances_ranks_of_different_lengths() {
     let layer = Layer::new(11, 7, DType::F32);
-    let builder = || layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, 1);
-    assert!(!builder().build().unwrap().is_perfect());
-    let error = builder().perfect_router(true).build().unwrap_err().to_string();
-    for word in ["num_experts is 7", "ep_size, which is 3"] {
-        assert!(error.contains(word), "{word:?} is not in {error:?}");
+    for schedule in Schedule::ALL {
+        let loads = on_ranks(3, |mut ranks| {
+            let rank = ranks.rank();
+            let builder = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, rank).perfect_router(true);
+            let config = PerfectRouterConfig { schedule, imbalance: None };
+            let block = builder.perfect_router_config(config).statistics(true).build().unwrap();
+            let step = Step::agree(&mut ranks, 3).unwrap();
+            block.forward(&hidden_states(rank as u64, 3, DType::F32), &mut ranks, &step).unwrap();
+            block.load().unwrap()
+        });
+        for load in loads {
+            assert_eq!(load.slots_per_rank, [6, 6, 6], "{schedule}");
+            // The slots of all senders are one sequence: experts of a rank are within one of each other.
+            assert!(schedule != Schedule::GlobalSlot || spread(&load.slots_per_expert[..3]) <= 1, "{load:?}");
+        }
     }
+}
+
+#[test]
+fn perfect_routing_of_a_grouped_router_follows_the_grouped_plan() {
+    let layer = Layer::new(12, 8, DType::F32);
+    let groups = ExpertGroups { num_groups: 4, topk_group: 2 };
+    let method = RoutingMethod::DeepSeekV3 { groups, routed_scaling_factor: 2.5 };
+    let loads = on_ranks(4, |mut ranks| {
+        let rank = ranks.rank();
+        let block =
+            layer.shard(layer.router(method, 2), 4, rank).perfect_router(true).statistics(true).build().unwrap();
+        let step = Step::agree(&mut ranks, 4).unwrap();
+        let hidden = hidden_states(rank as u64, 4, DType::F32);
+        let ids = block.forward_traced(&hidden, &mut ranks, &step).unwrap().routing.topk_ids;
+        let planned = Plan::new(8, 2, 4, rank).unwrap().with_groups(groups).unwrap().topk_ids(0, 4).unwrap();
+        for (ids, planned) in ids.to_vec2::<u32>().unwrap().iter().zip(planned.chunks(2)) {
+            assert!(planned.iter().all(|id| ids.contains(id)), "{ids:?}, not {planned:?}");
+        }
+        block.load().unwrap().slots_per_rank
+    });
+    assert_eq!(loads, vec![vec![8; 4]; 4]);
+}
+
+#[test]
+fn a_hot_rank_of_the_perfect_router_receives_its_part() {
+    let layer = Layer::new(13, 8, DType::F32);
+    for (fraction, expected) in [(0.0, [10; 4]), (1.0, [0, 40, 0, 0])] {
+        let imbalance = Some(Imbalance { hotspot: Hotspot::Rank(1), fraction, seed: 3 });
+        let config = PerfectRouterConfig { imbalance, ..Default::default() };
+        let loads = on_ranks(4, |mut ranks| {
+            let rank = ranks.rank();
+            let builder = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 4, rank).statistics(true);
+            let block = builder.perfect_router_config(config).perfect_router(true).build().unwrap();
+            let step = Step::agree(&mut ranks, 5).unwrap();
+            block.forward(&hidden_states(rank as u64, 5, DType::F32), &mut ranks, &step).unwrap();
+            block.load().unwrap().slots_per_rank
+        });
+        assert_eq!(loads, vec![expected.to_vec(); 4]);
+    }
+    let imbalance = Some(Imbalance { hotspot: Hotspot::Rank(4), fraction: 0.5, seed: 3 });
+    let builder = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 4, 0);
+    let mut block =
+        builder.perfect_router_config(PerfectRouterConfig { imbalance, ..Default::default() }).build().unwrap();
+    let error = block.set_perfect_router(true).unwrap_err().to_string();
+    assert!(error.contains("hot rank is 4") && error.contains("less than 4") && !block.is_perfect(), "{error}");
+}
+
+// ---------------------------------------------------------------------------------------------
+// Padding and shared experts
+
+/// `num` experts that every token goes to.
+fn shared_experts(seed: u64, num: usize, dtype: DType) -> Experts {
+    let mut random = Random(seed);
+    let mut weights = |rows: usize, columns: usize| {
+        let values = random.units(num * rows * columns, 0.4);
+        let tensor = oracle::floats(&values, &[num, rows, columns], dtype).0;
+        ExpertProjection::new(ExpertWeights::dense(tensor).unwrap(), None).unwrap()
+    };
+    let (gate_up, down) = (weights(2 * 12, HIDDEN), weights(HIDDEN, 12));
+    Experts::new(gate_up, down, GateUpRows::Concatenated, Activation::Silu).unwrap()
+}
+
+#[test]
+fn shared_experts_add_what_they_make_of_every_token() {
+    let layer = Layer::new(31, 8, DType::F32);
+    let counts = [3, 0, 6];
+    let hidden = hidden_states(32, 9, DType::F32);
+    for num_shared in [1, 2] {
+        let shared = shared_experts(33, num_shared, DType::F32);
+        let routed = layer.shard(layer.router(RoutingMethod::Renormalize, 3), 1, 0).build().unwrap();
+        let routed = oracle::rows_of(&routed.forward_alone(&hidden).unwrap());
+        // Each shared expert for itself, as a layer that routes every token to its only expert with weight 1.
+        let mut expected = vec![vec![0f32; HIDDEN]; 9];
+        let ids: Vec<u32> = (0..9).flat_map(|_| 0..num_shared as u32).collect();
+        let ids = Tensor::from_vec(ids, (9, num_shared), &Device::Cpu).unwrap();
+        let order = ExpertOrder::new(&ids, num_shared, 0..num_shared).unwrap();
+        let rows = oracle::rows_of(&shared.forward(&hidden, &order).unwrap());
+        let places = order.slot_rank.to_vec1::<u32>().unwrap();
+        for (slot, &place) in places.iter().enumerate() {
+            expected[slot / num_shared].iter_mut().zip(&rows[place as usize]).for_each(|(sum, row)| *sum += row);
+        }
+        for (sum, routed) in expected.iter_mut().flatten().zip(routed.concat()) {
+            *sum += routed;
+        }
+        for ep_size in [1, 3] {
+            let counts = if ep_size == 1 { vec![9] } else { counts.to_vec() };
+            let outputs = sharded(&hidden, &counts, |rank| {
+                let builder = layer.shard(layer.router(RoutingMethod::Renormalize, 3), ep_size, rank);
+                builder.shared_experts(shared.clone()).build().unwrap()
+            });
+            let found: Vec<Vec<f32>> = outputs.iter().flat_map(|output| oracle::rows_of(&output.hidden)).collect();
+            assert_eq!(found, expected, "{num_shared} shared, {ep_size} ranks");
+        }
+    }
+}
+
+#[test]
+fn shared_experts_of_another_width_are_refused() {
+    let layer = Layer::new(34, 4, DType::F32);
+    let narrow = |rows, columns| {
+        let weights = Tensor::zeros((1, rows, columns), DType::F32, &Device::Cpu).unwrap();
+        ExpertProjection::new(ExpertWeights::dense(weights).unwrap(), None).unwrap()
+    };
+    let shared = Experts::new(narrow(8, 32), narrow(32, 4), GateUpRows::Concatenated, Activation::Silu).unwrap();
+    let builder = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 1, 0).shared_experts(shared);
+    let error = builder.build().unwrap_err().to_string();
+    assert!(error.contains("shared experts have hidden_size 32") && error.contains("33"), "{error}");
+}
+
+#[test]
+fn padding_is_0_and_changes_no_other_token() {
+    let layer = Layer::new(35, 8, DType::BF16);
+    let counts = [5, 4, 6];
+    let valid = [2usize, 0, 6];
+    let hidden = hidden_states(36, 15, DType::BF16);
+    for perfect in [false, true] {
+        for reduction in [Reduction::SlotOrder, Reduction::RankPartial] {
+            let build = |rank| {
+                let builder = layer.shard(layer.router(RoutingMethod::MiniMax2, 3), 3, rank).reduction(reduction);
+                let shared = shared_experts(37, 1, DType::BF16);
+                builder.shared_experts(shared).perfect_router(perfect).statistics(true).build().unwrap()
+            };
+            let rows = |rank: usize, num: usize| hidden.narrow(0, counts[..rank].iter().sum(), num).unwrap();
+            let alone = on_ranks(3, |mut ranks| {
+                let rank = ranks.rank();
+                let step = Step::agree(&mut ranks, valid[rank]).unwrap();
+                build(rank).forward(&rows(rank, valid[rank]), &mut ranks, &step).unwrap()
+            });
+            let padded = on_ranks(3, |mut ranks| {
+                let rank = ranks.rank();
+                let num_valid = Tensor::new(valid[rank] as u32, &Device::Cpu).unwrap();
+                let step = Step::agree(&mut ranks, counts[rank]).unwrap().with_valid_tokens(&num_valid);
+                let block = build(rank);
+                let output = block.forward_traced(&rows(rank, counts[rank]), &mut ranks, &step).unwrap();
+                assert_eq!(block.load().unwrap().slots_per_rank.iter().sum::<u64>(), 3 * 8, "padding was counted");
+                assert_eq!(output.router_logits.dims(), [counts[rank], 8]);
+                output.hidden
+            });
+            for rank in 0..3 {
+                let (alone, padded) = (oracle::bits_of(&alone[rank]), oracle::bits_of(&padded[rank]));
+                assert_eq!(padded[..valid[rank] * HIDDEN], alone, "perfect {perfect}, {reduction:?}, rank {rank}");
+                assert!(padded[valid[rank] * HIDDEN..].iter().all(|bits| *bits == 0));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_router_dtype_is_that_of_the_logits_and_not_of_the_output() {
+    let layer = Layer::new(38, 8, DType::BF16);
+    let hidden = hidden_states(39, 7, DType::BF16);
+    let trace = |builder: MoeBlockBuilder| {
+        let mut solo = candle_moe::ep::Solo::new();
+        let step = Step::agree(&mut solo, 7).unwrap();
+        builder.build().unwrap().forward_traced(&hidden, &mut solo, &step).unwrap()
+    };
+    let builder = || layer.shard(layer.router(RoutingMethod::DeepSeekV4 { routed_scaling_factor: 1.0 }, 2), 1, 0);
+    let (rounded, exact) = (trace(builder()), trace(builder().router_dtype(DType::F32)));
+    assert_eq!((exact.router_logits.dtype(), exact.hidden.dtype()), (DType::F32, DType::BF16));
+    assert_eq!(rounded.router_logits.dtype(), DType::BF16);
+    let again = exact.router_logits.to_dtype(DType::BF16).unwrap();
+    assert_eq!(oracle::bits_of(&again), oracle::bits_of(&rounded.router_logits));
+    assert_ne!(oracle::bits_of(&exact.router_logits), oracle::bits_of(&rounded.router_logits));
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ fn bench_moe_reports_every_row_in_json() {
     assert_eq!((&metadata["dtype"], &metadata["weights"]), (&json!("f32"), &json!("mxfp4")));
     assert!(metadata["threads"].as_u64() > Some(0) && metadata["copy_gb_per_s"].as_f64() > Some(0.0), "{metadata}");
     let rows = report["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 2 * 3 * 2, "token counts x parts x routings");
+    assert_eq!(rows.len(), 2 * (3 * 2 + 1), "token counts x (parts x routings + plan)");
     for row in rows {
         let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}"));
         assert!(number("min_us") <= number("p10_us") && number("p10_us") <= number("median_us"), "{row}");

@@ -62,7 +62,7 @@ impl Default for MoeOptions {
 /// Reads the MoE layer `layer` for rank `ep_rank`: the gate, and the bytes of this rank's experts only.
 ///
 /// # Errors
-/// Tensors of two layouts or of none; missing or unfit tensors; sizes that MXFP4 cannot have; a perfect router whose experts do not divide over the ranks.
+/// Tensors of two layouts or of none; missing or unfit tensors; sizes that MXFP4 cannot have.
 pub fn load_moe_block(
     checkpoint: &Checkpoint,
     config: &Config,
@@ -163,7 +163,7 @@ impl ShardedMoe {
     /// Switches every rank between learned and balanced routing. **Balanced routing makes the output meaningless.**
     ///
     /// # Errors
-    /// Experts that do not divide over the ranks.
+    /// None for balanced routing.
     pub fn set_perfect_router(&mut self, enabled: bool) -> Result<()> {
         self.home.iter_mut().try_for_each(|block| block.set_perfect_router(enabled))?;
         self.command(Command::PerfectRouter(enabled));
