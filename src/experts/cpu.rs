@@ -114,7 +114,7 @@ fn forward_wave<'a>(
     let inputs = map(wave, work, |group| {
         let tokens: Vec<_> = group.places.clone().map(token).collect();
         let value = |t: usize, i: usize| tokens[t][i];
-        (group.expert, PackedTokens::pack(order_of(&gate_up.weights), experts.hidden_size(), tokens.len(), value))
+        (group.expert, PackedTokens::pack(experts.hidden_size(), tokens.len(), value))
     });
     let products = grouped_product(&gate_up.weights, &inputs)?;
     let hidden = with_bias(gate_up, |bias| {
@@ -150,7 +150,7 @@ fn activate(
     let intermediate_size = experts.intermediate_size();
     let activation: Activation = experts.activation;
     let value = |row: usize, t: usize| product[row * num_tokens + t] + bias.map_or(0.0, |bias| bias[row]);
-    PackedTokens::pack(order_of(&experts.down.weights), intermediate_size, num_tokens, |t, j| {
+    PackedTokens::pack(intermediate_size, num_tokens, |t, j| {
         let (gate, up) = match experts.gate_up_rows {
             GateUpRows::Interleaved => (2 * j, 2 * j + 1),
             GateUpRows::Concatenated => (j, intermediate_size + j),
@@ -183,9 +183,7 @@ pub(super) fn linear(projection: &ExpertProjection, hidden: &Tensor) -> Result<T
         with_bias(projection, |bias| {
             for (group, rows) in rows.chunks_mut(group_len).enumerate() {
                 let (first, tokens) = (group * MAX_GROUP, rows.len() / out_features);
-                let input = PackedTokens::pack(order_of(weights), in_features, tokens, |t, i| {
-                    hidden[(first + t) * in_features + i]
-                });
+                let input = PackedTokens::pack(in_features, tokens, |t, i| hidden[(first + t) * in_features + i]);
                 let product = grouped_product(weights, &[(0, input)])?;
                 transpose(&product[0], tokens, bias, rows);
             }
@@ -221,13 +219,6 @@ fn grouped_product(weights: &ExpertWeights, inputs: &[(usize, PackedTokens)]) ->
         Ok(())
     })?;
     Ok(products)
-}
-
-fn order_of(weights: &ExpertWeights) -> super::simd::ElementOrder {
-    match weights.values {
-        Values::Dense(_) => super::simd::ElementOrder::Natural,
-        Values::Mxfp4 { .. } => super::simd::ElementOrder::EvenOdd,
-    }
 }
 
 /// Runs `f` on all weight rows of all local experts.

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! Products accumulate in float32; biases and the activation are float32. A row's result does not depend on which other
-//! rows are in the batch, to the bit. MXFP4 weights are decoded in registers, never as a whole.
+//! rows are in the batch, to the bit, nor on the format that the weights are held in: formats that hold the same numbers
+//! give the same bits. MXFP4 weights are decoded in registers, never as a whole.
 
 mod activation;
 mod cpu;

@@ -356,6 +356,35 @@ fn the_scale_byte_255_is_refused_with_its_place() {
     }
 }
 
+/// MXFP4 weights, and the very same numbers in `dtype`.
+fn twins(random: &mut Random, (e, o, i): (usize, usize, usize), dtype: DType) -> [ExpertProjection; 2] {
+    let (mxfp4, values) = weights(random, &Format::Mxfp4(REALISTIC), (e, o, i));
+    let exact: Vec<f64> = values.into_iter().flatten().flatten().collect();
+    let (tensor, held) = oracle::floats(&exact.iter().map(|&v| v as f32).collect::<Vec<_>>(), &[e, o, i], dtype);
+    assert!(held.iter().zip(&exact).all(|(&held, &exact)| f64::from(held) == exact));
+    let bias = Tensor::from_vec(random.units(e * o, 2.0), (e, o), &Device::Cpu).unwrap();
+    [mxfp4, ExpertWeights::dense(tensor).unwrap()].map(|w| ExpertProjection::new(w, Some(bias.clone())).unwrap())
+}
+
+#[test]
+fn mxfp4_weights_and_a_dense_copy_give_the_same_bits() {
+    let mut random = Random(34);
+    for copy in FLOATS {
+        for (hidden_size, intermediate_size) in [(32, 32), (96, 64), (160, 224)] {
+            let [gate_up, gate_up_copy] = twins(&mut random, (3, 2 * intermediate_size, hidden_size), copy);
+            let [down, down_copy] = twins(&mut random, (3, hidden_size, intermediate_size), copy);
+            let experts = |first, second| Experts::new(first, second, GateUpRows::Interleaved, Activation::GPT_OSS);
+            let [packed, dense] = [experts(gate_up, down), experts(gate_up_copy, down_copy)].map(Result::unwrap);
+            for (num_tokens, dtype) in (1..=70).zip([DType::F32, DType::BF16].into_iter().cycle()) {
+                let hidden = hidden_states(&mut random, num_tokens, hidden_size, 1.0, dtype);
+                let order = order_of((0..num_tokens).flat_map(|_| random.distinct(3, 2)).collect(), 2, 3);
+                let bits = |experts: &Experts| oracle::bits_of(&experts.forward(&hidden, &order).unwrap());
+                assert_eq!(bits(&packed), bits(&dense), "{num_tokens} tokens in {dtype:?}, weights in {copy:?}");
+            }
+        }
+    }
+}
+
 // ---------------------------------------------------------------------------------------------
 // Numerics by hand
 

@@ -32,18 +32,21 @@ fn row_products<const N: usize>(rows: &Rows<'_>, row: usize, chunks: &[Chunk]) -
     match rows.weights {
         WeightRows::F32(w) => {
             let row = rows.values(w, row);
-            multiply(chunks, |c| load(&row.chunk(c, 0.0)))
+            multiply(chunks, |c| even_odd(load(row.chunk(c))))
         }
         WeightRows::Bf16(w) => {
             let row = rows.values(w, row);
+            let odd = _mm256_set1_epi32(i32::from(u16::MAX) << 16);
             multiply(chunks, |c| {
-                let chunk = row.chunk(c, bf16::ZERO).map(bf16::to_bits);
-                quarters(&chunk).map(|q| _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(q), 16)))
+                let [first, second] = load_pairs(row.chunk(c));
+                let even = [first, second].map(|pairs| _mm256_slli_epi32(pairs, 16));
+                let odd = [first, second].map(|pairs| _mm256_and_si256(pairs, odd));
+                [even[0], even[1], odd[0], odd[1]].map(|bits| _mm256_castsi256_ps(bits))
             })
         }
         WeightRows::F16(w) => {
             let row = rows.values(w, row);
-            multiply(chunks, |c| quarters(&row.chunk(c, f16::ZERO).map(f16::to_bits)).map(|q| _mm256_cvtph_ps(q)))
+            multiply(chunks, |c| even_odd(quarters(row.chunk(c)).map(|quarter| _mm256_cvtph_ps(quarter))))
         }
         WeightRows::Mxfp4 { blocks, scales } => {
             let row = rows.blocks(blocks, scales, row);
@@ -109,10 +112,35 @@ fn load_bytes(bytes: &[u8; 16]) -> __m128i {
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
 }
 
+/// 16 lanes of two values each, the even one in the low half.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn quarters(chunk: &[u16; CHUNK]) -> [__m128i; 4] {
+fn load_pairs(chunk: &[bf16; CHUNK]) -> [__m256i; 2] {
+    let (halves, _) = chunk.as_chunks::<16>();
+    // SAFETY: each array has the 32 bytes that the unaligned load reads.
+    from_fn(|i| unsafe { _mm256_loadu_si256(halves[i].as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn quarters(chunk: &[f16; CHUNK]) -> [__m128i; 4] {
     let (quarters, _) = chunk.as_chunks::<8>();
     // SAFETY: each array has the 8 numbers that the unaligned load reads.
     from_fn(|i| unsafe { _mm_loadu_si128(quarters[i].as_ptr().cast()) })
+}
+
+/// The even elements of a chunk, and the odd ones.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn even_odd([a, b, c, d]: [__m256; 4]) -> [__m256; 4] {
+    let even = [_mm256_shuffle_ps::<0b10_00_10_00>(a, b), _mm256_shuffle_ps::<0b10_00_10_00>(c, d)];
+    let odd = [_mm256_shuffle_ps::<0b11_01_11_01>(a, b), _mm256_shuffle_ps::<0b11_01_11_01>(c, d)];
+    [even[0], even[1], odd[0], odd[1]].map(|mixed| in_order(mixed))
+}
+
+/// The shuffles work inside each half of a register and leave pairs as a, b, a, b: now a, a, b, b.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn in_order(mixed: __m256) -> __m256 {
+    _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(mixed)))
 }

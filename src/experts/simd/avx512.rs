@@ -27,35 +27,44 @@ impl Body for Avx512 {
 
 #[target_feature(enable = "avx512f")]
 fn tile<const R: usize, const N: usize>(rows: &Rows<'_>, row: usize, chunks: &[Chunk]) -> [[f32; N]; R] {
+    // Rows are short, so the streams of a tile end before the hardware's prefetcher is up to speed: each chunk asks for the
+    // one at the same place in the next tile. With one token, 1.5 times as fast from memory.
+    let ahead = R * rows.num_features;
     match rows.weights {
         WeightRows::F32(w) => {
             let rows: [_; R] = from_fn(|r| rows.values(w, row + r));
-            multiply(chunks, |r, c| load(&rows[r].chunk(c, 0.0)))
+            multiply(chunks, |r, c| {
+                let chunk = rows[r].chunk(c);
+                prefetch(chunk, ahead);
+                even_odd(load(chunk))
+            })
         }
         WeightRows::Bf16(w) => {
             let rows: [_; R] = from_fn(|r| rows.values(w, row + r));
+            let odd = _mm512_set1_epi32(i32::from(u16::MAX) << 16);
             multiply(chunks, |r, c| {
-                let chunk = rows[r].chunk(c, bf16::ZERO).map(bf16::to_bits);
-                halves(&chunk).map(|half| _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)))
+                let chunk = rows[r].chunk(c);
+                prefetch(chunk, ahead);
+                let pairs = load_pairs(chunk);
+                [_mm512_slli_epi32(pairs, 16), _mm512_and_si512(pairs, odd)].map(|bits| _mm512_castsi512_ps(bits))
             })
         }
         WeightRows::F16(w) => {
             let rows: [_; R] = from_fn(|r| rows.values(w, row + r));
             multiply(chunks, |r, c| {
-                let chunk = rows[r].chunk(c, f16::ZERO).map(f16::to_bits);
-                halves(&chunk).map(|half| _mm512_cvtph_ps(half))
+                let chunk = rows[r].chunk(c);
+                prefetch(chunk, ahead);
+                even_odd(halves(chunk).map(|half| _mm512_cvtph_ps(half)))
             })
         }
         WeightRows::Mxfp4 { blocks, scales } => {
             let rows: [_; R] = from_fn(|r| rows.blocks(blocks, scales, row + r));
             let table = load16(&MXFP4_TABLE);
-            // Rows are short, so the streams of a tile end before the hardware's prefetcher is up to speed: each block asks
-            // for the one at the same place in the next tile. With one token, 1.5 times as fast from memory.
-            let ahead = R * rows.first().map_or(0, |row| row.blocks.len());
             multiply(chunks, |r, c| {
-                prefetch(&rows[r].blocks[c], ahead);
+                let block = &rows[r].blocks[c];
+                prefetch(block, ahead / 2);
                 // The permutation reads the low four bits of each lane: the byte itself, and the byte shifted down.
-                let bytes = _mm512_cvtepu8_epi32(load_bytes(&rows[r].blocks[c]));
+                let bytes = _mm512_cvtepu8_epi32(load_bytes(block));
                 let low = _mm512_permutexvar_ps(bytes, table);
                 let high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
                 let scale = _mm512_set1_ps(MXFP4_SCALES[usize::from(rows[r].scales[c])]);
@@ -107,20 +116,39 @@ fn load_bytes(bytes: &[u8; 16]) -> __m128i {
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
 }
 
-/// Asks for the block that lies `ahead` blocks after `block`, where there may be none.
+/// Asks for the values that lie `ahead` places after `chunk`, where there may be none.
 #[inline]
 #[target_feature(enable = "avx512f")]
 #[allow(unused_unsafe)] // the intrinsic is safe from some compiler version on
-fn prefetch(block: &[u8; 16], ahead: usize) {
-    let block: *const [u8; 16] = block;
-    // SAFETY: a prefetch is a hint; it reads nothing and faults at no address.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(ahead).cast()) }
+fn prefetch<T, const LEN: usize>(chunk: &[T; LEN], ahead: usize) {
+    let next: *const u8 = chunk.as_ptr().wrapping_add(ahead).cast();
+    for line in (0..size_of::<[T; LEN]>()).step_by(64) {
+        // SAFETY: a prefetch is a hint; it reads nothing and faults at no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line).cast()) }
+    }
+}
+
+/// 16 lanes of two values each, the even one in the low half.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_pairs(chunk: &[bf16; CHUNK]) -> __m512i {
+    // SAFETY: the array has the 64 bytes that the unaligned load reads.
+    unsafe { _mm512_loadu_si512(chunk.as_ptr().cast()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn halves(chunk: &[u16; CHUNK]) -> [__m256i; 2] {
+fn halves(chunk: &[f16; CHUNK]) -> [__m256i; 2] {
     let (halves, _) = chunk.as_chunks::<16>();
     // SAFETY: each array has the 16 numbers that the unaligned load reads.
     from_fn(|i| unsafe { _mm256_loadu_si256(halves[i].as_ptr().cast()) })
+}
+
+/// The even elements of a chunk, and the odd ones.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn even_odd([first, second]: [__m512; 2]) -> [__m512; 2] {
+    let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    let odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    [even, odd].map(|index| _mm512_permutex2var_ps(first, index, second))
 }

@@ -9,8 +9,9 @@
 //!
 //! 1. MXFP4 is decoded by table permutations in registers: the bytes of a block, widened to 32-bit lanes, index a table of
 //!    16 values (AVX-512), or of 8 magnitudes with the sign moved in by a shift (AVX2). Nothing is stored.
-//! 2. Low nibbles are the even elements and high nibbles the odd ones, so tokens are packed even elements first
-//!    ([`ElementOrder::EvenOdd`]) and nibbles need no shuffle.
+//! 2. Inside a chunk the even elements come first, then the odd ones ([`element`]): low nibbles are even and high nibbles
+//!    odd, low halves of 32-bit words are even and high halves odd, so nibbles and bf16 need no shuffle. Every format has
+//!    this order, so weights that mean the same numbers give the same bits.
 //! 3. The block scale multiplies the weights: a power of two, so it is exact (up to scale byte 252), and is paid once for all tokens of a tile.
 //! 4. A tile is a few rows by a few tokens, as many as the registers hold: each weight is decoded once for all its tokens,
 //!    each token value loaded once for all its rows.
@@ -31,8 +32,14 @@ use std::ops::Range;
 /// Values that go through together, the MXFP4 block.
 const CHUNK: usize = 32;
 
-/// 32 values of a token, in the order that the weights' format asks for.
+/// 32 values of a token, in the order of [`element`].
 type Chunk = [f32; CHUNK];
+
+/// The element of a chunk that a lane holds: 0, 2, 4, ..., 30, 1, 3, ..., 31.
+#[inline(always)]
+const fn element(lane: usize) -> usize {
+    lane % (CHUNK / 2) * 2 + lane / (CHUNK / 2)
+}
 
 /// The values of the MXFP4 nibbles.
 const MXFP4_TABLE: [f32; 16] = [0., 0.5, 1., 1.5, 2., 3., 4., 6., -0., -0.5, -1., -1.5, -2., -3., -4., -6.];
@@ -48,15 +55,6 @@ static MXFP4_SCALES: [f32; 256] = {
     }
     scales
 };
-
-/// The order of a token's values inside a chunk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ElementOrder {
-    /// 0, 1, 2, ...
-    Natural,
-    /// 0, 2, 4, ..., 30, 1, 3, ..., 31: as MXFP4 bytes hold them.
-    EvenOdd,
-}
 
 /// An instruction set: how many rows and tokens a tile has, and how it is computed.
 trait Body: Copy + Sync {
@@ -90,23 +88,16 @@ pub(super) struct PackedTokens {
     chunks: Vec<Chunk>,
     num_tokens: usize,
     num_features: usize,
-    order: ElementOrder,
 }
 
 impl PackedTokens {
     /// Packs `value(token, feature)`.
-    pub(super) fn pack(
-        order: ElementOrder,
-        num_features: usize,
-        num_tokens: usize,
-        value: impl Fn(usize, usize) -> f32,
-    ) -> Self {
-        Self::pack_tiles(tile_tokens(), order, num_features, num_tokens, value)
+    pub(super) fn pack(num_features: usize, num_tokens: usize, value: impl Fn(usize, usize) -> f32) -> Self {
+        Self::pack_tiles(tile_tokens(), num_features, num_tokens, value)
     }
 
     fn pack_tiles(
         tile_tokens: usize,
-        order: ElementOrder,
         num_features: usize,
         num_tokens: usize,
         value: impl Fn(usize, usize) -> f32,
@@ -117,14 +108,11 @@ impl PackedTokens {
             for chunk in 0..num_chunks {
                 for token in tile.clone() {
                     let at = |i: usize| if i < num_features { value(token, i) } else { 0.0 };
-                    chunks.push(std::array::from_fn(|lane| match order {
-                        ElementOrder::Natural => at(chunk * CHUNK + lane),
-                        ElementOrder::EvenOdd => at(chunk * CHUNK + lane % 16 * 2 + lane / 16),
-                    }));
+                    chunks.push(std::array::from_fn(|lane| at(chunk * CHUNK + element(lane))));
                 }
             }
         }
-        Self { chunks, num_tokens, num_features, order }
+        Self { chunks, num_tokens, num_features }
     }
 
     pub(super) fn num_tokens(&self) -> usize {
@@ -182,8 +170,10 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    fn values<'w, W>(&self, weights: &'w [W], row: usize) -> DenseRow<'w, W> {
-        let (chunks, tail) = weights[row * self.num_features..][..self.num_features].as_chunks();
+    fn values<'w, W: Copy + Default>(&self, weights: &'w [W], row: usize) -> DenseRow<'w, W> {
+        let (chunks, rest) = weights[row * self.num_features..][..self.num_features].as_chunks();
+        let mut tail = [W::default(); CHUNK];
+        tail[..rest.len()].copy_from_slice(rest);
         DenseRow { chunks, tail }
     }
 
@@ -194,20 +184,17 @@ impl Rows<'_> {
     }
 }
 
-/// A row of floats: whole chunks, and what is left.
+/// A row with a value to an element: whole chunks, and what is left, filled up with zeros.
 struct DenseRow<'a, W> {
     chunks: &'a [[W; CHUNK]],
-    tail: &'a [W],
+    tail: [W; CHUNK],
 }
 
-impl<W: Copy> DenseRow<'_, W> {
-    /// Chunk `c`, filled up with `zero` where the row ends inside it.
+impl<W> DenseRow<'_, W> {
+    /// Chunk `c`; a reference, so that registers are filled from the weights themselves.
     #[inline(always)]
-    fn chunk(&self, c: usize, zero: W) -> [W; CHUNK] {
-        match self.chunks.get(c) {
-            Some(chunk) => *chunk,
-            None => std::array::from_fn(|lane| self.tail.get(lane).copied().unwrap_or(zero)),
-        }
+    fn chunk(&self, c: usize) -> &[W; CHUNK] {
+        self.chunks.get(c).unwrap_or(&self.tail)
     }
 }
 
@@ -219,10 +206,8 @@ struct Mxfp4Row<'a> {
 
 /// `out[row * num_tokens + token]` = the dot product of each weight row with each token.
 ///
-/// `out` says how many rows there are; tokens must be packed in the order that the format asks for.
+/// `out` says how many rows there are.
 pub(super) fn dot_rows(weights: WeightRows<'_>, tokens: &PackedTokens, out: &mut [f32]) {
-    let even_odd = matches!(weights, WeightRows::Mxfp4 { .. });
-    debug_assert_eq!(even_odd, tokens.order == ElementOrder::EvenOdd);
     let rows = Rows { weights, num_features: tokens.num_features };
     with_body!(|body| walk(body, &rows, tokens, out))
 }

@@ -1,8 +1,7 @@
 //! Plain loops over arrays, in a shape that compilers vectorise.
 
-use super::{Body, CHUNK, Chunk, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows};
+use super::{Body, CHUNK, Chunk, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows, element};
 use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 
 #[derive(Clone, Copy)]
 pub(super) struct Portable;
@@ -15,18 +14,18 @@ impl Body for Portable {
         std::array::from_fn(|r| match rows.weights {
             WeightRows::F32(w) => {
                 let row = rows.values(w, row + r);
-                row_product(chunks, |c| row.chunk(c, 0.0))
+                row_product(chunks, |c| even_odd(row.chunk(c)))
             }
             WeightRows::Bf16(w) => {
                 let row = rows.values(w, row + r);
-                row_product(chunks, |c| row.chunk(c, bf16::ZERO).map(bf16::to_f32))
+                row_product(chunks, |c| even_odd(row.chunk(c)).map(|v| v.to_f32()))
             }
             WeightRows::F16(w) => {
                 let row = rows.values(w, row + r);
                 row_product(chunks, |c| {
                     let mut chunk = [0.0; CHUNK];
-                    row.chunk(c, f16::ZERO).convert_to_f32_slice(&mut chunk);
-                    chunk
+                    row.chunk(c).convert_to_f32_slice(&mut chunk);
+                    even_odd(&chunk)
                 })
             }
             WeightRows::Mxfp4 { blocks, scales } => {
@@ -42,6 +41,10 @@ impl Body for Portable {
             }
         })
     }
+}
+
+fn even_odd<W: Copy>(chunk: &[W; CHUNK]) -> [W; CHUNK] {
+    std::array::from_fn(|lane| chunk[element(lane)])
 }
 
 fn row_product<const N: usize>(chunks: &[Chunk], weights: impl Fn(usize) -> Chunk) -> [f32; N] {

@@ -1,4 +1,4 @@
-//! Every body against sums in float64, and a token's bits against the batch it is in.
+//! Every body against sums in float64, a token's bits against the batch it is in, and the formats against each other.
 
 use super::*;
 
@@ -24,35 +24,69 @@ fn check<B: Body>(body: B) {
         check_format(body, WeightRows::Bf16(&as_bf16), &exact_bf16, num_features, num_rows);
         check_format(body, WeightRows::F16(&as_f16), &exact_f16, num_features, num_rows);
         if num_features % CHUNK == 0 {
-            let bytes = |seed, len| numbers(seed, len).iter().map(|v| ((v + 1.0) * 127.9) as u8).collect::<Vec<_>>();
-            let blocks = bytes(7, num_rows * num_features / 2);
-            let scales: Vec<_> = bytes(8, num_rows * num_features / CHUNK).iter().map(|b| 110 + b % 20).collect();
-            let exact: Vec<_> = (0..num_rows * num_features)
-                .map(|i| {
-                    let nibble = blocks[i / 2] >> (i % 2 * 4) & 15;
-                    f64::from(MXFP4_TABLE[usize::from(nibble)]) * 2f64.powi(i32::from(scales[i / CHUNK]) - 127)
-                })
-                .collect();
+            let (blocks, scales, exact) = mxfp4(num_rows * num_features);
             let weights = WeightRows::Mxfp4 { blocks: &blocks, scales: &scales };
             check_format(body, weights, &exact, num_features, num_rows);
         }
     }
+    check_that_formats_agree(body);
+}
+
+fn bytes(seed: u64, len: usize) -> Vec<u8> {
+    numbers(seed, len).iter().map(|v| ((v + 1.0) * 128.0) as u8).collect()
+}
+
+/// Blocks and scales of `len` values, and what they mean.
+fn mxfp4(len: usize) -> (Vec<u8>, Vec<u8>, Vec<f64>) {
+    let blocks = bytes(7, len / 2);
+    let scales: Vec<_> = bytes(8, len / CHUNK).iter().map(|b| 110 + b % 20).collect();
+    let value = |i: usize| {
+        let nibble = blocks[i / 2] >> (i % 2 * 4) & 15;
+        f64::from(MXFP4_TABLE[usize::from(nibble)]) * 2f64.powi(i32::from(scales[i / CHUNK]) - 127)
+    };
+    let exact = (0..len).map(value).collect();
+    (blocks, scales, exact)
+}
+
+/// The same numbers in every format that can hold them: the same bits.
+fn check_that_formats_agree<B: Body>(body: B) {
+    for (num_features, num_rows, num_tokens) in [(32, 1, 1), (96, 3, 2), (2880, 2, 7), (64, 5, 70)] {
+        let (blocks, scales, exact) = mxfp4(num_rows * num_features);
+        let as_f32: Vec<_> = exact.iter().map(|&v| v as f32).collect();
+        let as_bf16: Vec<_> = exact.iter().map(|&v| bf16::from_f64(v)).collect();
+        let as_f16: Vec<_> = exact.iter().map(|&v| f16::from_f64(v)).collect();
+        assert!((0..exact.len()).all(|i| as_bf16[i].to_f64() == exact[i] && as_f16[i].to_f64() == exact[i]));
+        let tokens = numbers(17, num_tokens * num_features);
+        let bits = |weights| {
+            let products = products(body, weights, &tokens, num_tokens, num_features, num_rows);
+            products.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let expected = bits(WeightRows::Mxfp4 { blocks: &blocks, scales: &scales });
+        assert_eq!(bits(WeightRows::F32(&as_f32)), expected, "f32, {num_features} features");
+        assert_eq!(bits(WeightRows::Bf16(&as_bf16)), expected, "bf16, {num_features} features");
+        assert_eq!(bits(WeightRows::F16(&as_f16)), expected, "f16, {num_features} features");
+    }
+}
+
+fn products<B: Body>(
+    body: B,
+    weights: WeightRows<'_>,
+    tokens: &[f32],
+    num_tokens: usize,
+    num_features: usize,
+    num_rows: usize,
+) -> Vec<f32> {
+    let value = |t: usize, i: usize| tokens[t * num_features + i];
+    let packed = PackedTokens::pack_tiles(B::TOKENS, num_features, num_tokens, value);
+    let mut out = vec![f32::NAN; num_rows * num_tokens];
+    walk(body, &Rows { weights, num_features }, &packed, &mut out);
+    out
 }
 
 fn check_format<B: Body>(body: B, weights: WeightRows<'_>, exact: &[f64], num_features: usize, num_rows: usize) {
-    let order = match weights {
-        WeightRows::Mxfp4 { .. } => ElementOrder::EvenOdd,
-        _ => ElementOrder::Natural,
-    };
     let tokens = numbers(99, 9 * num_features);
-    let rows = Rows { weights, num_features };
     let run = |range: Range<usize>| {
-        let packed = PackedTokens::pack_tiles(B::TOKENS, order, num_features, range.len(), |t, i| {
-            tokens[(range.start + t) * num_features + i]
-        });
-        let mut out = vec![f32::NAN; num_rows * range.len()];
-        walk(body, &rows, &packed, &mut out);
-        out
+        products(body, weights, &tokens[range.start * num_features..], range.len(), num_features, num_rows)
     };
     let alone: Vec<_> = (0..9).map(|t| run(t..t + 1)).collect();
     for num_tokens in 1..=9 {
@@ -71,13 +105,13 @@ fn check_format<B: Body>(body: B, weights: WeightRows<'_>, exact: &[f64], num_fe
 }
 
 #[test]
-fn portable_is_exact_and_batch_invariant() {
+fn portable_is_exact_batch_invariant_and_the_same_for_every_format() {
     check(portable::Portable);
 }
 
 #[test]
 #[cfg(target_arch = "x86_64")]
-fn avx2_is_exact_and_batch_invariant() {
+fn avx2_is_exact_batch_invariant_and_the_same_for_every_format() {
     match avx2::Avx2::detect() {
         Some(body) => check(body),
         None => eprintln!("skipped: this machine has no AVX2"),
@@ -86,7 +120,7 @@ fn avx2_is_exact_and_batch_invariant() {
 
 #[test]
 #[cfg(target_arch = "x86_64")]
-fn avx512_is_exact_and_batch_invariant() {
+fn avx512_is_exact_batch_invariant_and_the_same_for_every_format() {
     match avx512::Avx512::detect() {
         Some(body) => check(body),
         None => eprintln!("skipped: this machine has no AVX-512"),
