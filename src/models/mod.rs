@@ -1,3 +1,6 @@
 //! Models built from the rooms: the only place that knows tensor names and configurations.
 
 pub mod gpt_oss;
+mod options;
+
+pub use options::MoeOptions;

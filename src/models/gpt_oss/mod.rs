@@ -28,5 +28,6 @@ pub use cache::Cache;
 pub use config::{Config, RopeConfig};
 pub use decoder::{Decoder, Logits};
 pub use model::Model;
-pub use moe::{MoeLayers, MoeOptions, ShardedMoe, load_moe_block};
+pub use crate::models::MoeOptions;
+pub use moe::{MoeLayers, ShardedMoe, load_moe_block};
 pub use sampling::{Sampler, SamplingConfig};

@@ -1,6 +1,7 @@
 //! A whole model, ready to generate.
 
-use super::{Cache, Config, Decoder, Logits, MoeOptions, ShardedMoe};
+use super::{Cache, Config, Decoder, Logits, ShardedMoe};
+use crate::models::MoeOptions;
 use crate::checkpoint::Checkpoint;
 use candle_core::{Device, Result, Tensor};
 use std::path::Path;

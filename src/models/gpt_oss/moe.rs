@@ -1,6 +1,7 @@
 //! The MoE layers: read for one rank, and run by all ranks of a process.
 
 use super::Config;
+use crate::models::MoeOptions;
 use super::layout::{ExpertRole, LayerRole};
 use super::weights::Weights;
 use crate::block::{Load, MoeBlock, MoeOutput};
@@ -29,34 +30,6 @@ pub trait MoeLayers {
     /// # Errors
     /// Whatever went wrong in the layer.
     fn forward(&mut self, layer: usize, hidden: &Tensor) -> Result<Tensor>;
-}
-
-/// How the MoE layers run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MoeOptions {
-    /// The dtype of the hidden states: f32 or bf16.
-    pub dtype: DType,
-    /// Ranks, each a thread with its own experts.
-    pub ep_size: usize,
-    /// How results are summed.
-    pub reduction: Reduction,
-    /// Balanced routing. **For measuring: the output is then meaningless.**
-    pub perfect_router: bool,
-    /// Longest wait for another rank.
-    pub deadline: Duration,
-}
-
-impl Default for MoeOptions {
-    /// float32, one rank, slot order, learned routing, a minute.
-    fn default() -> Self {
-        Self {
-            dtype: DType::F32,
-            ep_size: 1,
-            reduction: Reduction::SlotOrder,
-            perfect_router: false,
-            deadline: Duration::from_secs(60),
-        }
-    }
 }
 
 /// Reads the MoE layer `layer` for rank `ep_rank`: the gate, and the bytes of this rank's experts only.
