@@ -37,7 +37,7 @@ impl Linear {
         ExpertProjection::new(ExpertWeights::dense(weight.unsqueeze(0)?)?, bias).map(Self)
     }
 
-    /// A projection of one expert, MXFP4 or dense, as a layer of its own.
+    /// A projection of one expert, in any format, as a layer of its own.
     ///
     /// # Errors
     /// More or fewer experts than one.

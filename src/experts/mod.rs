@@ -10,7 +10,7 @@
 //!
 //! Products accumulate in float32; biases and the activation are float32. A row's result does not depend on which other
 //! rows are in the batch, to the bit, nor on the format that the weights are held in: formats that hold the same numbers
-//! give the same bits. MXFP4 weights are decoded in registers, never as a whole.
+//! give the same bits. MXFP4 and FP8 weights are decoded in registers, never as a whole.
 
 mod activation;
 mod cpu;
@@ -20,7 +20,7 @@ mod weights;
 
 pub use activation::Activation;
 pub use linear::Linear;
-pub use weights::{ExpertWeights, MXFP4_BLOCK};
+pub use weights::{ExpertWeights, FP8_BLOCK, MXFP4_BLOCK, fp8_row_scales};
 
 use crate::order::ExpertOrder;
 use candle_core::{DType, Result, Tensor, bail};

@@ -1,6 +1,6 @@
 //! AVX2: a chunk is four registers, a tile one row by two tokens (8 accumulators of 16 registers).
 
-use super::{Body, CHUNK, Chunk, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows};
+use super::{Body, CHUNK, Chunk, FP8_PER_F16, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 use std::array::from_fn;
@@ -66,6 +66,20 @@ fn row_products<const N: usize>(rows: &Rows<'_>, row: usize, chunks: &[Chunk]) -
                 })
             })
         }
+        WeightRows::Fp8 { values, scales } => {
+            let row = rows.fp8(values, scales, row);
+            multiply(chunks, |c| {
+                let [even, odd] = fp8_as_f16(row.values.chunk(c));
+                let scale = _mm256_set1_ps(row.scale(c) * FP8_PER_F16);
+                let quarters = [
+                    _mm256_castsi256_si128(even),
+                    _mm256_extracti128_si256::<1>(even),
+                    _mm256_castsi256_si128(odd),
+                    _mm256_extracti128_si256::<1>(odd),
+                ];
+                quarters.map(|quarter| _mm256_mul_ps(_mm256_cvtph_ps(quarter), scale))
+            })
+        }
     }
 }
 
@@ -110,6 +124,18 @@ fn load8(values: &[f32; 8]) -> __m256 {
 fn load_bytes(bytes: &[u8; 16]) -> __m128i {
     // SAFETY: the array has the 16 bytes that the unaligned load reads.
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+/// The even values of a chunk and the odd ones as float16, 2^-8 of what they are.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn fp8_as_f16(chunk: &[u8; CHUNK]) -> [__m256i; 2] {
+    // SAFETY: the array has the 32 bytes that the unaligned load reads.
+    let pairs = unsafe { _mm256_loadu_si256(chunk.as_ptr().cast()) };
+    // A value in the high byte, shifted down by one with its sign: the copy of the sign in bit 14 goes, and so do the bits
+    // of the other value below the mantissa.
+    let places = _mm256_set1_epi16(0xbf80u16 as i16);
+    [_mm256_slli_epi16(pairs, 8), pairs].map(|high| _mm256_and_si256(_mm256_srai_epi16(high, 1), places))
 }
 
 /// 16 lanes of two values each, the even one in the low half.

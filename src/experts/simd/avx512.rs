@@ -1,6 +1,7 @@
 //! AVX-512: a chunk is two registers, a tile two rows by four tokens (16 accumulators of 32 registers).
 
-use super::{Body, CHUNK, Chunk, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows};
+use super::avx2::fp8_as_f16;
+use super::{Body, CHUNK, Chunk, FP8_PER_F16, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 use std::array::from_fn;
@@ -28,7 +29,7 @@ impl Body for Avx512 {
 #[target_feature(enable = "avx512f")]
 fn tile<const R: usize, const N: usize>(rows: &Rows<'_>, row: usize, chunks: &[Chunk]) -> [[f32; N]; R] {
     // Rows are short, so the streams of a tile end before the hardware's prefetcher is up to speed: each chunk asks for the
-    // one at the same place in the next tile. With one token, 1.5 times as fast from memory.
+    // one at the same place in the next tile. With one token, 1.5 times as fast from memory in MXFP4, 1.2 times in bf16.
     let ahead = R * rows.num_features;
     match rows.weights {
         WeightRows::F32(w) => {
@@ -69,6 +70,15 @@ fn tile<const R: usize, const N: usize>(rows: &Rows<'_>, row: usize, chunks: &[C
                 let high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
                 let scale = _mm512_set1_ps(MXFP4_SCALES[usize::from(rows[r].scales[c])]);
                 [_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale)]
+            })
+        }
+        WeightRows::Fp8 { values, scales } => {
+            let rows: [_; R] = from_fn(|r| rows.fp8(values, scales, row + r));
+            multiply(chunks, |r, c| {
+                let chunk = rows[r].values.chunk(c);
+                prefetch(chunk, ahead);
+                let scale = _mm512_set1_ps(rows[r].scale(c) * FP8_PER_F16);
+                fp8_as_f16(chunk).map(|half| _mm512_mul_ps(_mm512_cvtph_ps(half), scale))
             })
         }
     }

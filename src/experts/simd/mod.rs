@@ -13,9 +13,12 @@
 //!    odd, low halves of 32-bit words are even and high halves odd, so nibbles and bf16 need no shuffle. Every format has
 //!    this order, so weights that mean the same numbers give the same bits.
 //! 3. The block scale multiplies the weights: a power of two, so it is exact (up to scale byte 252), and is paid once for all tokens of a tile.
-//! 4. A tile is a few rows by a few tokens, as many as the registers hold: each weight is decoded once for all its tokens,
+//! 4. FP8 values (E4M3) become float16 by moving their bits: sign to sign, exponent and mantissa to the same, which is 2^-8
+//!    of the value, subnormals included. The 2^8 goes with the scale, exactly, so a weight rounds once. The low bytes of
+//!    16-bit words are even and the high ones odd.
+//! 5. A tile is a few rows by a few tokens, as many as the registers hold: each weight is decoded once for all its tokens,
 //!    each token value loaded once for all its rows.
-//! 5. Every token sees the same operations in the same order whatever the tile it falls in, so its result does not depend
+//! 6. Every token sees the same operations in the same order whatever the tile it falls in, so its result does not depend
 //!    on the batch, to the bit.
 //!
 //! The instruction set is chosen at run time; the bodies are [`avx512`], [`avx2`] and [`portable`].
@@ -26,6 +29,7 @@ mod avx2;
 mod avx512;
 mod portable;
 
+use super::FP8_BLOCK;
 use half::{bf16, f16};
 use std::ops::Range;
 
@@ -54,6 +58,22 @@ static MXFP4_SCALES: [f32; 256] = {
         byte += 1;
     }
     scales
+};
+
+/// What an E4M3 value is to the float16 of the same bits.
+const FP8_PER_F16: f32 = 256.0;
+
+/// The value of every E4M3 byte; 0x7f and 0xff, which stand for NaN, never get here.
+static FP8_VALUES: [f32; 256] = {
+    let per_f32 = f32::from_bits((127 + 120) << 23); // the biases of the exponents are 127 and 7
+    let mut values = [0.0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let bits = byte as u32;
+        values[byte] = f32::from_bits((bits & 0x80) << 24 | (bits & 0x7f) << 20) * per_f32;
+        byte += 1;
+    }
+    values
 };
 
 /// An instruction set: how many rows and tokens a tile has, and how it is computed.
@@ -145,6 +165,7 @@ pub(super) enum WeightRows<'a> {
     Bf16(&'a [bf16]),
     F16(&'a [f16]),
     Mxfp4 { blocks: &'a [u8], scales: &'a [u8] },
+    Fp8 { values: &'a [u8], scales: &'a [f32] },
 }
 
 impl WeightRows<'_> {
@@ -159,6 +180,10 @@ impl WeightRows<'_> {
                 blocks: &blocks[values.start / 2..values.end / 2],
                 scales: &scales[values.start / CHUNK..values.end / CHUNK],
             },
+            Self::Fp8 { values: all, scales } => {
+                let num_blocks = num_features.div_ceil(FP8_BLOCK);
+                Self::Fp8 { values: &all[values], scales: &scales[rows.start * num_blocks..rows.end * num_blocks] }
+            }
         }
     }
 }
@@ -182,6 +207,11 @@ impl Rows<'_> {
         let (blocks, _) = blocks[row * num_blocks * 16..][..num_blocks * 16].as_chunks();
         Mxfp4Row { blocks, scales: &scales[row * num_blocks..][..num_blocks] }
     }
+
+    fn fp8<'w>(&self, values: &'w [u8], scales: &'w [f32], row: usize) -> Fp8Row<'w> {
+        let num_blocks = self.num_features.div_ceil(FP8_BLOCK);
+        Fp8Row { values: self.values(values, row), scales: &scales[row * num_blocks..][..num_blocks] }
+    }
 }
 
 /// A row with a value to an element: whole chunks, and what is left, filled up with zeros.
@@ -202,6 +232,20 @@ impl<W> DenseRow<'_, W> {
 struct Mxfp4Row<'a> {
     blocks: &'a [[u8; 16]],
     scales: &'a [u8],
+}
+
+/// A row of E4M3 values and the scales of their blocks.
+struct Fp8Row<'a> {
+    values: DenseRow<'a, u8>,
+    scales: &'a [f32],
+}
+
+impl Fp8Row<'_> {
+    /// The scale of chunk `c`.
+    #[inline(always)]
+    fn scale(&self, c: usize) -> f32 {
+        self.scales[c / (FP8_BLOCK / CHUNK)]
+    }
 }
 
 /// `out[row * num_tokens + token]` = the dot product of each weight row with each token.

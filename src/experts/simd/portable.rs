@@ -1,6 +1,6 @@
 //! Plain loops over arrays, in a shape that compilers vectorise.
 
-use super::{Body, CHUNK, Chunk, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows, element};
+use super::{Body, CHUNK, Chunk, FP8_VALUES, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows, element};
 use half::slice::HalfFloatSliceExt;
 
 #[derive(Clone, Copy)]
@@ -37,6 +37,13 @@ impl Body for Portable {
                         let nibble = block[lane % 16] >> (lane / 16 * 4) & 15;
                         MXFP4_TABLE[usize::from(nibble)] * scale
                     })
+                })
+            }
+            WeightRows::Fp8 { values, scales } => {
+                let row = rows.fp8(values, scales, row + r);
+                row_product(chunks, |c| {
+                    let scale = row.scale(c);
+                    even_odd(row.values.chunk(c)).map(|value| FP8_VALUES[usize::from(value)] * scale)
                 })
             }
         })
