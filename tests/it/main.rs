@@ -4,6 +4,7 @@
 
 mod block;
 mod checkpoint;
+mod deepseek_v3;
 mod ep;
 mod examples_bench;
 mod examples_gpt_oss;

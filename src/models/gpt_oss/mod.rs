@@ -24,10 +24,10 @@ mod rope;
 mod sampling;
 mod weights;
 
+pub use crate::models::MoeOptions;
 pub use cache::Cache;
 pub use config::{Config, RopeConfig};
 pub use decoder::{Decoder, Logits};
 pub use model::Model;
-pub use crate::models::MoeOptions;
 pub use moe::{MoeLayers, ShardedMoe, load_moe_block};
 pub use sampling::{Sampler, SamplingConfig};

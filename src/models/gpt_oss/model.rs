@@ -1,8 +1,8 @@
 //! A whole model, ready to generate.
 
 use super::{Cache, Config, Decoder, Logits, ShardedMoe};
-use crate::models::MoeOptions;
 use crate::checkpoint::Checkpoint;
+use crate::models::MoeOptions;
 use candle_core::{Device, Result, Tensor};
 use std::path::Path;
 

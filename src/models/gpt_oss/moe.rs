@@ -1,19 +1,18 @@
 //! The MoE layers: read for one rank, and run by all ranks of a process.
 
 use super::Config;
-use crate::models::MoeOptions;
 use super::layout::{ExpertRole, LayerRole};
 use super::weights::Weights;
 use crate::block::{Load, MoeBlock, MoeOutput};
 use crate::checkpoint::Checkpoint;
-use crate::ep::{Communicator, Reduction, Step, Threads, Topology};
+use crate::ep::{Communicator, Step, Threads, Topology};
 use crate::experts::{Activation, Experts, GateUpRows, MXFP4_BLOCK};
+use crate::models::MoeOptions;
 use crate::routing::{Router, RoutingMethod};
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 const OP: &str = "gpt-oss moe";
 
