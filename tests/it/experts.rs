@@ -6,7 +6,9 @@
 
 use crate::oracle::{self, Bounded, FLOATS, Matrix, Random};
 use candle_core::{DType, Device, IndexOp, Tensor};
-use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, weighted_sum};
+use candle_moe::experts::{
+    Activation, ExpertProjection, ExpertWeights, Experts, FP8_BLOCK, GateUpRows, Linear, fp8_row_scales, weighted_sum,
+};
 use candle_moe::order::{ExpertOrder, NO_EXPERT, NO_SLOT};
 use proptest::prelude::*;
 use std::ops::RangeInclusive;
@@ -16,6 +18,7 @@ enum Format {
     Dense(DType),
     /// With scale bytes from this band.
     Mxfp4(RangeInclusive<u8>),
+    Fp8,
 }
 
 /// Weights of `num_experts` matrices, and what they mean.
@@ -41,6 +44,13 @@ fn weights(
             let blocks = Tensor::from_vec(blocks, (shape.0, shape.1, shape.2, 16), &Device::Cpu).unwrap();
             (ExpertWeights::mxfp4(blocks, scales), values)
         }
+        Format::Fp8 => {
+            let bits: Vec<u8> = (0..len).map(|_| fp8_finite(random)).collect();
+            let scales = random.units(num_experts * out_features * in_features.div_ceil(FP8_BLOCK), 0.01);
+            let values = decode_fp8(&bits, &scales, in_features);
+            let shape = [num_experts, out_features, in_features];
+            (ExpertWeights::fp8(fp8_values(&bits, &shape), fp8_scales(scales, &shape)), values)
+        }
     };
     let matrix = |e: usize| {
         let row = |o: usize| flat[(e * out_features + o) * in_features..][..in_features].to_vec();
@@ -58,6 +68,33 @@ fn decode(blocks: &[u8], scales: &[u8]) -> Vec<f64> {
         signed * 2f64.powi(i32::from(scales[i / 32]) - 127)
     };
     nibbles.enumerate().map(value).collect()
+}
+
+fn fp8_finite(random: &mut Random) -> u8 {
+    random.below(127) as u8 | (random.below(2) as u8) << 7
+}
+
+fn fp8_values(bits: &[u8], shape: &[usize]) -> Tensor {
+    Tensor::from_raw_buffer(bits, DType::F8E4M3, shape, &Device::Cpu).unwrap()
+}
+
+/// For values of `shape`.
+fn fp8_scales(scales: Vec<f32>, shape: &[usize; 3]) -> Tensor {
+    Tensor::from_vec(scales, (shape[0], shape[1], shape[2].div_ceil(FP8_BLOCK)), &Device::Cpu).unwrap()
+}
+
+/// E4M3 without infinities: 4 bits of exponent with a bias of 7, 3 of mantissa, subnormals.
+fn e4m3(bits: u8) -> f64 {
+    let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f64::from(bits & 7) / 8.0);
+    let magnitude = if exponent == 0 { mantissa / 64.0 } else { (1.0 + mantissa) * 2f64.powi(exponent - 7) };
+    if bits >> 7 == 0 { magnitude } else { -magnitude }
+}
+
+/// 128 columns to a scale, every product rounded to float32.
+fn decode_fp8(bits: &[u8], scales: &[f32], in_features: usize) -> Vec<f64> {
+    let num_blocks = in_features.div_ceil(FP8_BLOCK);
+    let scale = |i: usize| f64::from(scales[i / in_features * num_blocks + i % in_features / FP8_BLOCK]);
+    bits.iter().enumerate().map(|(i, &bits)| f64::from((e4m3(bits) * scale(i)) as f32)).collect()
 }
 
 /// A projection and the matrices that it stands for.
@@ -159,9 +196,11 @@ const REALISTIC: RangeInclusive<u8> = 116..=127;
 fn case() -> impl Strategy<Value = Case> {
     let dtypes = || prop::sample::select(FLOATS.to_vec());
     let dense = move || dtypes().prop_map(Format::Dense);
-    let format = move |mxfp4: bool| if mxfp4 { Just(Format::Mxfp4(REALISTIC)).boxed() } else { dense().boxed() };
-    let size = |mxfp4: bool, most: usize| {
-        if mxfp4 { (1..=most.div_ceil(32)).prop_map(|n| 32 * n).boxed() } else { (1..=most).boxed() }
+    let format = move || prop_oneof![Just(Format::Mxfp4(REALISTIC)), dense(), Just(Format::Fp8)];
+    let size = |format: &Format, most: usize| match format {
+        Format::Mxfp4(_) => (1..=most.div_ceil(32)).prop_map(|n| 32 * n).boxed(),
+        Format::Fp8 => (1..=3 * most).boxed(),
+        Format::Dense(_) => (1..=most).boxed(),
     };
     let gated = prop::sample::select(vec![
         (GateUpRows::Interleaved, Activation::GPT_OSS),
@@ -170,10 +209,10 @@ fn case() -> impl Strategy<Value = Case> {
         (GateUpRows::Concatenated, Activation::Silu),
         (GateUpRows::Interleaved, Activation::SwigluOss { alpha: -0.5, limit: 0.75 }),
     ]);
-    let formats = (any::<bool>(), any::<bool>());
+    let formats = (format(), format());
     (1usize..6, formats, prop::option::of(dtypes()), gated).prop_flat_map(
-        move |(num_experts, (first, second), bias, (rows, activation))| {
-            (size(first, 70), size(second, 45), format(first), format(second)).prop_map(
+        move |(num_experts, (gate_up, down), bias, (rows, activation))| {
+            (size(&gate_up, 70), size(&down, 45), Just(gate_up), Just(down)).prop_map(
                 move |(hidden_size, intermediate_size, gate_up, down)| Case {
                     num_experts,
                     hidden_size,
@@ -193,7 +232,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(250) })]
 
     #[test]
-    fn dense_and_mxfp4_experts_equal_the_oracle(
+    fn experts_of_every_format_equal_the_oracle(
         case in case(),
         num_tokens in 0usize..12,
         dtype in prop::sample::select(FLOATS.to_vec()),
@@ -386,6 +425,118 @@ fn mxfp4_weights_and_a_dense_copy_give_the_same_bits() {
 }
 
 // ---------------------------------------------------------------------------------------------
+// FP8
+
+#[test]
+fn every_fp8_value_at_every_place_decodes_exactly() {
+    // 254 rows that start with another value each, 299 columns; a hidden state that is 1 at one place picks one value.
+    let finite: Vec<u8> = (0..=255u8).filter(|bits| bits & 0x7f != 0x7f).collect();
+    assert_eq!(finite.len(), 254);
+    let bits: Vec<u8> = (0..254).flat_map(|row| (0..299).map(move |i| (row + i) % 254)).map(|i| finite[i]).collect();
+    let mut random = Random(35);
+    let mut scales = random.units(254 * 3, 1.0);
+    for (scale, extreme) in
+        scales.iter_mut().zip([2f32.powi(119), -2f32.powi(119), 1e-45, f32::MIN_POSITIVE, 0.0, -1.0])
+    {
+        *scale = extreme;
+    }
+    let exact = decode_fp8(&bits, &scales, 299);
+    let shape = [1, 254, 299];
+    let weights = ExpertWeights::fp8(fp8_values(&bits, &shape), fp8_scales(scales, &shape)).unwrap();
+    assert_eq!((weights.num_experts(), weights.out_features(), weights.in_features()), (1, 254, 299));
+    assert_eq!(weights.bytes_per_expert(), 254 * 299 + 4 * 254 * 3);
+    let linear = Linear::from_projection(ExpertProjection::new(weights, None).unwrap()).unwrap();
+    let products = oracle::rows_of(&linear.forward(&Tensor::eye(299, DType::F32, &Device::Cpu).unwrap()).unwrap());
+    for (i, row) in products.iter().enumerate() {
+        for (o, &found) in row.iter().enumerate() {
+            assert_eq!(f64::from(found), exact[o * 299 + i], "row {o}, column {i}");
+        }
+    }
+}
+
+#[test]
+fn fp8_weights_and_a_dense_copy_give_the_same_bits() {
+    let mut random = Random(36);
+    let shape = (1, 37, 301);
+    let (fp8, values) = weights(&mut random, &Format::Fp8, shape);
+    let values: Vec<f32> = values.into_iter().flatten().flatten().map(|v| v as f32).collect();
+    let copy = ExpertWeights::dense(Tensor::from_vec(values, shape, &Device::Cpu).unwrap());
+    let [fp8, copy] = [fp8, copy.unwrap()]
+        .map(|weights| Linear::from_projection(ExpertProjection::new(weights, None).unwrap()).unwrap());
+    for (num_tokens, dtype) in (1..=70).zip(FLOATS.into_iter().cycle()) {
+        let hidden = hidden_states(&mut random, num_tokens, 301, 1.0, dtype);
+        let bits = |linear: &Linear| oracle::bits_of(&linear.forward(&hidden).unwrap());
+        assert_eq!(bits(&fp8), bits(&copy), "{num_tokens} tokens in {dtype:?}");
+    }
+}
+
+#[test]
+fn fp8_weights_and_scales_may_be_views() {
+    let mut random = Random(37);
+    // Rows 2 and 3 of 5, in memory that has the columns first.
+    let bits: Vec<u8> = (0..200 * 5).map(|_| fp8_finite(&mut random)).collect();
+    let cut = |t: Tensor| t.transpose(1, 2).unwrap().narrow(1, 2, 2).unwrap();
+    let values = cut(fp8_values(&bits, &[1, 200, 5]));
+    let scales = cut(Tensor::from_vec(random.units(2 * 5, 1.0), (1, 2, 5), &Device::Cpu).unwrap());
+    let rows = [2, 3].map(|row| (0..200).map(|i| bits[i * 5 + row]).collect::<Vec<_>>()).concat();
+    let exact = decode_fp8(&rows, &scales.flatten_all().unwrap().to_vec1::<f32>().unwrap(), 200);
+    let projection = ExpertProjection::new(ExpertWeights::fp8(values, scales).unwrap(), None).unwrap();
+    let one_hot = Tensor::eye(200, DType::F32, &Device::Cpu).unwrap();
+    let products = oracle::rows_of(&Linear::from_projection(projection).unwrap().forward(&one_hot).unwrap());
+    for (i, row) in products.iter().enumerate() {
+        assert_eq!([f64::from(row[0]), f64::from(row[1])], [exact[i], exact[200 + i]], "column {i}");
+    }
+}
+
+#[test]
+fn published_fp8_scales_repeat_for_128_rows_each() {
+    for (num_experts, out_features, num_blocks) in
+        [(1, 1, 1), (2, 128, 3), (3, 129, 2), (2, 300, 1), (0, 5, 2), (2, 0, 2)]
+    {
+        let row_blocks = usize::div_ceil(out_features, 128);
+        let numbers: Vec<f32> = (0..num_experts * row_blocks * num_blocks).map(|i| i as f32).collect();
+        let published = Tensor::from_vec(numbers, (num_experts, row_blocks, num_blocks), &Device::Cpu).unwrap();
+        let scales = fp8_row_scales(&published, out_features).unwrap();
+        assert_eq!(scales.dims(), [num_experts, out_features, num_blocks]);
+        if scales.elem_count() == 0 {
+            continue;
+        }
+        let (published, scales) = (published.to_vec3::<f32>().unwrap(), scales.to_vec3::<f32>().unwrap());
+        for (published, scales) in published.iter().zip(&scales) {
+            scales.iter().enumerate().for_each(|(row, scales)| assert_eq!(scales, &published[row / 128], "row {row}"));
+        }
+    }
+    // A view whose memory has another order.
+    let view = Tensor::new(&[[[1f32, 2.], [3., 4.]]], &Device::Cpu).unwrap().t().unwrap();
+    let scales = fp8_row_scales(&view, 130).unwrap().to_vec3::<f32>().unwrap();
+    assert_eq!((&scales[0][127][..], &scales[0][128][..]), (&[1., 3.][..], &[2., 4.][..]));
+}
+
+#[test]
+fn fp8_values_and_scales_that_are_no_numbers_are_refused_with_their_place() {
+    let shape = [3, 4, 130];
+    let refused = |bits: &[u8], scales: &[f32], words: [&str; 2]| {
+        let weights = ExpertWeights::fp8(fp8_values(bits, &shape), fp8_scales(scales.to_vec(), &shape));
+        let error = weights.unwrap_err().to_string();
+        words.iter().for_each(|word| assert!(error.contains(word), "{word:?} is not in {error:?}"));
+    };
+    let (bits, scales) = (vec![0x7eu8; 3 * 4 * 130], vec![2f32.powi(119); 3 * 4 * 2]);
+    assert!(ExpertWeights::fp8(fp8_values(&bits, &shape), fp8_scales(scales.clone(), &shape)).is_ok());
+    for (index, nan) in [(0, 0x7f), (131, 0xff), (1559, 0x7f)] {
+        let mut bits = bits.clone();
+        bits[index] = nan;
+        let place = format!("value of expert {}, row {}, column {}", index / 520, index / 130 % 4, index % 130);
+        refused(&bits, &scales, [&place, "NaN"]);
+    }
+    for (index, bad) in [(0, f32::NAN), (3, f32::INFINITY), (9, f32::NEG_INFINITY), (23, 2f32.powi(119).next_up())] {
+        let mut scales = scales.clone();
+        scales[index] = bad;
+        let place = format!("scale of expert {}, row {}, block {}", index / 8, index / 2 % 4, index % 2);
+        refused(&bits, &scales, [&place, "2^119"]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
 // Numerics by hand
 
 /// One feature in, one expert: gate and up are the biases.
@@ -491,7 +642,7 @@ fn the_linear_layer_equals_the_oracle_with_one_rounding() {
     let mut random = Random(41);
     for (num_tokens, out_features, in_features) in [(0, 8, 32), (1, 1, 1), (3, 17, 45), (300, 5, 64), (520, 3, 33)] {
         for dtype in FLOATS {
-            for format in [Format::Dense(dtype), Format::Dense(DType::F32), Format::Mxfp4(REALISTIC)] {
+            for format in [Format::Dense(dtype), Format::Dense(DType::F32), Format::Mxfp4(REALISTIC), Format::Fp8] {
                 if matches!(format, Format::Mxfp4(_)) && in_features % 32 != 0 {
                     continue;
                 }
@@ -524,7 +675,8 @@ fn the_linear_layer_equals_the_oracle_with_one_rounding() {
 fn a_row_has_the_same_bits_whatever_else_is_in_the_batch() {
     let mut random = Random(51);
     let dense = |dtype| Case { gate_up: Format::Dense(dtype), down: Format::Dense(dtype), ..gpt_oss(5, 45, 37) };
-    for case in [gpt_oss(5, 64, 96), dense(DType::F32), dense(DType::BF16), dense(DType::F16)] {
+    let fp8 = Case { gate_up: Format::Fp8, down: Format::Fp8, ..gpt_oss(5, 173, 37) };
+    for case in [gpt_oss(5, 64, 96), dense(DType::F32), dense(DType::BF16), dense(DType::F16), fp8] {
         for dtype in FLOATS {
             let model = Model::new(&mut random, case.clone());
             let num_tokens = 290;

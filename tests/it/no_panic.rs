@@ -7,7 +7,9 @@ use candle_moe::ep::{
     AbortHandle, Communicator, Dispatched, EpError, Health, Reduction, Results, Solo, Step, Threads, Topology, combine,
     dispatch, launch,
 };
-use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, weighted_sum};
+use candle_moe::experts::{
+    Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, fp8_row_scales, weighted_sum,
+};
 use candle_moe::order::{ExpertOrder, NO_EXPERT};
 use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Plan};
 use candle_moe::routing::{ExpertGroups, Router, Routing, RoutingMethod};
@@ -307,6 +309,37 @@ fn expert_weights() {
     }
     // 32 columns to a block are more than 64 bits count.
     refuses(&["blocks"], || ExpertWeights::mxfp4(bytes(&[0, 1, MAX / 16, 16]), bytes(&[0, 1, MAX / 16])));
+}
+
+#[test]
+fn fp8_weights() {
+    let fp8s = |shape: &[usize]| zeros(shape, DType::F8E4M3);
+    for shape in [&[][..], &[4], &[4, 4], &[1, 2, 3, 4]] {
+        refuses(&["fp8", "values", &format!("{shape:?}")], || ExpertWeights::fp8(fp8s(shape), f32s(&[2, 3, 2])));
+        refuses(&["scale_inv", &format!("{shape:?}"), "256"], || fp8_row_scales(&f32s(shape), 256));
+    }
+    for shape in [&[][..], &[2, 3], &[2, 3, 1], &[2, 3, 3], &[2, 3, 2, 1], &[0, 3, 2]] {
+        let weights = || ExpertWeights::fp8(fp8s(&[2, 3, 129]), f32s(shape));
+        refuses(&["scales", &format!("{shape:?}"), "[2, 3, 2]"], weights);
+    }
+    for dtype in [DType::U8, DType::I64, DType::BF16, DType::F64] {
+        let words = &["fp8", &format!("{dtype:?}"), "F8E4M3"];
+        refuses(words, || ExpertWeights::fp8(zeros(&[2, 3, 4], dtype), f32s(&[2, 3, 1])));
+        refuses(words, || ExpertWeights::fp8(fp8s(&[2, 3, 4]), zeros(&[2, 3, 1], dtype)));
+        refuses(&["scale_inv", &format!("{dtype:?}")], || fp8_row_scales(&zeros(&[2, 1, 3], dtype), 4));
+    }
+    for out_features in [0, 1, 256, 385, MAX] {
+        let words = &["scale_inv", "[2, 3, 4]", &out_features.to_string()];
+        refuses(words, || fp8_row_scales(&f32s(&[2, 3, 4]), out_features));
+    }
+    for shape in [[0, 0, 0], [0, 3, 4], [2, 0, 4], [2, 3, 0], [MAX, 0, 1], [0, 1, MAX]] {
+        let scales = [shape[0], shape[1], shape[2].div_ceil(128)];
+        let weights = survives(|| ExpertWeights::fp8(fp8s(&shape), f32s(&scales))).unwrap();
+        assert_eq!((weights.num_experts(), weights.bytes_per_expert()), (shape[0], 0));
+        let published = [shape[0], shape[1].div_ceil(128), scales[2]];
+        assert_eq!(survives(|| fp8_row_scales(&f32s(&published), shape[1])).unwrap().dims(), scales);
+    }
+    refuses(&["num_local_experts", "out_features"], || fp8_row_scales(&f32s(&[1 << 60, 1, 0]), 128));
 }
 
 #[test]

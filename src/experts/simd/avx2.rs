@@ -1,6 +1,6 @@
 //! AVX2: a chunk is four registers, a tile one row by two tokens (8 accumulators of 16 registers).
 
-use super::{Body, CHUNK, Chunk, FP8_PER_F16, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows};
+use super::{Body, CHUNK, Chunk, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 use std::array::from_fn;
@@ -125,6 +125,9 @@ fn load_bytes(bytes: &[u8; 16]) -> __m128i {
     // SAFETY: the array has the 16 bytes that the unaligned load reads.
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
 }
+
+/// What an E4M3 value is to its [`fp8_as_f16`].
+pub(super) const FP8_PER_F16: f32 = 256.0;
 
 /// The even values of a chunk and the odd ones as float16, 2^-8 of what they are.
 #[inline]

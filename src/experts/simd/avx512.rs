@@ -1,7 +1,7 @@
 //! AVX-512: a chunk is two registers, a tile two rows by four tokens (16 accumulators of 32 registers).
 
-use super::avx2::fp8_as_f16;
-use super::{Body, CHUNK, Chunk, FP8_PER_F16, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows};
+use super::avx2::{FP8_PER_F16, fp8_as_f16};
+use super::{Body, CHUNK, Chunk, MXFP4_SCALES, MXFP4_TABLE, Rows, WeightRows};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 use std::array::from_fn;

@@ -60,9 +60,6 @@ static MXFP4_SCALES: [f32; 256] = {
     scales
 };
 
-/// What an E4M3 value is to the float16 of the same bits.
-const FP8_PER_F16: f32 = 256.0;
-
 /// The value of every E4M3 byte; 0x7f and 0xff, which stand for NaN, never get here.
 static FP8_VALUES: [f32; 256] = {
     let per_f32 = f32::from_bits((127 + 120) << 23); // the biases of the exponents are 127 and 7
