@@ -1,9 +1,8 @@
-//! `perfect_router` and `bench_moe`, run as programs.
+//! The example `bench_moe` as a user runs it.
 
 use crate::program::{assert_rejected, json_of, run_unread, stdout_of, text};
 use serde_json::{Value, json};
 
-const ROUTER: &str = "perfect_router";
 const BENCH: &str = "bench_moe";
 /// Arguments that make the benchmark short.
 const SHORT: [&str; 8] = ["--profile", "tiny", "--num-tokens", "1,5", "--iters", "3", "--seconds", "0"];
@@ -14,7 +13,6 @@ fn short(more: &[&'static str]) -> Vec<&'static str> {
 
 #[test]
 fn help_names_every_flag() {
-    let router = ["num-experts", "top-k", "ep-size", "ep-rank", "num-tokens", "method", "schedule", "output"];
     let bench = [
         "profile",
         "num-tokens",
@@ -25,96 +23,15 @@ fn help_names_every_flag() {
         "seconds",
         "seed",
         "threads",
+        "schedule",
         "only",
         "output",
     ];
-    for (name, flags) in [(ROUTER, &router[..]), (BENCH, &bench)] {
-        let help = stdout_of(name, &["--help"]);
-        for flag in flags {
-            assert!(help.contains(&format!("--{flag} ")), "{name}: --{flag} is missing in\n{help}");
-        }
-        assert!(help.contains("meaningless"), "{help}");
+    let help = stdout_of(BENCH, &["--help"]);
+    for flag in bench {
+        assert!(help.contains(&format!("--{flag} ")), "--{flag} is missing in\n{help}");
     }
-}
-
-#[test]
-fn perfect_router_without_arguments_shows_the_worked_example() {
-    let table = stdout_of(ROUTER, &[]);
-    for words in ["who gets what", "receiver at each step", "balance", "max - min", "check: ok", "meaningless"] {
-        assert!(table.to_lowercase().contains(words), "{words:?} is missing in\n{table}");
-    }
-    let report = json_of(ROUTER, &["--output", "json"]);
-    assert_eq!(
-        report["topk_ids"],
-        json!({
-            "0": [[0, 2], [4, 6], [1, 3], [5, 7]],
-            "1": [[2, 4], [6, 1], [3, 5], [7, 0]],
-            "2": [[4, 6], [1, 3], [5, 7], [0, 2]],
-            "3": [[6, 1], [3, 5], [7, 0], [2, 4]],
-        })
-    );
-    assert_eq!(report["receivers"]["1"], json!([1, 2, 3, 0, 1, 2, 3, 0]));
-    assert_eq!(report["balance"]["all_senders"]["per_rank"]["counts"], json!([8, 8, 8, 8]));
-    assert_eq!(report["balance"]["all_senders"]["per_expert"]["max_minus_min"], 0);
-    assert_eq!(report["check"]["passed"], true);
-    assert_eq!(report["check"]["routing"].as_array().unwrap().len(), 3);
-    let parameters = json!({"num_experts": 8, "top_k": 2, "ep_size": 4, "ep_ranks": [0, 1, 2, 3], "num_tokens": 4,
-                            "method": "Renormalize", "schedule": "rank-rotated"});
-    for (key, value) in parameters.as_object().unwrap() {
-        assert_eq!(&report[key], value, "{key}");
-    }
-}
-
-#[test]
-fn perfect_router_takes_underscores_and_one_rank() {
-    let dashed = ["--num-experts", "12", "--top-k", "5", "--ep-size", "3", "--ep-rank", "2", "--num-tokens", "7"];
-    let underscored = dashed.map(|arg| match arg.strip_prefix("--") {
-        Some(flag) => format!("--{}", flag.replace('-', "_")),
-        None => arg.to_string(),
-    });
-    let json = ["--output", "json", "--method", "sigmoid-renorm", "--schedule", "rank_rotated"];
-    let report = json_of(ROUTER, &[&dashed[..], &json].concat());
-    let same = underscored.iter().map(String::as_str).chain(json).collect::<Vec<_>>();
-    assert_eq!(report, json_of(ROUTER, &same));
-    assert_eq!(report["topk_ids"].as_object().unwrap().keys().collect::<Vec<_>>(), ["2"]);
-    assert_eq!(report["topk_ids"]["2"].as_array().unwrap().len(), 7);
-    assert_eq!(report["method"], "SigmoidRenorm");
-}
-
-#[test]
-fn perfect_router_checks_every_method_and_shortens_tables_only() {
-    for method in candle_moe::routing::RoutingMethod::ALL {
-        let args = ["--num-experts", "64", "--top-k", "6", "--ep-size", "8", "--num-tokens", "300", "--method"];
-        let table = stdout_of(ROUTER, &[&args[..], &[method.name()]].concat());
-        assert!(table.contains("Check: ok") && table.contains("more rows not shown"), "{table}");
-        assert!(table.lines().count() < 150, "{table}");
-    }
-    let report = json_of(ROUTER, &["--num-tokens", "300", "--output", "json"]);
-    assert_eq!(report["topk_ids"]["3"].as_array().unwrap().len(), 300);
-    assert_eq!(json_of(ROUTER, &["--num-tokens", "0", "--output", "json"])["check"]["passed"], true);
-}
-
-#[test]
-fn perfect_router_says_what_is_wrong_with_its_arguments() {
-    assert_rejected(
-        ROUTER,
-        &["--ep-size", "3"],
-        &["num_experts is 8", "ep_size, which is 3", "--num-experts 6 or 9", "--ep-size 2"],
-    );
-    assert_rejected(ROUTER, &["--ep-size", "0"], &["ep_size is 0", "--ep-size 1 or more"]);
-    assert_rejected(ROUTER, &["--num-experts", "0"], &["num_experts is 0", "--num-experts 4"]);
-    assert_rejected(ROUTER, &["--ep-rank", "4"], &["ep_rank is 4", "--ep-rank from 0 to 3"]);
-    assert_rejected(ROUTER, &["--ep-rank", "first"], &["first", "all"]);
-    assert_rejected(ROUTER, &["--top-k", "9"], &["top_k is 9", "--top-k from 1 to 8"]);
-    assert_rejected(
-        ROUTER,
-        &["--num-tokens", "18446744073709551615"],
-        &["num_tokens is 18446744073709551615", "fewer tokens"],
-    );
-    assert_rejected(ROUTER, &["--num-tokens", "-1"], &["num-tokens"]);
-    assert_rejected(ROUTER, &["--method", "best"], &["\"best\"", "Renormalize"]);
-    assert_rejected(ROUTER, &["--schedule", "other"], &["other", "rank-rotated"]);
-    assert_rejected(ROUTER, &["--output", "xml"], &["xml", "table", "json"]);
+    assert!(help.contains("meaningless"), "{help}");
 }
 
 #[test]
@@ -189,8 +106,6 @@ fn bench_moe_says_what_is_wrong_with_its_arguments() {
 
 #[test]
 fn nobody_reading_is_no_error() {
-    for (name, args) in [(ROUTER, vec!["--num-tokens", "5000", "--output", "json"]), (BENCH, short(&[]))] {
-        let output = run_unread(name, &args);
-        assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()), "{name}");
-    }
+    let output = run_unread(BENCH, &short(&[]));
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
 }

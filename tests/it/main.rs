@@ -8,6 +8,7 @@ mod deepseek_v3;
 mod ep;
 mod examples_bench;
 mod examples_gpt_oss;
+mod examples_perfect_router;
 mod experts;
 mod gpt_oss;
 mod gpt_oss_parts;

@@ -112,7 +112,7 @@ pub(crate) fn methods() -> impl Iterator<Item = RoutingMethod> {
 pub(crate) fn grouped_methods(num_experts: usize, top_k: usize) -> Vec<RoutingMethod> {
     let mut methods = Vec::new();
     for num_groups in [2, 3, 4, 8, num_experts] {
-        if num_experts % num_groups == 0 {
+        if num_experts.is_multiple_of(num_groups) {
             let fewest = top_k.div_ceil(num_experts / num_groups);
             let mut kept = [fewest, (fewest + num_groups) / 2, num_groups - 1, num_groups].map(|kept| kept.max(fewest));
             kept.sort_unstable();

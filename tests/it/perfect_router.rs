@@ -370,7 +370,7 @@ fn check_grouped(plan: &Plan, groups: ExpertGroups) {
         }
         assert_eq!(largest, balance.max_minus_min, "{plan:?}");
     } else {
-        assert!(plan.num_experts() % plan.ep_size() != 0, "{plan:?}");
+        assert!(!plan.num_experts().is_multiple_of(plan.ep_size()), "{plan:?}");
     }
     let method = RoutingMethod::DeepSeekV3 { groups, routed_scaling_factor: 2.5 };
     for dtype in FLOATS {
