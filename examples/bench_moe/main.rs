@@ -203,8 +203,9 @@ impl Bench {
             return Err(BadArguments(format!("profile {name}: {error}; choose an --ep-size of at most {num_experts}")));
         }
         let most = self.num_tokens.iter().copied().max().unwrap_or(0);
-        // Hidden states of two inputs, the rows of every slot on their way, some workspace.
-        let per_token = 4 * profile.hidden_size * (4 + 3 * profile.top_k) * self.ep_size;
+        // Hidden states of two inputs; in a layer the rows of every slot on their way, some workspace.
+        let rows = if parts.contains(&Part::Layer) { 4 + 3 * profile.top_k } else { 4 };
+        let per_token = if needs_inputs(parts) { 4 * profile.hidden_size * rows * self.ep_size } else { 0 };
         let layer = if parts.contains(&Part::Layer) { self.weights.layer_bytes(profile) } else { 0 };
         let needed = most.saturating_mul(per_token).saturating_add(layer);
         match memory::available().unwrap_or(isize::MAX as usize / 2) {
@@ -230,7 +231,7 @@ impl Bench {
             let layers = self.layers(profile, parts.contains(&Part::Layer))?;
             bar.inc(1);
             for &num_tokens in &self.num_tokens {
-                let workload = Workload::new(self, profile, &layers, num_tokens)?;
+                let workload = Workload::new(self, profile, &layers, num_tokens, needs_inputs(parts))?;
                 for &part in parts {
                     for choice in [Choice::Random, Choice::Perfect] {
                         // Only the perfect router has a plan.
@@ -278,6 +279,11 @@ impl Bench {
     }
 }
 
+/// Whether hidden states are needed to measure `parts`.
+fn needs_inputs(parts: &[Part]) -> bool {
+    parts.iter().any(|part| *part != Part::Plan)
+}
+
 /// One number of tokens of one profile.
 struct Workload<'a> {
     bench: &'a Bench,
@@ -288,9 +294,16 @@ struct Workload<'a> {
 }
 
 impl<'a> Workload<'a> {
-    fn new(bench: &'a Bench, profile: &'a Profile, layers: &'a [Layer], num_tokens: usize) -> Result<Self> {
+    fn new(
+        bench: &'a Bench,
+        profile: &'a Profile,
+        layers: &'a [Layer],
+        num_tokens: usize,
+        with_inputs: bool,
+    ) -> Result<Self> {
         let mut random = Random::new(bench.seed ^ num_tokens as u64);
-        let inputs = Inputs::random(profile, layers, bench.ep_size, num_tokens, bench.dtype, &mut random)?;
+        let input_tokens = if with_inputs { num_tokens } else { 0 };
+        let inputs = Inputs::random(profile, layers, bench.ep_size, input_tokens, bench.dtype, &mut random)?;
         Ok(Self { bench, profile, layers, num_tokens, inputs })
     }
 
