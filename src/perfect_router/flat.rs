@@ -46,6 +46,11 @@ impl Flat {
         }
     }
 
+    /// Tokens after which all ranks have received the same number of slots.
+    pub(super) fn round(&self) -> usize {
+        self.experts.parts / greatest_common_divisor(self.experts.parts, self.top_k)
+    }
+
     /// Tokens after which the plan repeats.
     pub(super) fn period(&self) -> usize {
         let slots = self.period_in_slots();

@@ -6,16 +6,13 @@ use candle_core::{Result, bail};
 use std::hash::{Hash, Hasher};
 use std::ops::Range;
 
-/// Tokens after which the draw of hot tokens repeats.
-const PERIOD: usize = 4096;
-
 /// A plan's hot spot: a part of the tokens, drawn by a seed, goes to one rank or one expert.
 ///
-/// A hot token gives the hot rank as many of its slots as can go there (all `top_k` where the rank has as many experts in
-/// the groups that a token may use), in turn over the rank's experts; it gives a hot expert one slot, since its experts
-/// are distinct. Its other slots stay in the plan as far as the groups allow. So over many tokens, without groups, the
+/// A hot token gives the hot rank as many of its slots as the rank has experts in the groups that the token uses (all
+/// `top_k`, where those are enough), in turn over the rank's experts and, where the rank has part in more groups than a
+/// token may use, over these; it gives a hot expert one slot, since its experts are distinct. Its other slots stay in the plan as far as the groups allow. So over many tokens, without groups, the
 /// hot rank has about `fraction + (1 - fraction) / ep_size` of the slots.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy)]
 pub struct Imbalance {
     /// Where hot tokens go.
     pub hotspot: Hotspot,
@@ -34,16 +31,29 @@ pub enum Hotspot {
     Expert(usize),
 }
 
-// The fraction was checked to be a number before a value becomes part of a key.
+/// By the bits of the fraction, so that a value is a key.
+impl PartialEq for Imbalance {
+    fn eq(&self, other: &Self) -> bool {
+        self.bits() == other.bits()
+    }
+}
+
 impl Eq for Imbalance {}
 
 impl Hash for Imbalance {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        (self.hotspot, self.fraction.to_bits(), self.seed).hash(state);
+        self.bits().hash(state);
     }
 }
 
 impl Imbalance {
+    /// Tokens after which the draw of hot tokens repeats.
+    pub(super) const PERIOD: usize = 4096;
+
+    fn bits(&self) -> (Hotspot, u32, u64) {
+        (self.hotspot, self.fraction.to_bits(), self.seed)
+    }
+
     pub(super) fn check(&self, op: &str, experts: Partition) -> Result<()> {
         if !(0.0..=1.0).contains(&self.fraction) {
             bail!("{op}: the hotspot fraction is {}, expected 0 to 1", self.fraction)
@@ -58,13 +68,10 @@ impl Imbalance {
         Ok(())
     }
 
-    pub(super) fn period(&self) -> usize {
-        PERIOD
-    }
-
     /// Whether token `token` of sender `ep_rank` is hot.
     fn is_hot(&self, ep_rank: usize, token: usize) -> bool {
-        let draw = mixed(mixed(self.seed.wrapping_add(ep_rank as u64)).wrapping_add((token % PERIOD) as u64));
+        let sender = mixed(mixed(self.seed).wrapping_add(ep_rank as u64));
+        let draw = mixed(sender.wrapping_add((token % Self::PERIOD) as u64));
         ((draw >> 40) as f32) < self.fraction * (1 << 24) as f32
     }
 

@@ -12,6 +12,10 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 const OP: &str = "perfect-router";
+/// Groups times ranks of a plan with groups.
+const MAX_PAIRS: usize = 1 << 20;
+/// Tokens after which a plan begins anew at the latest, so that the logits of any position fit memory.
+const MAX_PERIOD: usize = 1 << 14;
 
 /// Which experts each token of one sender goes to.
 ///
@@ -28,7 +32,9 @@ const OP: &str = "perfect-router";
 /// expert   = receiver * experts_per_rank + local
 /// ```
 ///
-/// Any consecutive slots of one sender load the receivers within one of each other, and the experts of a receiver too; at
+/// Ranks of different lengths take their turn in the same way: `local` is then modulo the receiver's own experts. Any
+/// consecutive slots of one sender load the receivers within one of each other, and the experts of a receiver too (unless
+/// tokens have more slots than `ep_size` times the experts of the shorter ranks, which must give the longer ones more); at
 /// each step the senders hit different receivers.
 ///
 /// With [groups](Self::with_groups) a token's experts lie in `topk_group` groups, so one token reaches some ranks only, and
@@ -128,13 +134,21 @@ impl Plan {
     /// A plan whose tokens choose from `groups.topk_group` groups, so that grouped routing follows it.
     ///
     /// The plan is worked out here, once, in a time that depends on ranks and groups but not on tokens: about 0.1 ms for
-    /// DeepSeek-V3 over 8 or 16 ranks, tenths of a second where ranks and groups fit each other worst.
+    /// DeepSeek-V3 over 8 or 16 ranks, up to about a second where ranks and groups fit each other worst.
     ///
     /// # Errors
-    /// Groups that do not fit `num_experts` and `top_k`.
+    /// Groups that do not fit `num_experts` and `top_k`; more than 2^20 pairs of a group and a rank.
     pub fn with_groups(self, groups: ExpertGroups) -> Result<Self> {
         let Parameters { experts, top_k, ep_rank, .. } = self.parameters;
         groups.check(OP, experts.total, top_k)?;
+        let pairs = groups.num_groups.saturating_mul(experts.parts);
+        if groups.is_limit() && pairs > MAX_PAIRS {
+            bail!(
+                "{OP}: num_groups {} times ep_size {} is {pairs}, expected at most {MAX_PAIRS}",
+                groups.num_groups,
+                experts.parts
+            )
+        }
         let (groups, rows) = match groups.is_limit() {
             true => (groups, Rows::Grouped(Arc::new(Round::new(experts, groups, top_k, ep_rank)))),
             false => (ExpertGroups::ONE, Rows::Flat(Flat::new(experts, top_k, ep_rank))),
@@ -187,36 +201,37 @@ impl Plan {
         self.parameters.experts.owner(expert as usize)
     }
 
-    /// How far apart the ranks are that this sender loads. `None` where they drift apart: the plan has a hot spot, or ranks
-    /// of different lengths cannot be even, because of so many slots per token or of how the groups lie; they are then
-    /// loaded in proportion to their experts.
+    /// How far apart the ranks are that this sender loads. `None` where they drift apart: the plan has a hot spot, or no way
+    /// was found to keep ranks even (which may not exist, where ranks have different lengths and tokens many slots); ranks
+    /// are then loaded in proportion to their experts.
     pub fn balance(&self) -> Option<Balance> {
-        let Parameters { experts, top_k, imbalance, .. } = self.parameters;
-        if imbalance.is_some() {
+        if self.parameters.imbalance.is_some() {
             return None;
         }
         match &self.rows {
-            Rows::Flat(flat) if flat.is_saturated() && experts.num_longer() > 0 => None,
-            Rows::Flat(_) => {
-                let round = experts.parts / greatest_common_divisor(experts.parts, top_k);
+            Rows::Flat(flat) if flat.is_saturated() => None,
+            Rows::Flat(flat) => {
+                let round = flat.round();
                 Some(Balance { round, max_minus_min: usize::from(round > 1), is_smallest: true })
             }
             Rows::Grouped(round) => round.balance(),
         }
     }
 
-    /// The number of tokens after which the rows repeat.
+    /// The number of tokens after which the rows repeat, at most 16384 (or one round, if that is longer).
+    ///
+    /// A plan that could go on longer without repeating begins anew there, at the end of a round: the ranks stay as even as
+    /// they were, but across the seam the experts of a rank may differ by one slot more.
     pub fn period(&self) -> usize {
-        let own = match &self.rows {
-            Rows::Flat(flat) => flat.period(),
-            Rows::Grouped(round) => round.period(),
+        let (own, round) = match &self.rows {
+            Rows::Flat(flat) => (flat.period(), flat.round()),
+            Rows::Grouped(round) => (round.period(), round.num_tokens),
         };
-        match self.parameters.imbalance {
+        let whole = match self.parameters.imbalance {
             None => own,
-            Some(imbalance) => {
-                own.saturating_mul(imbalance.period() / greatest_common_divisor(own, imbalance.period()))
-            }
-        }
+            Some(_) => own.saturating_mul(Imbalance::PERIOD / greatest_common_divisor(own, Imbalance::PERIOD)),
+        };
+        if whole <= MAX_PERIOD { whole } else { (MAX_PERIOD / round).max(1) * round }
     }
 
     /// The experts of `num_tokens` tokens from `first_token` on, `[num_tokens, top_k]`: distinct for each token, in slot

@@ -8,13 +8,15 @@
 //! 1. First all ranks have the same limits: as close together as the first token allows at best, then one further apart,
 //!    and so on. Where the limits stand is tried on both ends of what fractions of slots would give the ranks, and all
 //!    around the mean. Walks are tried in which every token goes on to groups that the last one did not use; in which
-//!    it fills the ranks of a group to one height before it goes on; and in which it takes the groups whose ranks have
-//!    received least, over one to a few times the fewest tokens that can end even.
-//! 2. Ranks that cannot be kept together so, which takes ranks of different lengths, get limits of their own: if a token
-//!    could give fractions of a slot, and gave every expert of its groups the same, what the rank would have received,
-//!    rounded down and up. Such a deal always exists: the limits of a rank over time are nested, and so are those of a
-//!    token, and two nested families of limits around a fractional solution have a whole one between them (their matrix
-//!    is totally unimodular).
+//!    it fills the ranks of a group to one height before it goes on; in which it takes the groups whose ranks have received
+//!    least; and in which it takes, of the sets of groups that allow the first token's difference, the one that leaves the
+//!    ranks most level, even if some groups are then never used.
+//! 2. Ranks that cannot be kept together so get limits of their own: if a token could give fractions of a slot, and gave
+//!    every expert of its groups the same, what the rank would have received, rounded down and up. Such a deal always
+//!    exists: the limits of a rank over time are nested, and so are those of a token, and two nested families of limits
+//!    around a fractional solution have a whole one between them (their matrix is totally unimodular). At the end of the
+//!    round nothing is left to round, so that every rank has received in proportion to its experts.
+//! 3. Where even that is too large to work out, each token gives its slots to the ranks that have received least.
 
 use super::flow::Network;
 use crate::partition::Partition;
@@ -23,12 +25,15 @@ use crate::routing::ExpertGroups;
 
 /// How much further apart than the first token's the limits of all ranks may be.
 const SLACK: usize = 4;
-/// Longest round, except that of step 2.
-const MAX_TOKENS: usize = 4096;
-/// How often the fewest tokens that can end even go into a round of least loaded groups.
+/// How often the fewest tokens that can end even go into a round.
 const MAX_REPEATS: usize = 6;
 /// Sets of groups that the first token is tried with; beyond them its difference is not known.
 const MAX_SETS: usize = 4096;
+/// Sets of groups that are compared for every token.
+const MAX_BEST_SETS: usize = 64;
+/// Tokens times ranks of a round in step 1, and in step 2.
+const MAX_SEARCHED: usize = 1 << 12;
+const MAX_SOLVED: usize = 1 << 16;
 
 /// The tokens of a round.
 pub(super) struct Deal {
@@ -53,12 +58,9 @@ struct Limits {
     most: Vec<Vec<usize>>,
 }
 
-/// A walk through the groups of `table[group][rank]` experts.
+/// The groups that each token may use.
 struct Walk<'a> {
-    table: &'a [Vec<usize>],
-    top_k: usize,
-    topk_group: usize,
-    /// The groups of each token.
+    geometry: Geometry<'a>,
     tokens: Vec<Vec<usize>>,
 }
 
@@ -72,72 +74,165 @@ pub(super) fn deal(table: &[Vec<usize>], experts: Partition, groups: ExpertGroup
     };
     let overlaps: Vec<Vec<_>> =
         (0..num_groups).map(|group| (0..num_ranks).map(|rank| overlap(group, rank)).collect()).collect();
-    let walks = walks(table, &overlaps, groups.topk_group, top_k);
-    let unavoidable = unavoidable(table, groups.topk_group, top_k);
-    let first = unavoidable.unwrap_or_else(|| level_spread(table, &walks[0].tokens[0], top_k));
+    let geometry = Geometry { table, top_k, topk_group: groups.topk_group };
+    let order = group_order(&overlaps);
+    let (unavoidable, best_sets) = geometry.best_sets();
+    let walks = geometry.walks(&order, &best_sets);
     let shares: Vec<_> = walks.iter().map(|walk| walk.shares(&overlaps, num_ranks)).collect();
+    let first = unavoidable.unwrap_or_else(|| geometry.level_spread(&order[..groups.topk_group]));
     let alike = (first..=first + SLACK).find_map(|apart| {
         walks.iter().zip(&shares).find_map(|(walk, shares)| {
             let mut limits = walk.limits(shares, apart);
-            limits.find_map(|limits| walk.solve(&limits)).map(|slots| (walk, slots))
+            limits.find_map(|limits| walk.solve(&limits)).map(|slots| walk.finish(slots, unavoidable))
         })
     });
-    let by_expert = || {
-        let shares = walks[0].shares(table, experts.total / num_groups);
-        (&walks[0], walks[0].solve(&Limits::around(&shares)).unwrap_or_default())
+    let in_proportion = || {
+        let whole = experts.total / greatest_common_divisor(experts.total, top_k);
+        let walk = geometry.around(&order, groups.topk_group, 1, whole, MAX_SOLVED)?;
+        let slots = walk.solve(&Limits::around(&walk.shares(table, experts.total / num_groups)))?;
+        Some(walk.finish(slots, unavoidable))
     };
-    let (walk, slots) = alike.unwrap_or_else(by_expert);
-    walk.finish(slots, unavoidable)
+    alike.or_else(in_proportion).unwrap_or_else(|| {
+        let walk = geometry.least_loaded((MAX_SEARCHED / num_ranks).max(1));
+        let slots = walk.levelled();
+        walk.finish(slots, unavoidable)
+    })
 }
 
-/// The walks to try. The first uses all groups equally often.
-fn walks<'a>(table: &'a [Vec<usize>], overlaps: &[Vec<usize>], topk_group: usize, top_k: usize) -> Vec<Walk<'a>> {
-    let (num_groups, num_ranks) = (table.len(), table[0].len());
-    let order = group_order(overlaps);
-    let fewest_tokens = num_ranks / greatest_common_divisor(num_ranks, top_k);
-    let walk = |tokens| Walk { table, top_k, topk_group, tokens };
-    // Token `t` stands at group `t * step / per` of the order.
-    let around = |step: usize, per: usize| {
-        let once = num_groups * per / greatest_common_divisor(num_groups * per, step);
-        let num_tokens = once / greatest_common_divisor(once, fewest_tokens) * fewest_tokens;
-        let groups_of = |token: usize| (0..topk_group).map(|i| order[(token * step / per + i) % num_groups]).collect();
-        walk((0..num_tokens).map(groups_of).collect())
-    };
-    let ranks_per_group = (num_ranks / num_groups).max(1);
-    let height = top_k.div_ceil(topk_group * ranks_per_group) * ranks_per_group;
-    let least_loaded = |times: usize| walk(least_loaded(table, topk_group, top_k, fewest_tokens * times));
-    let mut walks = vec![around(topk_group, 1), around(top_k, height)];
-    walks.extend((1..=MAX_REPEATS).map(least_loaded));
-    let longest = walks[0].tokens.len().max(MAX_TOKENS);
-    walks.retain(|walk| walk.tokens.len() <= longest);
-    walks
+/// Who owns what, and what a token wants.
+#[derive(Clone, Copy)]
+struct Geometry<'a> {
+    /// Experts that each group has on each rank.
+    table: &'a [Vec<usize>],
+    top_k: usize,
+    topk_group: usize,
 }
 
-/// Each token's groups: one after the other the group whose experts' ranks have received least on average, of those the one
-/// that was used least.
-fn least_loaded(table: &[Vec<usize>], topk_group: usize, top_k: usize, num_tokens: usize) -> Vec<Vec<usize>> {
-    let mut received = vec![0; table[0].len()];
-    let mut used = vec![0; table.len()];
-    let next = |received: &[usize], used: &[usize], groups: &[usize]| {
-        // All groups have equally many experts, so sums compare as averages do.
-        let load =
-            |group: &usize| table[*group].iter().zip(received).map(|(experts, load)| experts * load).sum::<usize>();
-        let left = (0..table.len()).filter(|group| !groups.contains(group));
-        left.min_by_key(|group| (load(group), used[*group], *group))
-    };
-    let groups_of = |_| {
-        let mut groups: Vec<usize> = Vec::with_capacity(topk_group);
-        let mut expected = received.clone();
-        while let (true, Some(group)) = (groups.len() < topk_group, next(&expected, &used, &groups)) {
-            let part = (groups.len() + 1) * top_k / topk_group - groups.len() * top_k / topk_group;
-            groups.push(group);
-            used[group] += 1;
-            level(&mut expected, |rank| table[group][rank], part);
+impl<'a> Geometry<'a> {
+    fn num_ranks(&self) -> usize {
+        self.table[0].len()
+    }
+
+    /// Tokens after which all ranks can have the same number of slots.
+    fn fewest_tokens(&self) -> usize {
+        self.num_ranks() / greatest_common_divisor(self.num_ranks(), self.top_k)
+    }
+
+    fn walk(self, tokens: Vec<Vec<usize>>) -> Walk<'a> {
+        Walk { geometry: self, tokens }
+    }
+
+    /// The walks to try, none of them long.
+    fn walks(&self, order: &[usize], best_sets: &[Vec<usize>]) -> Vec<Walk<'a>> {
+        let (num_ranks, fewest) = (self.num_ranks(), self.fewest_tokens());
+        let ranks_per_group = (num_ranks / self.table.len()).max(1);
+        let height = self.top_k.div_ceil(self.topk_group * ranks_per_group) * ranks_per_group;
+        let rounds = [(self.topk_group, 1), (self.top_k, height)];
+        let around = rounds.map(|(step, per)| self.around(order, step, per, fewest, MAX_SEARCHED));
+        let mut lengths: Vec<usize> = (1..=MAX_REPEATS).map(|times| times * fewest).collect();
+        lengths.extend([num_ranks, 2 * num_ranks]);
+        lengths.retain(|tokens| tokens * num_ranks <= MAX_SEARCHED);
+        let mut walks: Vec<_> = around.into_iter().flatten().collect();
+        walks.extend(lengths.iter().map(|&tokens| self.least_loaded(tokens)));
+        if !best_sets.is_empty() {
+            walks.extend(lengths.iter().map(|&tokens| self.most_level(best_sets, tokens)));
         }
-        level(&mut received, |rank| groups.iter().map(|&group| table[group][rank]).sum(), top_k);
-        groups
-    };
-    (0..num_tokens).map(groups_of).collect()
+        walks
+    }
+
+    /// Token `t` stands at group `t * step / per` of the order; goes round whole, in a multiple of `multiple` tokens. `None`
+    /// if that is too long.
+    fn around(&self, order: &[usize], step: usize, per: usize, multiple: usize, most: usize) -> Option<Walk<'a>> {
+        let num_groups = order.len();
+        let once = num_groups * per / greatest_common_divisor(num_groups * per, step);
+        let num_tokens = (once / greatest_common_divisor(once, multiple)).checked_mul(multiple)?;
+        if num_tokens.checked_mul(self.num_ranks())? > most {
+            return None;
+        }
+        let groups_of =
+            |token: usize| (0..self.topk_group).map(|i| order[(token * step / per + i) % num_groups]).collect();
+        Some(self.walk((0..num_tokens).map(groups_of).collect()))
+    }
+
+    /// Each token's groups: one after the other the group whose experts' ranks have received least on average, of those
+    /// the one that was used least.
+    fn least_loaded(&self, num_tokens: usize) -> Walk<'a> {
+        let &Self { table, top_k, topk_group } = self;
+        let mut received = vec![0; self.num_ranks()];
+        let mut used = vec![0; table.len()];
+        let next = |received: &[usize], used: &[usize], groups: &[usize]| {
+            // All groups have equally many experts, so sums compare as averages do.
+            let load =
+                |group: &usize| table[*group].iter().zip(received).map(|(experts, load)| experts * load).sum::<usize>();
+            let left = (0..table.len()).filter(|group| !groups.contains(group));
+            left.min_by_key(|group| (load(group), used[*group], *group))
+        };
+        let groups_of = |_| {
+            let mut groups: Vec<usize> = Vec::with_capacity(topk_group);
+            let mut expected = received.clone();
+            while let (true, Some(group)) = (groups.len() < topk_group, next(&expected, &used, &groups)) {
+                let part = (groups.len() + 1) * top_k / topk_group - groups.len() * top_k / topk_group;
+                groups.push(group);
+                used[group] += 1;
+                level(&mut expected, |rank| table[group][rank], part);
+            }
+            self.give(&mut received, &groups);
+            groups
+        };
+        self.walk((0..num_tokens).map(groups_of).collect())
+    }
+
+    /// Each token's groups: of `sets` the one that leaves the ranks most level, of those the one that was used least.
+    fn most_level(&self, sets: &[Vec<usize>], num_tokens: usize) -> Walk<'a> {
+        let mut received = vec![0; self.num_ranks()];
+        let mut used = vec![0; sets.len()];
+        let groups_of = |_| {
+            let after = |set: &usize| {
+                let mut received = received.clone();
+                self.give(&mut received, &sets[*set]);
+                (spread(&received), received.iter().map(|load| load * load).sum::<usize>(), used[*set])
+            };
+            let set = (0..sets.len()).min_by_key(after).unwrap_or(0);
+            used[set] += 1;
+            self.give(&mut received, &sets[set]);
+            sets[set].clone()
+        };
+        self.walk((0..num_tokens).map(groups_of).collect())
+    }
+
+    /// Gives a token's slots to the ranks in reach of `groups` that have received least.
+    fn give(&self, received: &mut [usize], groups: &[usize]) {
+        level(received, |rank| groups.iter().map(|&group| self.table[group][rank]).sum(), self.top_k);
+    }
+
+    /// The smallest difference between two ranks that one token can leave, and some sets of groups that leave it. `None` and
+    /// no sets where there are too many to look at.
+    fn best_sets(&self) -> (Option<usize>, Vec<Vec<usize>>) {
+        let num_groups = self.table.len();
+        let count = (0..self.topk_group).try_fold(1usize, |n, i| Some(n.checked_mul(num_groups - i)? / (i + 1)));
+        if count.is_none_or(|count| count > MAX_SETS || count * self.top_k * self.num_ranks() > 1 << 24) {
+            return (None, Vec::new());
+        }
+        let (mut smallest, mut best) = (usize::MAX, Vec::new());
+        for_each_set(0, num_groups, self.topk_group, &mut Vec::new(), &mut |set| {
+            let spread = self.level_spread(set);
+            if spread < smallest {
+                smallest = spread;
+                best.clear();
+            }
+            if spread == smallest && best.len() < MAX_BEST_SETS {
+                best.push(set.to_vec());
+            }
+        });
+        (Some(smallest), best)
+    }
+
+    /// The difference that one token leaves that gives each slot to the rank that has least.
+    fn level_spread(&self, groups: &[usize]) -> usize {
+        let mut received = vec![0; self.num_ranks()];
+        self.give(&mut received, groups);
+        spread(&received)
+    }
 }
 
 /// Gives each of `slots` to the rank with room that has received least.
@@ -168,28 +263,6 @@ fn group_order(overlaps: &[Vec<usize>]) -> Vec<usize> {
     order
 }
 
-/// The smallest difference between two ranks that one token can leave; `None` where there are too many sets of groups.
-fn unavoidable(table: &[Vec<usize>], topk_group: usize, top_k: usize) -> Option<usize> {
-    let num_groups = table.len();
-    let count = (0..topk_group).try_fold(1usize, |count, i| Some(count.checked_mul(num_groups - i)? / (i + 1)))?;
-    if count > MAX_SETS {
-        return None;
-    }
-    let mut smallest = None;
-    for_each_set(0, num_groups, topk_group, &mut Vec::new(), &mut |set| {
-        let spread = level_spread(table, set, top_k);
-        smallest = Some(smallest.map_or(spread, |smallest: usize| smallest.min(spread)));
-    });
-    smallest
-}
-
-/// The difference that one token leaves that gives each slot to the rank that has least.
-fn level_spread(table: &[Vec<usize>], groups: &[usize], top_k: usize) -> usize {
-    let mut received = vec![0; table[0].len()];
-    level(&mut received, |rank| groups.iter().map(|&group| table[group][rank]).sum(), top_k);
-    spread(&received)
-}
-
 fn spread(received: &[usize]) -> usize {
     received.iter().max().unwrap_or(&0) - received.iter().min().unwrap_or(&0)
 }
@@ -214,14 +287,25 @@ struct Shares {
 
 impl Walk<'_> {
     fn num_ranks(&self) -> usize {
-        self.table[0].len()
+        self.geometry.num_ranks()
+    }
+
+    /// Each token's slots to the ranks that have received least.
+    fn levelled(&self) -> Vec<Vec<usize>> {
+        let mut received = vec![0; self.num_ranks()];
+        let slots_of = |groups: &Vec<usize>| {
+            let before = received.clone();
+            self.geometry.give(&mut received, groups);
+            received.iter().zip(before).map(|(after, before)| after - before).collect()
+        };
+        self.tokens.iter().map(slots_of).collect()
     }
 
     /// Limits that are the same for all ranks: `most - least = apart`, at several places.
     fn limits<'s>(&'s self, shares: &'s Shares, apart: usize) -> impl Iterator<Item = Limits> + 's {
         let lowest = |row: &Vec<u128>| row.iter().min().map_or(0, |least| least / shares.denominator) as usize;
         let highest = |row: &Vec<u128>| row.iter().max().map_or(0, |most| most.div_ceil(shares.denominator)) as usize;
-        let mean = move |tokens: usize| tokens * self.top_k / self.num_ranks();
+        let mean = move |tokens: usize| tokens * self.geometry.top_k / self.num_ranks();
         let from = move |least: Vec<usize>| {
             let end = mean(self.tokens.len());
             Limits::alike(&least, apart, &vec![end; self.num_ranks()])
@@ -239,11 +323,14 @@ impl Walk<'_> {
         let mut received = vec![0u128; self.num_ranks()];
         let numerators = self.tokens.iter().map(|groups| {
             for &group in groups {
-                received.iter_mut().zip(&parts[group]).for_each(|(sum, part)| *sum += (*part * self.top_k) as u128);
+                received
+                    .iter_mut()
+                    .zip(&parts[group])
+                    .for_each(|(sum, part)| *sum += (*part * self.geometry.top_k) as u128);
             }
             received.clone()
         });
-        Shares { numerators: numerators.collect(), denominator: (self.topk_group * whole) as u128 }
+        Shares { numerators: numerators.collect(), denominator: (self.geometry.topk_group * whole) as u128 }
     }
 
     /// Whole slots within the limits, `[token][rank]`.
@@ -256,10 +343,10 @@ impl Walk<'_> {
         let mut deals = Vec::with_capacity(num_tokens);
         let mut needed = 0;
         for (token, groups) in self.tokens.iter().enumerate() {
-            network.edge(source, token_node(token), self.top_k);
+            network.edge(source, token_node(token), self.geometry.top_k);
             let mut deal = Vec::with_capacity(num_ranks);
             for rank in 0..num_ranks {
-                let room: usize = groups.iter().map(|&group| self.table[group][rank]).sum();
+                let room: usize = groups.iter().map(|&group| self.geometry.table[group][rank]).sum();
                 deal.push(network.edge(token_node(token), rank_node(token, rank), room));
                 // What a rank must have by now goes to the sink; what it has beyond goes on to the next token.
                 let before = if token == 0 { 0 } else { limits.least[token - 1][rank] };
@@ -280,7 +367,7 @@ impl Walk<'_> {
             let beyond = limits.most[num_tokens - 1][rank] - limits.least[num_tokens - 1][rank];
             network.edge(rank_node(num_tokens - 1, rank), sink, beyond);
         }
-        if needed + network.fill(source, sink) != num_tokens * self.top_k {
+        if needed + network.fill(source, sink) != num_tokens * self.geometry.top_k {
             return None;
         }
         let flows = |deal: Vec<usize>| deal.into_iter().map(|edge| network.flow(edge)).collect();

@@ -22,8 +22,9 @@
 //! [`Balance::is_smallest`] says so; where the ranks own whole groups or the groups whole ranks, an exhaustive search over
 //! all plans (up to 12 experts, in the tests) has never found a better one either.
 //!
-//! Ranks of different lengths are brought to the same number too where that can be. Where it cannot, each rank receives
-//! in proportion to its experts, within one slot in every round.
+//! Ranks of different lengths are brought to the same number too where the search finds how; otherwise each rank receives in
+//! proportion to its experts, exactly so after every round. Balance of the ranks goes before the use of all experts: where
+//! only some sets of groups reach the ranks evenly, only those are used.
 //!
 //! A round is a small table; a row of the plan is looked up in it. Inside the cell that a rank and a group share, slots go
 //! round-robin over the experts: they stay within one of each other.
@@ -43,7 +44,7 @@ pub(super) struct Round {
     cells: Vec<Cell>,
     /// `[tokens of the round, top_k]`
     slots: Vec<Slot>,
-    num_tokens: usize,
+    pub(super) num_tokens: usize,
     top_k: usize,
     balance: Option<Balance>,
 }
