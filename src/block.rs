@@ -146,6 +146,9 @@ impl MoeBlockBuilder {
                 self.experts.hidden_size()
             )
         }
+        if let Some(dtype) = self.router_dtype.filter(|dtype| !matches!(dtype, DType::F32 | DType::BF16 | DType::F16)) {
+            bail!("{OP}: router_dtype is {dtype:?}, expected f32, bf16 or f16")
+        }
         let top_k = self.router.top_k();
         if top_k > num_experts {
             bail!("{OP}: top_k is {top_k}, expected at most num_experts, which is {num_experts}")
@@ -163,6 +166,10 @@ impl MoeBlockBuilder {
             topology,
             reduction: self.reduction,
         };
+        if block.perfect_config.imbalance.is_some() {
+            // A hot spot that cannot be is refused now, not when it is switched on.
+            block.plan()?;
+        }
         block.set_perfect_router(self.perfect_router)?;
         Ok(block)
     }
@@ -221,7 +228,7 @@ impl MoeBlock {
     /// Switches between learned and balanced routing; see [`MoeBlockBuilder::perfect_router`].
     ///
     /// # Errors
-    /// A hot spot that does not exist.
+    /// More groups and ranks than can be planned for.
     pub fn set_perfect_router(&mut self, enabled: bool) -> Result<()> {
         self.perfect = if enabled { Some(self.plan()?) } else { None };
         Ok(())

@@ -321,7 +321,7 @@ fn rotation(inputs: &[Input], num_layers: usize, num_experts: usize) -> Vec<usiz
 /// Calls over which touched experts are averaged at most.
 const MAX_CALLS: usize = 256;
 
-/// Experts that a call touches under perfect routing, on average over one period of the plan.
+/// Experts that a call touches under perfect routing, on average over the calls of a period, or the first of them.
 pub(crate) fn planned_experts(profile: &Profile, schedule: Schedule, ep_size: usize, num_tokens: usize) -> Result<f64> {
     let token_counts = vec![num_tokens; ep_size];
     let starts = (0..ep_size).map(|rank| schedule.start(rank, &token_counts));

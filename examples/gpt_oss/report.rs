@@ -188,7 +188,6 @@ fn layer_table(runs: &[&Generation]) -> comfy_table::Table {
     table
 }
 
-/// Why there is nothing to compare with: here an error is news, not a failure.
 fn routing(run: &Generation) -> &'static str {
     if run.perfect_router { "perfect" } else { "learned" }
 }

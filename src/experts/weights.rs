@@ -15,7 +15,7 @@ const FP8_MAX_SCALE: f32 = (1u128 << 119) as f32;
 /// One matrix `[out_features, in_features]` per local expert.
 ///
 /// MXFP4 stays in 4 bits: value = `table[nibble] * 2^(scale - 127)`, table 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the same negated
-/// (bit 3 is the sign). With scale bytes 253 and 254 the largest values are beyond float32 and infinite. Byte `b` of a block holds elements `2b` (low nibble) and `2b + 1` (high nibble).
+/// (bit 3 is the sign); with scale bytes 253 and 254 the largest values are beyond float32 and infinite. Byte `b` of a block holds elements `2b` (low nibble) and `2b + 1` (high nibble).
 ///
 /// FP8 stays in 8 bits: weight = value * scale of its row and its block of [`FP8_BLOCK`] columns, rounded to float32 and
 /// then accumulated in float32 like the others.
@@ -95,8 +95,8 @@ impl ExpertWeights {
         Ok(Self { values: Values::Mxfp4 { blocks, scales }, num_experts, out_features, in_features })
     }
 
-    /// FP8 weights as DeepSeek-V3 publishes them: `values` F8E4M3 `[num_local_experts, out_features, in_features]`, `scales`
-    /// f32 `[num_local_experts, out_features, in_features / 128 rounded up]`, which [`fp8_row_scales`] makes from published
+    /// FP8 weights as DeepSeek-V3 publishes them: `values` F8E4M3, or its bits as u8 (which are not copied),
+    /// `[num_local_experts, out_features, in_features]`; `scales` f32 `[num_local_experts, out_features, in_features / 128 rounded up]`, which [`fp8_row_scales`] makes from published
     /// ones. `in_features` may be any number.
     ///
     /// # Errors
@@ -117,10 +117,15 @@ impl ExpertWeights {
                 [num_experts, out_features, num_blocks]
             )
         }
-        if values.dtype() != DType::F8E4M3 || scales.dtype() != DType::F32 {
-            bail!("fp8 weights: dtypes {:?} and {:?}, expected F8E4M3 and f32", values.dtype(), scales.dtype())
-        }
-        let (values, scales) = (fp8_bits(&values)?, scales.contiguous()?);
+        let values = match values.dtype() {
+            DType::F8E4M3 if scales.dtype() == DType::F32 => fp8_bits(&values)?,
+            DType::U8 if scales.dtype() == DType::F32 => values.contiguous()?,
+            dtype => bail!(
+                "fp8 weights: dtypes {dtype:?} and {:?}, expected F8E4M3 or its bits as u8, and f32",
+                scales.dtype()
+            ),
+        };
+        let scales = scales.contiguous()?;
         with_slice(&values, "fp8 weights", "values", |values: &[u8]| {
             match values.iter().position(|value| value & 0x7f == 0x7f) {
                 Some(index) => bail!(

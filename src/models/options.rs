@@ -7,7 +7,7 @@ use std::time::Duration;
 /// How the MoE layers run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MoeOptions {
-    /// The dtype of the hidden states: f32 or bf16.
+    /// The dtype of the hidden states of a model that holds them itself (`gpt_oss`): f32 or bf16.
     pub dtype: DType,
     /// Ranks, each a thread with its own experts.
     pub ep_size: usize,
@@ -15,7 +15,7 @@ pub struct MoeOptions {
     pub reduction: Reduction,
     /// Balanced routing. **For measuring: the output is then meaningless.**
     pub perfect_router: bool,
-    /// Longest wait for another rank.
+    /// Longest wait for another rank, of a model that starts the ranks itself (`gpt_oss`).
     pub deadline: Duration,
 }
 

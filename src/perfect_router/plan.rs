@@ -12,8 +12,9 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 const OP: &str = "perfect-router";
-/// Groups times ranks of a plan with groups.
-const MAX_PAIRS: usize = 1 << 20;
+/// Groups of a plan, and groups times ranks, so that working it out takes a bounded time.
+const MAX_GROUPS: usize = 256;
+const MAX_PAIRS: usize = 1 << 16;
 /// Tokens after which a plan begins anew at the latest, so that the logits of any position fit memory.
 const MAX_PERIOD: usize = 1 << 14;
 
@@ -137,17 +138,16 @@ impl Plan {
     /// DeepSeek-V3 over 8 or 16 ranks, up to about a second where ranks and groups fit each other worst.
     ///
     /// # Errors
-    /// Groups that do not fit `num_experts` and `top_k`; more than 2^20 pairs of a group and a rank.
+    /// Groups that do not fit `num_experts` and `top_k`; more than 256 groups, or 65536 pairs of a group and a rank.
     pub fn with_groups(self, groups: ExpertGroups) -> Result<Self> {
         let Parameters { experts, top_k, ep_rank, .. } = self.parameters;
         groups.check(OP, experts.total, top_k)?;
+        if groups.is_limit() && groups.num_groups > MAX_GROUPS {
+            bail!("{OP}: num_groups is {}, expected at most {MAX_GROUPS} to plan for", groups.num_groups)
+        }
         let pairs = groups.num_groups.saturating_mul(experts.parts);
         if groups.is_limit() && pairs > MAX_PAIRS {
-            bail!(
-                "{OP}: num_groups {} times ep_size {} is {pairs}, expected at most {MAX_PAIRS}",
-                groups.num_groups,
-                experts.parts
-            )
+            bail!("{OP}: num_groups times ep_size is {pairs}, expected at most {MAX_PAIRS} to plan for")
         }
         let (groups, rows) = match groups.is_limit() {
             true => (groups, Rows::Grouped(Arc::new(Round::new(experts, groups, top_k, ep_rank)))),

@@ -13,6 +13,10 @@ const OP: &str = "perfect-router schedule";
 /// | `RankRotated` | yes, and at each step the senders have different receivers | only over whole periods: senders overlap | dispatch and combine |
 /// | `GlobalSlot` | yes | yes: the slots of all senders are one sequence | a whole layer |
 ///
+/// `GlobalSlot` counts padding among the tokens of a rank. It is one sequence as long as all ranks stand at the same token of
+/// their sequences ([`Step::starting_at`](crate::ep::Step::starting_at)), and balanced over experts to one slot where plans
+/// have no groups.
+///
 /// At one token for each of 8 ranks, 256 experts and top-8, all senders together touch 15 experts under `RankRotated` and 64
 /// under `GlobalSlot`: a layer that is measured with the first loads too few weights. At small batch a balanced table in
 /// turn touches more experts than learned routing does, so its time is not a lower bound.

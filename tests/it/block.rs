@@ -509,10 +509,9 @@ fn a_hot_rank_of_the_perfect_router_receives_its_part() {
     }
     let imbalance = Some(Imbalance { hotspot: Hotspot::Rank(4), fraction: 0.5, seed: 3 });
     let builder = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 4, 0);
-    let mut block =
-        builder.perfect_router_config(PerfectRouterConfig { imbalance, ..Default::default() }).build().unwrap();
-    let error = block.set_perfect_router(true).unwrap_err().to_string();
-    assert!(error.contains("hot rank is 4") && error.contains("less than 4") && !block.is_perfect(), "{error}");
+    let builder = builder.perfect_router_config(PerfectRouterConfig { imbalance, ..Default::default() });
+    let error = builder.build().unwrap_err().to_string();
+    assert!(error.contains("hot rank is 4") && error.contains("less than 4"), "{error}");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -582,7 +581,18 @@ fn padding_is_0_and_changes_no_other_token() {
     let layer = Layer::new(35, 8, DType::BF16);
     let counts = [5, 4, 6];
     let valid = [2usize, 0, 6];
-    let hidden = hidden_states(36, 15, DType::BF16);
+    let clean = oracle::rows_of(&hidden_states(36, 15, DType::BF16));
+    // Whatever stands in padding: NaN, infinities.
+    let rows: Vec<Vec<f32>> = clean
+        .into_iter()
+        .enumerate()
+        .map(|(i, row)| match i {
+            2..=4 => vec![f32::NAN; HIDDEN],
+            5..=8 => vec![f32::INFINITY; HIDDEN],
+            _ => row,
+        })
+        .collect();
+    let hidden = Tensor::new(rows, &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
     for perfect in [false, true] {
         for reduction in [Reduction::SlotOrder, Reduction::RankPartial] {
             let build = |rank| {
@@ -631,6 +641,8 @@ fn the_router_dtype_is_that_of_the_logits_and_not_of_the_output() {
     let again = exact.router_logits.to_dtype(DType::BF16).unwrap();
     assert_eq!(oracle::bits_of(&again), oracle::bits_of(&rounded.router_logits));
     assert_ne!(oracle::bits_of(&exact.router_logits), oracle::bits_of(&rounded.router_logits));
+    let error = builder().router_dtype(DType::U8).build().unwrap_err().to_string();
+    assert!(error.contains("router_dtype is U8") && error.contains("f32, bf16 or f16"), "{error}");
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -459,7 +459,7 @@ fn two_equal_top_values_in_a_group_count_twice_in_its_score() {
 
 #[test]
 fn topk_group_below_4_is_not_ignored() {
-    // Expert 4g is the best of group g, in descending order of g; expert 31 is the best of all but alone in its group.
+    // Experts 4g and 4g + 1 are the best of group g, and later groups are better.
     let mut row = vec![-20.0f32; 32];
     (0..8).for_each(|g| (row[4 * g], row[4 * g + 1]) = (1.0 + g as f32 / 8.0, 1.0 + g as f32 / 8.0));
     for topk_group in 1..=8 {

@@ -1,6 +1,7 @@
 //! `config.json` of DeepSeek-V3.
 
 use crate::checkpoint::{CheckpointError, read_json};
+use crate::experts::FP8_BLOCK;
 use crate::routing::{ExpertGroups, RoutingMethod};
 use candle_core::{Result, bail};
 use serde::Deserialize;
@@ -9,8 +10,6 @@ use std::path::Path;
 const OP: &str = "deepseek-v3 config";
 /// Sizes above this are a mistake, and their products would overflow.
 const MAX_SIZE: usize = 1 << 24;
-/// Side of the blocks of weights that share a scale.
-const FP8_BLOCK: usize = 128;
 
 /// What a `config.json` says of the MoE layers of DeepSeek-V3, and of models with the same layers (R1, Kimi-K2).
 ///
@@ -186,6 +185,13 @@ impl Config {
         }
         if self.top_k > self.num_experts {
             bail!("{OP}: num_experts_per_tok is {}, expected at most {} experts", self.top_k, self.num_experts)
+        }
+        if self.first_moe_layer >= self.num_layers {
+            bail!(
+                "{OP}: first_k_dense_replace is {}, expected less than the {} layers",
+                self.first_moe_layer,
+                self.num_layers
+            )
         }
         self.groups.check(OP, self.num_experts, self.top_k)?;
         if !(self.routed_scaling_factor.is_finite() && self.routed_scaling_factor > 0.0) {

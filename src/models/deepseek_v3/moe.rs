@@ -2,7 +2,7 @@
 
 use super::Config;
 use crate::block::MoeBlock;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::ep::Topology;
 use crate::experts::{
     Activation, ExpertProjection, ExpertWeights, Experts, FP8_BLOCK, GateUpRows, Linear, fp8_row_scales,
@@ -11,6 +11,7 @@ use crate::host::{checked_product, with_slice};
 use crate::models::MoeOptions;
 use crate::routing::Router;
 use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
+use float8::F8E4M3;
 use half::{bf16, f16};
 
 const OP: &str = "deepseek-v3 moe";
@@ -103,31 +104,52 @@ impl Weights<'_> {
         let names: Vec<_> = stems.iter().flat_map(|stem| parts.iter().map(move |part| name(stem, part))).collect();
         let shape = (stems.len(), parts.len() * rows, columns);
         // What the first is, all must be: reading them says otherwise.
-        let weights = match self.checkpoint.info(&names[0])?.dtype {
+        let info = self.checkpoint.info(&names[0])?;
+        let weights = match info.dtype {
             Some(DType::F8E4M3) => {
-                let values = self.stacked::<float8::F8E4M3>(&names, rows, columns)?.reshape(shape)?;
-                ExpertWeights::fp8(values, self.row_scales(&names, rows, columns)?.reshape((shape.0, shape.1, ()))?)?
+                let values = self.stacked(&names, rows, columns, |v: F8E4M3| v.to_bits())?.reshape(shape)?;
+                let scales = self.row_scales(&names, rows, columns)?.reshape((shape.0, shape.1, ()))?;
+                let place =
+                    || format!("{}, matrix {} and the {} after it", info.file.display(), names[0], names.len() - 1);
+                ExpertWeights::fp8(values, scales).map_err(|error| error.context(place()))?
             }
-            Some(DType::F32) => ExpertWeights::dense(self.stacked::<f32>(&names, rows, columns)?.reshape(shape)?)?,
-            Some(DType::F16) => ExpertWeights::dense(self.stacked::<f16>(&names, rows, columns)?.reshape(shape)?)?,
-            _ => ExpertWeights::dense(self.stacked::<bf16>(&names, rows, columns)?.reshape(shape)?)?,
+            Some(DType::F32) => ExpertWeights::dense(self.stacked(&names, rows, columns, |v: f32| v)?.reshape(shape)?)?,
+            Some(DType::F16) => ExpertWeights::dense(self.stacked(&names, rows, columns, |v: f16| v)?.reshape(shape)?)?,
+            Some(DType::BF16) => {
+                ExpertWeights::dense(self.stacked(&names, rows, columns, |v: bf16| v)?.reshape(shape)?)?
+            }
+            _ => {
+                return Err(CheckpointError::WrongDtype {
+                    file: info.file,
+                    tensor: names[0].clone(),
+                    found: info.dtype_name,
+                    expected: ["bf16", "f16", "f32", "f8e4m3"].map(String::from).to_vec(),
+                }
+                .into());
+            }
         };
         ExpertProjection::new(weights, None)
     }
 
-    /// The tensors `[rows, columns]` below each other. One after the other, so that besides the result there is never more
-    /// than one of them.
-    fn stacked<T: WithDType>(&self, names: &[String], rows: usize, columns: usize) -> Result<Tensor> {
+    /// The tensors `[rows, columns]` below each other, each value through `convert`. One after the other, so that besides the
+    /// result there is never more than one of them.
+    fn stacked<T: WithDType, U: WithDType>(
+        &self,
+        names: &[String],
+        rows: usize,
+        columns: usize,
+        convert: fn(T) -> U,
+    ) -> Result<Tensor> {
         let len = checked_product(OP, ("rows", rows), ("columns", columns))?;
         let total = checked_product(OP, ("matrices", names.len()), ("values of a matrix", len))?;
-        let mut all: Vec<T> = Vec::new();
+        let mut all: Vec<U> = Vec::new();
         if all.try_reserve_exact(total).is_err() {
-            bail!("{OP}: cannot allocate {total} values of {} bytes", size_of::<T>())
+            bail!("{OP}: cannot allocate {total} values of {} bytes", size_of::<U>())
         }
         for name in names {
             let matrix = self.checkpoint.tensor(name, &[rows, columns], &[T::DTYPE], &Device::Cpu)?;
             with_slice(&matrix, OP, name, |values: &[T]| {
-                all.extend_from_slice(values);
+                all.extend(values.iter().map(|&value| convert(value)));
                 Ok(())
             })?;
         }
@@ -139,6 +161,9 @@ impl Weights<'_> {
         let blocks = [rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)];
         let scales = names.iter().map(|name| {
             let scales = self.checkpoint.tensor(&format!("{name}_scale_inv"), &blocks, &[DType::F32], &Device::Cpu)?;
+            if let Some(scale) = scales.flatten_all()?.to_vec1::<f32>()?.into_iter().find(|scale| !scale.is_finite()) {
+                bail!("{OP}: {name}_scale_inv: a scale is {scale}, expected finite numbers")
+            }
             fp8_row_scales(&scales.unsqueeze(0)?, rows)?.squeeze(0)
         });
         Tensor::cat(&scales.collect::<Result<Vec<_>>>()?, 0)

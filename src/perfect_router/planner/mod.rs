@@ -67,6 +67,7 @@ struct Slot {
 
 /// Which rank and group share each cell.
 struct Places {
+    /// Sorted, since cells stand in expert order.
     rank_and_group: Vec<(usize, usize)>,
     num_ranks: usize,
     num_groups: usize,
@@ -189,7 +190,7 @@ impl Places {
             }
         };
         // Cells of equal ranks and groups are renamed to cells; any other turn leaves them where they are.
-        self.rank_and_group.iter().position(|place| *place == (rank, group)).unwrap_or(cell)
+        self.rank_and_group.binary_search(&(rank, group)).unwrap_or(cell)
     }
 
     /// The slots of a token: rank after rank, one slot each until all have theirs; of a rank's cells, the one that received
