@@ -22,6 +22,7 @@ use super::flow::Network;
 use crate::partition::Partition;
 use crate::perfect_router::greatest_common_divisor;
 use crate::routing::ExpertGroups;
+use std::cell::OnceCell;
 
 /// How much further apart than the first token's the limits of all ranks may be.
 const SLACK: usize = 4;
@@ -77,11 +78,17 @@ pub(super) fn deal(table: &[Vec<usize>], experts: Partition, groups: ExpertGroup
     let geometry = Geometry { table, top_k, topk_group: groups.topk_group };
     let order = group_order(&overlaps);
     let (unavoidable, best_sets) = geometry.best_sets();
-    let walks = geometry.walks(&order, &best_sets);
-    let shares: Vec<_> = walks.iter().map(|walk| walk.shares(&overlaps, num_ranks)).collect();
+    // Made when they are tried: nested ranks and groups need the first alone.
+    let walks: Vec<OnceCell<Option<(Walk<'_>, Shares)>>> = geometry.kinds().iter().map(|_| OnceCell::new()).collect();
+    let walk_and_shares = |kind: &Kind| {
+        let walk = geometry.walk_of(kind, &order, &best_sets)?;
+        let shares = walk.shares(&overlaps, num_ranks);
+        Some((walk, shares))
+    };
     let first = unavoidable.unwrap_or_else(|| geometry.level_spread(&order[..groups.topk_group]));
     let alike = (first..=first + SLACK).find_map(|apart| {
-        walks.iter().zip(&shares).find_map(|(walk, shares)| {
+        walks.iter().zip(geometry.kinds()).find_map(|(walk, kind)| {
+            let (walk, shares) = walk.get_or_init(|| walk_and_shares(&kind)).as_ref()?;
             let mut limits = walk.limits(shares, apart);
             limits.find_map(|limits| walk.solve(&limits)).map(|slots| walk.finish(slots, unavoidable))
         })
@@ -97,6 +104,22 @@ pub(super) fn deal(table: &[Vec<usize>], experts: Partition, groups: ExpertGroup
         let slots = walk.levelled();
         walk.finish(slots, unavoidable)
     })
+}
+
+/// A way to walk through the groups.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    /// In order, `step / per` groups further with every token.
+    Around {
+        step: usize,
+        per: usize,
+    },
+    LeastLoaded {
+        tokens: usize,
+    },
+    MostLevel {
+        tokens: usize,
+    },
 }
 
 /// Who owns what, and what a token wants.
@@ -123,21 +146,27 @@ impl<'a> Geometry<'a> {
     }
 
     /// The walks to try, none of them long.
-    fn walks(&self, order: &[usize], best_sets: &[Vec<usize>]) -> Vec<Walk<'a>> {
+    fn kinds(&self) -> Vec<Kind> {
         let (num_ranks, fewest) = (self.num_ranks(), self.fewest_tokens());
         let ranks_per_group = (num_ranks / self.table.len()).max(1);
         let height = self.top_k.div_ceil(self.topk_group * ranks_per_group) * ranks_per_group;
-        let rounds = [(self.topk_group, 1), (self.top_k, height)];
-        let around = rounds.map(|(step, per)| self.around(order, step, per, fewest, MAX_SEARCHED));
         let mut lengths: Vec<usize> = (1..=MAX_REPEATS).map(|times| times * fewest).collect();
         lengths.extend([num_ranks, 2 * num_ranks]);
         lengths.retain(|tokens| tokens * num_ranks <= MAX_SEARCHED);
-        let mut walks: Vec<_> = around.into_iter().flatten().collect();
-        walks.extend(lengths.iter().map(|&tokens| self.least_loaded(tokens)));
-        if !best_sets.is_empty() {
-            walks.extend(lengths.iter().map(|&tokens| self.most_level(best_sets, tokens)));
+        let around = [Kind::Around { step: self.topk_group, per: 1 }, Kind::Around { step: self.top_k, per: height }];
+        let least_loaded = lengths.iter().map(|&tokens| Kind::LeastLoaded { tokens });
+        let most_level = lengths.iter().map(|&tokens| Kind::MostLevel { tokens });
+        around.into_iter().chain(least_loaded).chain(most_level).collect()
+    }
+
+    /// `None` for a walk that would be too long, or has no sets to choose from.
+    fn walk_of(&self, kind: &Kind, order: &[usize], best_sets: &[Vec<usize>]) -> Option<Walk<'a>> {
+        match *kind {
+            Kind::Around { step, per } => self.around(order, step, per, self.fewest_tokens(), MAX_SEARCHED),
+            Kind::LeastLoaded { tokens } => Some(self.least_loaded(tokens)),
+            Kind::MostLevel { .. } if best_sets.is_empty() => None,
+            Kind::MostLevel { tokens } => Some(self.most_level(best_sets, tokens)),
         }
-        walks
     }
 
     /// Token `t` stands at group `t * step / per` of the order; goes round whole, in a multiple of `multiple` tokens. `None`
