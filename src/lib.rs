@@ -2,6 +2,8 @@
 
 pub mod block;
 pub mod checkpoint;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod ep;
 pub mod experts;
 mod host;

@@ -41,7 +41,7 @@ pub(super) fn route<L: WithDType + Into<f32>>(
     let mut weights = try_filled(OP, 0f32, num_slots)?;
     let (stride_token, stride_expert) = (layout.stride()[0], layout.stride()[1]);
     let rows_per_task = MIN_LOGITS_PER_TASK.div_ceil(num_experts.max(1));
-    let bias = router.selection_bias.as_deref();
+    let bias = router.selection_bias.as_ref().map(|bias| bias.values());
     ids.par_chunks_exact_mut(router.top_k)
         .zip(weights.par_chunks_exact_mut(router.top_k))
         .take(num_valid_tokens)

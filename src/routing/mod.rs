@@ -16,11 +16,15 @@
 //!
 //! What chooses and what the weights are: [`RoutingMethod`].
 
+mod bias;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod method;
 
 pub use method::{ExpertGroups, RoutingMethod};
 
+use bias::SelectionBias;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 use std::sync::{Arc, OnceLock};
@@ -54,7 +58,7 @@ pub struct Routing {
 pub struct Router {
     method: RoutingMethod,
     top_k: usize,
-    selection_bias: Option<Arc<[f32]>>,
+    selection_bias: Option<Arc<SelectionBias>>,
 }
 
 impl Router {
@@ -85,7 +89,7 @@ impl Router {
                 bias.dtype()
             )
         }
-        self.selection_bias = Some(bias.to_dtype(DType::F32)?.to_vec1::<f32>()?.into());
+        self.selection_bias = Some(Arc::new(SelectionBias::new(bias)?));
         Ok(self)
     }
 
@@ -176,8 +180,11 @@ impl Router {
         }
         self.method.groups().check(OP, num_experts, self.top_k)?;
         match &self.selection_bias {
-            Some(bias) if bias.len() != num_experts => {
-                bail!("{OP}: selection bias has {} values, expected num_experts, which is {num_experts}", bias.len())
+            Some(bias) if bias.values().len() != num_experts => {
+                bail!(
+                    "{OP}: selection bias has {} values, expected num_experts, which is {num_experts}",
+                    bias.values().len()
+                )
             }
             _ => Ok((num_tokens, num_experts)),
         }
@@ -218,6 +225,18 @@ impl CustomOp1 for TopK {
         // A second application of the same op value would be a second choice; the first one stays.
         let _ = self.topk_ids.set(ids);
         Ok((CpuStorage::F32(weights), shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        storage: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let (num_tokens, _) = self.router.check(storage.dtype(), layout.shape())?;
+        let (ids, weights) = cuda::route(storage, layout, &self.router, self.num_valid_tokens.as_ref())?;
+        let _ = self.topk_ids.set(ids);
+        Ok((weights, Shape::from((num_tokens, self.router.top_k))))
     }
 
     fn bwd(&self, logits: &Tensor, weights: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

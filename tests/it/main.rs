@@ -4,6 +4,8 @@
 
 mod block;
 mod checkpoint;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod deepseek_v3;
 mod ep;
 mod examples_bench;

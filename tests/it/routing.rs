@@ -9,7 +9,7 @@ use proptest::prelude::*;
 const NANS: [u32; 6] = [0x7fc0_0000, 0xffc0_0000, 0x7f80_0001, 0xffff_ffff, 0x7fff_ffff, 0xff80_0001];
 
 /// Rows of logits, made the way `recipe` says.
-fn logit(random: &mut Random, recipe: usize) -> f32 {
+pub(crate) fn logit(random: &mut Random, recipe: usize) -> f32 {
     let tied = [0.0, -0.0, 1.0, 1.0, -1.0, 2.5];
     let special = [
         f32::INFINITY,
@@ -37,10 +37,10 @@ fn logit(random: &mut Random, recipe: usize) -> f32 {
         _ => 0.25,
     }
 }
-const RECIPES: usize = 10;
+pub(crate) const RECIPES: usize = 10;
 
 #[derive(Clone, Copy, Debug)]
-enum View {
+pub(crate) enum View {
     Plain,
     Transposed,
     Narrowed,
@@ -49,7 +49,7 @@ enum View {
 }
 
 /// A tensor of the rows as a view of more than them, and the float32 values that it holds.
-fn view(rows: &[Vec<f32>], num_experts: usize, dtype: DType, view: View) -> (Tensor, Vec<Vec<f32>>) {
+pub(crate) fn view(rows: &[Vec<f32>], num_experts: usize, dtype: DType, view: View) -> (Tensor, Vec<Vec<f32>>) {
     let num_tokens = rows.len();
     // Would win every choice if it were read.
     let bait = 60_000.0;
@@ -191,7 +191,7 @@ fn check_row(method: RoutingMethod, bias: Option<&[f32]>, row: &[f32], ids: &[u3
     }
 }
 
-fn check(routing: &Routing, method: RoutingMethod, bias: Option<&[f32]>, rows: &[Vec<f32>], top_k: usize) {
+pub(crate) fn check(routing: &Routing, method: RoutingMethod, bias: Option<&[f32]>, rows: &[Vec<f32>], top_k: usize) {
     assert_eq!(routing.topk_ids.dtype(), DType::U32);
     assert_eq!(routing.topk_weights.dtype(), DType::F32);
     assert_eq!(routing.topk_ids.dims(), [rows.len(), top_k]);
