@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod checkpoint;
+mod copied;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod ep;

@@ -1,9 +1,8 @@
 //! Expert order on the CPU: a counting sort in three passes over the slots.
 
-use super::{NO_EXPERT, NO_SLOT, OP};
+use super::{NO_EXPERT, NO_SLOT, OP, OrderSpec};
 use crate::host::try_filled;
 use candle_core::{Result, bail};
-use std::ops::Range;
 
 pub(super) struct Order {
     pub(super) expert_counts: Vec<u32>,
@@ -12,29 +11,31 @@ pub(super) struct Order {
     pub(super) slot_rank: Vec<u32>,
 }
 
-pub(super) fn order(ids: &[u32], num_experts: usize, local: Range<usize>) -> Result<Order> {
-    let mut expert_counts = try_filled(OP, 0u32, local.len())?;
+pub(super) fn order(ids: &[u32], spec: &OrderSpec) -> Result<Order> {
+    let num_local = spec.local_experts.len();
+    let mut expert_counts = try_filled(OP, 0u32, num_local)?;
     for (slot, &id) in ids.iter().enumerate() {
-        if local.contains(&(id as usize)) {
-            expert_counts[id as usize - local.start] += 1;
-        } else if id as usize >= num_experts && id != NO_EXPERT {
+        if let Some(expert) = spec.local_expert(slot, id) {
+            expert_counts[expert] += 1;
+        } else if id as usize >= spec.num_experts && id != NO_EXPERT {
+            let num_experts = spec.num_experts;
             bail!("{OP}: slot {slot} has expert id {id}, expected less than num_experts, which is {num_experts}")
         }
     }
-    let mut expert_offsets = try_filled(OP, 0, local.len() + 1)?;
+    let mut expert_offsets = try_filled(OP, 0, num_local + 1)?;
     let mut total = 0;
     for (offset, count) in expert_offsets[1..].iter_mut().zip(&expert_counts) {
         total += count;
         *offset = total;
     }
 
-    let mut next = try_filled(OP, 0, local.len())?;
-    next.copy_from_slice(&expert_offsets[..local.len()]);
+    let mut next = try_filled(OP, 0, num_local)?;
+    next.copy_from_slice(&expert_offsets[..num_local]);
     let mut sorted_slots = try_filled(OP, NO_SLOT, ids.len())?;
     let mut slot_rank = try_filled(OP, NO_SLOT, ids.len())?;
     for (slot, &id) in ids.iter().enumerate() {
-        if local.contains(&(id as usize)) {
-            let place = &mut next[id as usize - local.start];
+        if let Some(expert) = spec.local_expert(slot, id) {
+            let place = &mut next[expert];
             sorted_slots[*place as usize] = slot as u32;
             slot_rank[slot] = *place;
             *place += 1;

@@ -4,11 +4,19 @@
 //! side by side: [`ExpertOrder`] lists the slots by expert and, inside an expert, in slot order (a stable counting sort,
 //! the same from run to run), with the inverse map to bring results home.
 //!
-//! A range of local experts may filter: slots of other experts are skipped, as are slots that hold [`NO_EXPERT`].
+//! A range of local experts may filter: slots of other experts are skipped, as are slots that hold [`NO_EXPERT`]. An
+//! [`ExpertMap`] may rename experts to the physical experts that hold them, with replicas, in the same pass.
+//! [`RoutedOrder`] goes from router logits to the order in one step.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod map;
+mod routed;
 
 pub use crate::routing::NO_EXPERT;
+pub use map::ExpertMap;
+pub use routed::{OrderOptions, RoutedOrder};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use std::ops::Range;
@@ -59,32 +67,49 @@ impl ExpertOrder {
     /// Orders `topk_ids`, u32 `[num_tokens, top_k]` with values below `num_experts` or [`NO_EXPERT`], keeping the slots
     /// of `local_experts` only. Zero tokens are fine.
     ///
+    /// On CUDA nothing waits for the device, so an id out of range is no error there: its slot is skipped.
+    ///
     /// # Errors
-    /// Wrong rank or dtype, an id out of range, a range beyond `num_experts`, more than 2^32 - 2 slots.
+    /// Wrong rank or dtype, an id out of range, a range beyond `num_experts`, more than 2^32 - 2 slots. On CUDA more local
+    /// experts than fit a block's shared memory (about 8000).
     pub fn new(topk_ids: &Tensor, num_experts: usize, local_experts: Range<usize>) -> Result<Self> {
+        Self::checked(topk_ids, num_experts, OrderOptions { local_experts: Some(local_experts), ..Default::default() })
+    }
+
+    /// Orders `topk_ids`, u32 `[num_tokens, top_k]` with values below the map's `num_experts` or [`NO_EXPERT`], by the
+    /// physical experts that hold them, keeping the slots of the physical experts `local_experts` only.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); a range beyond the map's physical experts.
+    pub fn with_map(topk_ids: &Tensor, map: &ExpertMap, local_experts: Range<usize>) -> Result<Self> {
+        let options = OrderOptions { local_experts: Some(local_experts), map: Some(map.clone()), ..Default::default() };
+        Self::checked(topk_ids, map.num_experts(), options)
+    }
+
+    fn checked(topk_ids: &Tensor, num_experts: usize, options: OrderOptions) -> Result<Self> {
         let &[num_tokens, top_k] = topk_ids.dims() else {
             bail!("{OP}: topk_ids has shape {:?}, expected [num_tokens, top_k]", topk_ids.shape())
         };
         if topk_ids.dtype() != DType::U32 {
             bail!("{OP}: topk_ids has dtype {:?}, expected u32", topk_ids.dtype())
         }
-        if num_experts > NO_EXPERT as usize {
-            bail!("{OP}: num_experts is {num_experts}, expected at most {NO_EXPERT}")
+        let spec = OrderSpec::new(num_tokens, top_k, num_experts, &options)?;
+        Self::of(topk_ids, spec).map(|(order, _)| order)
+    }
+
+    /// The order of ids whose shape `spec` has checked.
+    fn of(topk_ids: &Tensor, spec: OrderSpec) -> Result<(Self, Option<TileMap>)> {
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = topk_ids.device() {
+            return cuda::order(topk_ids, device, spec);
         }
-        if local_experts.start > local_experts.end || local_experts.end > num_experts {
-            bail!("{OP}: local_experts is {local_experts:?}, expected a range inside 0..{num_experts}")
-        }
-        if num_tokens.checked_mul(top_k).is_none_or(|num_slots| num_slots >= NO_SLOT as usize) {
-            bail!("{OP}: topk_ids has shape {:?}, expected fewer than {NO_SLOT} slots", topk_ids.shape())
-        }
-        let order = crate::host::with_slice(topk_ids, OP, "topk_ids", |ids: &[u32]| {
-            cpu::order(ids, num_experts, local_experts.clone())
-        })?;
+        let order = crate::host::with_slice(topk_ids, OP, "topk_ids", |ids: &[u32]| cpu::order(ids, &spec))?;
         let vector = |values: Vec<u32>| {
             let len = values.len();
             Tensor::from_vec(values, len, &Device::Cpu)
         };
-        Ok(Self {
+        let OrderSpec { num_tokens, top_k, tile_rows, local_experts, .. } = spec;
+        let order = Self {
             expert_counts: vector(order.expert_counts)?,
             expert_offsets: vector(order.expert_offsets)?,
             sorted_slots: vector(order.sorted_slots)?,
@@ -92,7 +117,9 @@ impl ExpertOrder {
             num_tokens,
             top_k,
             local_experts,
-        })
+        };
+        let tiles = tile_rows.map(|tile_rows| order.tile_map(tile_rows)).transpose()?;
+        Ok((order, tiles))
     }
 
     /// Tokens of the batch.
@@ -118,11 +145,12 @@ impl ExpertOrder {
     /// # Errors
     /// `tile_rows` is 0.
     pub fn tile_map(&self, tile_rows: usize) -> Result<TileMap> {
-        if tile_rows == 0 {
-            bail!("{OP}: tile_rows is 0, expected at least 1")
+        check_tile_rows(tile_rows)?;
+        let max_tiles = max_tiles(self.num_tokens * self.top_k, tile_rows, self.local_experts.len());
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = self.expert_offsets.device() {
+            return cuda::tile_map(self, device, tile_rows, max_tiles);
         }
-        let num_slots = self.num_tokens * self.top_k;
-        let max_tiles = num_slots / tile_rows + self.local_experts.len().min(num_slots);
         let (experts, starts) = crate::host::with_slice(&self.expert_offsets, OP, "expert_offsets", |offsets| {
             Ok(cpu::tile_map(offsets, tile_rows, max_tiles))
         })?;
@@ -131,4 +159,73 @@ impl ExpertOrder {
             tile_starts: Tensor::from_vec(starts, max_tiles, &Device::Cpu)?,
         })
     }
+}
+
+/// What an order is asked for, checked.
+#[derive(Debug, Clone)]
+struct OrderSpec {
+    num_tokens: usize,
+    top_k: usize,
+    num_experts: usize,
+    local_experts: Range<usize>,
+    map: Option<ExpertMap>,
+    tile_rows: Option<usize>,
+}
+
+impl OrderSpec {
+    fn new(num_tokens: usize, top_k: usize, num_experts: usize, options: &OrderOptions) -> Result<Self> {
+        let OrderOptions { local_experts, map, tile_rows, .. } = options.clone();
+        if num_experts > NO_EXPERT as usize {
+            bail!("{OP}: num_experts is {num_experts}, expected at most {NO_EXPERT}")
+        }
+        if let Some(map) = &map
+            && map.num_experts() != num_experts
+        {
+            bail!("{OP}: the map is of {} experts, expected num_experts, which is {num_experts}", map.num_experts())
+        }
+        let num_physical = map.as_ref().map_or(num_experts, ExpertMap::num_physical);
+        let local_experts = local_experts.unwrap_or(0..num_physical);
+        if local_experts.start > local_experts.end || local_experts.end > num_physical {
+            bail!("{OP}: local_experts is {local_experts:?}, expected a range inside 0..{num_physical}")
+        }
+        if num_tokens.checked_mul(top_k).is_none_or(|num_slots| num_slots >= NO_SLOT as usize) {
+            bail!("{OP}: topk_ids has shape [{num_tokens}, {top_k}], expected fewer than {NO_SLOT} slots")
+        }
+        if let Some(tile_rows) = tile_rows {
+            check_tile_rows(tile_rows)?;
+        }
+        Ok(Self { num_tokens, top_k, num_experts, local_experts, map, tile_rows })
+    }
+
+    /// The place of a slot's expert among the local ones.
+    fn local_expert(&self, slot: usize, id: u32) -> Option<usize> {
+        let id = id as usize;
+        if id >= self.num_experts {
+            return None;
+        }
+        let physical = self.map.as_ref().map_or(id, |map| map.physical(slot / self.top_k, id));
+        self.local_experts.contains(&physical).then(|| physical - self.local_experts.start)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn num_slots(&self) -> usize {
+        self.num_tokens * self.top_k
+    }
+
+    #[cfg(feature = "cuda")]
+    fn max_tiles(&self) -> usize {
+        self.tile_rows.map_or(0, |tile_rows| max_tiles(self.num_slots(), tile_rows, self.local_experts.len()))
+    }
+}
+
+fn check_tile_rows(tile_rows: usize) -> Result<()> {
+    if tile_rows == 0 {
+        bail!("{OP}: tile_rows is 0, expected at least 1")
+    }
+    Ok(())
+}
+
+/// Full tiles, and one partial tile for each expert that can have one.
+fn max_tiles(num_slots: usize, tile_rows: usize, num_local: usize) -> usize {
+    num_slots / tile_rows + num_local.min(num_slots)
 }

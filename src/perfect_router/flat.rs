@@ -37,7 +37,7 @@ impl Flat {
     }
 
     /// Slots after which the plan repeats.
-    fn period_in_slots(&self) -> usize {
+    pub(super) fn period_in_slots(&self) -> usize {
         let Partition { total, parts } = self.experts;
         match self.is_saturated() || self.experts.num_longer() == 0 {
             true => total,

@@ -10,6 +10,8 @@
 //! * [`Schedule`] says how the plans of all senders relate: which to use for communication, which for whole layers.
 //! * [`PerfectRouterStore`] keeps the logits that make routing follow a plan.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod flat;
 mod imbalance;
 mod plan;

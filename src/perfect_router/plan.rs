@@ -1,5 +1,7 @@
 //! The plan of one sender.
 
+#[cfg(feature = "cuda")]
+use super::cuda::{DevicePlan, Kind};
 use super::flat::Flat;
 use super::greatest_common_divisor;
 use super::imbalance::Imbalance;
@@ -249,6 +251,28 @@ impl Plan {
             token = if token + 1 == period { 0 } else { token + 1 };
         }
         Ok(ids)
+    }
+
+    /// What a kernel needs to write the first `num_tokens` rows.
+    ///
+    /// A hot spot is worked out here, token by token, since its turns are too many for a kernel that runs once.
+    #[cfg(feature = "cuda")]
+    pub(super) fn for_device(&self, num_tokens: usize) -> Result<DevicePlan> {
+        if self.parameters.imbalance.is_some() {
+            let slots = self.topk_ids(0, num_tokens.min(self.period()))?;
+            return Ok(DevicePlan { kind: Kind::Listed, slots, cells: Vec::new() });
+        }
+        Ok(match &self.rows {
+            Rows::Flat(flat) => DevicePlan {
+                kind: Kind::Flat { slot_period: flat.period_in_slots(), is_saturated: flat.is_saturated() },
+                slots: Vec::new(),
+                cells: Vec::new(),
+            },
+            Rows::Grouped(round) => {
+                let (slots, cells) = round.tables();
+                DevicePlan { kind: Kind::Grouped { num_tokens: round.num_tokens }, slots, cells }
+            }
+        })
     }
 
     /// The experts of token `token`, which is below the period.

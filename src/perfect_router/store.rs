@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
-const OP: &str = "perfect-router store";
+pub(super) const OP: &str = "perfect-router store";
 
 /// The logit of a planned expert, and of every other.
 ///
@@ -175,6 +175,20 @@ impl State {
 }
 
 fn generate(key: &PerfectRouterKey, rows: usize, device: &Device) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        let both = [PLANNED, OTHERS];
+        return match key.dtype {
+            DType::F32 => super::cuda::generate::<f32>(&key.plan, rows, device, both.map(f32::to_bits)),
+            DType::F16 => {
+                super::cuda::generate::<f16>(&key.plan, rows, device, both.map(|v| f16::from_f32(v).to_bits().into()))
+            }
+            DType::BF16 => {
+                super::cuda::generate::<bf16>(&key.plan, rows, device, both.map(|v| bf16::from_f32(v).to_bits().into()))
+            }
+            dtype => bail!("{OP}: dtype is {dtype:?}, expected f32, f16 or bf16"),
+        };
+    }
     match key.dtype {
         DType::F32 => generate_as::<f32>(&key.plan, rows, device),
         DType::F16 => generate_as::<f16>(&key.plan, rows, device),

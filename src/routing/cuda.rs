@@ -1,13 +1,13 @@
 //! Routing on CUDA: the launches of `cuda/routing/topk.cu`, which says how.
 
 use super::{OP, Router, RoutingMethod};
-use crate::cuda::{Binary, Launch, launch};
+use crate::cuda::{Binary, Buffer, Launch, Section, checked_shared, launch, slice_of};
 use crate::host::checked_product;
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::CudaDType;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr};
-use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop,
+};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 use half::{bf16, f16};
 
 /// Threads of a block of the kernels that give a warp to each token.
@@ -15,16 +15,15 @@ const ROW_THREADS: u32 = 128;
 /// The most experts, and slots, that a warp keeps in registers.
 const MAX_ROW_EXPERTS: usize = 1024;
 const MAX_ROW_SLOTS: usize = 32;
-/// Threads of a block of the kernels that give a block to each token, and the shared memory that it can have.
+/// Threads of a block of the kernels that give a block to each token.
 const ANY_THREADS: u32 = 256;
-const MAX_SHARED: usize = 96 * 1024;
 /// Blocks that walk over the tokens in those kernels.
 const MAX_ANY_BLOCKS: usize = 1 << 16;
 
-/// The kernel's parameter; `Arguments` of the source.
+/// What the kernels are told; `RoutingArguments` of the source.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Arguments {
+pub(crate) struct Arguments {
     logits: u64,
     stride_token: i64,
     stride_expert: i64,
@@ -33,7 +32,7 @@ struct Arguments {
     top_k: u32,
     bias: u64,
     num_valid: u64,
-    topk_ids: u64,
+    pub(crate) topk_ids: u64,
     topk_weights: u64,
     score: i32,
     weight: i32,
@@ -64,101 +63,114 @@ pub(super) fn route(
     router: &Router,
     num_valid_tokens: Option<&Tensor>,
 ) -> Result<(Tensor, CudaStorage)> {
-    match storage.dtype() {
-        DType::F32 => route_as::<f32>(storage, layout, router, num_valid_tokens, "f32"),
-        DType::F16 => route_as::<f16>(storage, layout, router, num_valid_tokens, "f16"),
-        DType::BF16 => route_as::<bf16>(storage, layout, router, num_valid_tokens, "bf16"),
-        dtype => bail!("{OP}: router_logits has dtype {dtype:?}, expected f32, f16 or bf16"),
-    }
+    let device = storage.device();
+    let (num_tokens, num_experts) = (layout.dims()[0], layout.dims()[1]);
+    let mut buffer = Buffer::default();
+    let ids = buffer.section(num_slots(layout, router)?);
+    let mut weights = None;
+    let write = |address: &dyn Fn(Section) -> u64| {
+        weights = Some(write_weights(storage, layout, router, num_valid_tokens, |mut arguments| {
+            arguments.topk_ids = address(ids);
+            let (name, how) = match row_kernel(storage.dtype(), num_experts, router) {
+                Some(kernel) => {
+                    let blocks = num_tokens.div_ceil(ROW_THREADS as usize / 32);
+                    (format!("row_{kernel}"), Launch::new(blocks, ROW_THREADS, 0))
+                }
+                None => {
+                    let shared = shared_of_any(device, num_experts, router)?;
+                    let how = Launch::new(num_tokens.min(MAX_ANY_BLOCKS), ANY_THREADS, shared);
+                    (format!("any_{}", kind(storage.dtype(), router)), how)
+                }
+            };
+            // SAFETY: `Arguments` is the kernel's parameter, and `write_weights` and the section of the ids cover what the
+            // kernel reads and writes; all of it is freed in the stream's order.
+            unsafe { launch(device, Binary::Routing, &name, how, arguments) }
+        })?);
+        Ok(())
+    };
+    // SAFETY: the kernel writes every slot, those of padding too.
+    let sections = unsafe { buffer.fill(device, OP, write)? };
+    let Some(weights) = weights else { bail!("{OP}: nothing was launched") };
+    Ok((sections.tensor(ids, (num_tokens, router.top_k))?, weights))
 }
 
-fn route_as<T: CudaDType>(
+/// Slots of the batch; checks that logits and slots can be counted.
+pub(crate) fn num_slots(layout: &Layout, router: &Router) -> Result<usize> {
+    let (num_tokens, num_experts) = (layout.dims()[0], layout.dims()[1]);
+    // A broadcast view may stand for more logits than 64 bits count.
+    checked_product(OP, ("num_tokens", num_tokens), ("num_experts", num_experts))?;
+    checked_product(OP, ("num_tokens", num_tokens), ("top_k", router.top_k))
+}
+
+/// Allocates the weights and has `launch` write them. Its arguments lack `topk_ids` only; nothing is launched for no tokens.
+pub(crate) fn write_weights(
     storage: &CudaStorage,
     layout: &Layout,
     router: &Router,
     num_valid_tokens: Option<&Tensor>,
-    dtype: &str,
-) -> Result<(Tensor, CudaStorage)> {
-    let device = storage.device();
-    let stream = device.cuda_stream();
-    let (num_tokens, num_experts) = (layout.dims()[0], layout.dims()[1]);
-    // A broadcast view may stand for more logits than 64 bits count.
-    checked_product(OP, ("num_tokens", num_tokens), ("num_experts", num_experts))?;
-    let num_slots = checked_product(OP, ("num_tokens", num_tokens), ("top_k", router.top_k))?;
+    launch: impl FnOnce(Arguments) -> Result<()>,
+) -> Result<CudaStorage> {
+    let (device, stream) = (storage.device(), storage.device().cuda_stream());
+    let num_slots = num_slots(layout, router)?;
     // SAFETY: the kernel writes every slot, of padding tokens too, before anything reads it.
-    let (mut ids, mut weights) = unsafe { (device.alloc::<u32>(num_slots)?, device.alloc::<f32>(num_slots)?) };
-    if num_tokens > 0 {
-        let bias = match &router.selection_bias {
-            Some(bias) => Some(bias.on(&candle_core::Device::Cuda(device.clone()))?),
-            None => None,
+    let mut weights = unsafe { device.alloc::<f32>(num_slots.max(1))? };
+    if num_slots > 0 {
+        let (logits, _logits) = match storage.dtype() {
+            DType::F32 => device_address(storage.as_cuda_slice::<f32>()?, &stream),
+            DType::F16 => device_address(storage.as_cuda_slice::<f16>()?, &stream),
+            DType::BF16 => device_address(storage.as_cuda_slice::<bf16>()?, &stream),
+            dtype => bail!("{OP}: router_logits has dtype {dtype:?}, expected f32, f16 or bf16"),
         };
+        let bias = router.selection_bias.as_ref().map(|bias| bias.on(device)).transpose()?;
         let bias = bias.as_ref().map(Tensor::storage_and_layout);
         let bias = match &bias {
-            Some((storage, _)) => cuda_slice::<f32>(storage, "selection bias")?,
+            Some((storage, _)) => Some(slice_of::<f32>(storage, OP, "selection bias")?.device_ptr(&stream)),
             None => None,
         };
-        let logits = storage.as_cuda_slice::<T>()?;
         let num_valid = num_valid_tokens.map(Tensor::storage_and_layout);
         let num_valid = match &num_valid {
             Some((storage, layout)) => {
-                cuda_slice::<u32>(storage, "num_valid_tokens")?.map(|slice| (slice, layout.start_offset()))
+                let slice = slice_of::<u32>(storage, OP, "num_valid_tokens")?;
+                Some((slice.device_ptr(&stream), (layout.start_offset() * size_of::<u32>()) as u64))
             }
             None => None,
         };
-        let (logits_ptr, _logits) = logits.device_ptr(&stream);
-        let (ids_ptr, _ids) = ids.device_ptr_mut(&stream);
-        let (weights_ptr, _weights) = weights.device_ptr_mut(&stream);
-        let bias_ptr = bias.map(|bias| bias.device_ptr(&stream));
-        let valid_ptr = num_valid.as_ref().map(|(slice, offset)| (slice.device_ptr(&stream), *offset));
+        let (weights, _weights) = weights.device_ptr_mut(&stream);
         let groups = router.method.groups();
-        let (score, weight, score_name) = parts(router.method);
-        let arguments = Arguments {
-            logits: logits_ptr + (layout.start_offset() * size_of::<T>()) as u64,
+        let (score, weight, _) = parts(router.method);
+        launch(Arguments {
+            logits: logits + (layout.start_offset() * storage.dtype().size_in_bytes()) as u64,
             stride_token: layout.stride()[0] as i64,
             stride_expert: layout.stride()[1] as i64,
-            num_tokens: num_tokens as u64,
-            num_experts: num_experts as u32,
+            num_tokens: layout.dims()[0] as u64,
+            num_experts: layout.dims()[1] as u32,
             top_k: router.top_k as u32,
-            bias: bias_ptr.as_ref().map_or(0, |(pointer, _)| *pointer),
-            num_valid: valid_ptr
-                .as_ref()
-                .map_or(0, |((pointer, _), offset)| pointer + (offset * size_of::<u32>()) as u64),
-            topk_ids: ids_ptr,
-            topk_weights: weights_ptr,
+            bias: bias.as_ref().map_or(0, |(address, _)| *address),
+            num_valid: num_valid.as_ref().map_or(0, |((address, _), offset)| address + offset),
+            topk_ids: 0,
+            topk_weights: weights,
             score,
             weight,
             factor: router.method.routed_scaling_factor(),
             num_groups: groups.num_groups as u32,
             topk_group: groups.topk_group as u32,
-        };
-        let (name, how) = match row_width(num_experts, router) {
-            Some(width) => {
-                let rows = ROW_THREADS as usize / 32;
-                let how = Launch { blocks: num_tokens.div_ceil(rows), threads: ROW_THREADS, shared: 0 };
-                (format!("row_{dtype}_{score_name}_{width}"), how)
-            }
-            None => {
-                let shared = shared_of(num_experts, router)?;
-                let how = Launch { blocks: num_tokens.min(MAX_ANY_BLOCKS), threads: ANY_THREADS, shared };
-                (format!("any_{dtype}_{score_name}"), how)
-            }
-        };
-        // SAFETY: `Arguments` is the kernel's parameter; logits cover `num_tokens` rows of `num_experts` with these strides,
-        // since the layout says so; ids and weights have `num_slots` elements, the bias `num_experts`; all of them are
-        // borrowed until the launch is on the stream, and freed in the stream's order.
-        unsafe { launch(device, Binary::Routing, &name, how, arguments)? };
+        })?;
     }
-    let shape = Shape::from((num_tokens, router.top_k));
-    let ids = Storage::Cuda(CudaStorage::wrap_cuda_slice(ids, device.clone()));
-    let ids = Tensor::from_storage(ids, shape, BackpropOp::none(), false);
-    Ok((ids, CudaStorage::wrap_cuda_slice(weights, device.clone())))
+    Ok(CudaStorage::wrap_cuda_slice(weights, device.clone()))
 }
 
-fn cuda_slice<'a, T: CudaDType>(storage: &'a Storage, argument: &str) -> Result<Option<&'a CudaSlice<T>>> {
-    match storage {
-        Storage::Cuda(storage) => storage.as_cuda_slice::<T>().map(Some),
-        _ => bail!("{OP}: {argument} is not on the device of router_logits"),
-    }
+fn device_address<'a, T>(slice: &'a CudaSlice<T>, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
+    slice.device_ptr(stream)
+}
+
+/// Dtype and score in the names of kernels.
+fn kind(dtype: DType, router: &Router) -> String {
+    format!("{}_{}", dtype.as_str(), parts(router.method).2)
+}
+
+/// Dtype, score and experts per lane in the names of the kernels that give a warp to each token, where they can.
+pub(crate) fn row_kernel(dtype: DType, num_experts: usize, router: &Router) -> Option<String> {
+    row_width(num_experts, router).map(|width| format!("{}_{width}", kind(dtype, router)))
 }
 
 /// The experts that each lane keeps, where a warp can keep a row.
@@ -177,16 +189,10 @@ fn row_width(num_experts: usize, router: &Router) -> Option<usize> {
     Some(width)
 }
 
-/// Shared memory of the general kernel: keys, groups, chosen logits.
-fn shared_of(num_experts: usize, router: &Router) -> Result<u32> {
+/// Bytes of shared memory of the general kernel: keys, groups, chosen logits.
+fn shared_of_any(device: &CudaDevice, num_experts: usize, router: &Router) -> Result<usize> {
     let words = num_experts.saturating_add(router.method.groups().num_groups).saturating_add(2 * router.top_k);
-    let bytes = words.saturating_mul(4).saturating_add(512);
-    if bytes > MAX_SHARED {
-        bail!(
-            "{OP}: num_experts {num_experts} with top_k {} needs {bytes} bytes of shared memory on CUDA, expected at most \
-             {MAX_SHARED}",
-            router.top_k
-        )
-    }
-    Ok(bytes as u32)
+    // The compiler's own share: the best of each warp.
+    let bytes = words.saturating_mul(size_of::<u32>()).saturating_add(512);
+    checked_shared(device, OP, &format!("num_experts {num_experts} with top_k {}", router.top_k), bytes)
 }

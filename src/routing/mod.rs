@@ -16,15 +16,16 @@
 //!
 //! What chooses and what the weights are: [`RoutingMethod`].
 
-mod bias;
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(crate) mod cuda;
 mod method;
 
 pub use method::{ExpertGroups, RoutingMethod};
 
-use bias::SelectionBias;
+use crate::copied::Copied;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 use std::sync::{Arc, OnceLock};
@@ -58,7 +59,7 @@ pub struct Routing {
 pub struct Router {
     method: RoutingMethod,
     top_k: usize,
-    selection_bias: Option<Arc<SelectionBias>>,
+    selection_bias: Option<Arc<Copied<f32>>>,
 }
 
 impl Router {
@@ -89,7 +90,7 @@ impl Router {
                 bias.dtype()
             )
         }
-        self.selection_bias = Some(Arc::new(SelectionBias::new(bias)?));
+        self.selection_bias = Some(Arc::new(Copied::new(bias.to_dtype(DType::F32)?.to_vec1()?)));
         Ok(self)
     }
 
@@ -137,6 +138,12 @@ impl Router {
     /// # Errors
     /// As [`route`](Self::route); `num_valid_tokens` has another shape, dtype or device.
     pub fn route_padded(&self, router_logits: &Tensor, num_valid_tokens: &Tensor) -> Result<Routing> {
+        Self::check_num_valid(router_logits, num_valid_tokens)?;
+        self.apply(router_logits, Some(num_valid_tokens.clone()))
+    }
+
+    /// One element of u32 on the device of the logits.
+    pub(crate) fn check_num_valid(router_logits: &Tensor, num_valid_tokens: &Tensor) -> Result<()> {
         if num_valid_tokens.elem_count() != 1 || num_valid_tokens.dtype() != DType::U32 {
             bail!(
                 "{OP}: num_valid_tokens has shape {:?} and dtype {:?}, expected one element of u32",
@@ -144,20 +151,40 @@ impl Router {
                 num_valid_tokens.dtype()
             )
         }
-        if !num_valid_tokens.device().same_device(router_logits.device()) {
+        if num_valid_tokens.device().location() != router_logits.device().location() {
             bail!(
                 "{OP}: num_valid_tokens is on {:?}, expected {:?} as router_logits",
                 num_valid_tokens.device().location(),
                 router_logits.device().location()
             )
         }
-        self.apply(router_logits, Some(num_valid_tokens.clone()))
+        Ok(())
     }
 
     fn apply(&self, router_logits: &Tensor, num_valid_tokens: Option<Tensor>) -> Result<Routing> {
+        let topk_ids = Arc::default();
+        self.apply_op(
+            router_logits,
+            TopK {
+                router: self.clone(),
+                num_valid_tokens,
+                topk_ids,
+                #[cfg(feature = "cuda")]
+                cuda: None,
+            },
+        )
+    }
+
+    /// Routes on CUDA with a launch of the caller's, which goes on from the ids.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn route_with(&self, router_logits: &Tensor, cuda: CudaBody) -> Result<Routing> {
+        let op = TopK { router: self.clone(), num_valid_tokens: None, topk_ids: Arc::default(), cuda: Some(cuda) };
+        self.apply_op(router_logits, op)
+    }
+
+    fn apply_op(&self, router_logits: &Tensor, op: TopK) -> Result<Routing> {
         self.check(router_logits.dtype(), router_logits.shape())?;
-        let ids = Arc::new(OnceLock::new());
-        let op = TopK { router: self.clone(), num_valid_tokens, topk_ids: ids.clone() };
+        let ids = op.topk_ids.clone();
         let topk_weights = router_logits.apply_op1(op)?;
         match ids.get() {
             Some(ids) => Ok(Routing { topk_ids: ids.clone(), topk_weights }),
@@ -201,7 +228,14 @@ struct TopK {
     /// u32, one element; all tokens are valid without it.
     num_valid_tokens: Option<Tensor>,
     topk_ids: Arc<OnceLock<Tensor>>,
+    /// What runs on CUDA instead of routing alone.
+    #[cfg(feature = "cuda")]
+    cuda: Option<CudaBody>,
 }
+
+/// Routes on CUDA: writes ids and weights, `[num_tokens, top_k]` both.
+#[cfg(feature = "cuda")]
+pub(crate) type CudaBody = Arc<dyn Fn(&CudaStorage, &Layout) -> Result<(Tensor, CudaStorage)> + Send + Sync>;
 
 impl CustomOp1 for TopK {
     fn name(&self) -> &'static str {
@@ -228,13 +262,12 @@ impl CustomOp1 for TopK {
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        storage: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
         let (num_tokens, _) = self.router.check(storage.dtype(), layout.shape())?;
-        let (ids, weights) = cuda::route(storage, layout, &self.router, self.num_valid_tokens.as_ref())?;
+        let (ids, weights) = match &self.cuda {
+            Some(body) => body(storage, layout),
+            None => cuda::route(storage, layout, &self.router, self.num_valid_tokens.as_ref()),
+        }?;
         let _ = self.topk_ids.set(ids);
         Ok((weights, Shape::from((num_tokens, self.router.top_k))))
     }

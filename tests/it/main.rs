@@ -7,6 +7,7 @@ mod checkpoint;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod deepseek_v3;
+mod devices;
 mod ep;
 mod examples_bench;
 mod examples_gpt_oss;

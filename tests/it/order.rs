@@ -1,8 +1,10 @@
 //! Expert order against a naive sort.
 
-use crate::oracle::{self, Random};
+use crate::devices;
+use crate::oracle::{self, MODELS, Random};
 use candle_core::{Device, Tensor};
-use candle_moe::order::{ExpertOrder, NO_EXPERT, NO_SLOT};
+use candle_moe::order::{ExpertMap, ExpertOrder, NO_EXPERT, NO_SLOT, OrderOptions};
+use candle_moe::routing::{Router, RoutingMethod};
 use proptest::prelude::*;
 use std::ops::Range;
 
@@ -12,7 +14,7 @@ fn vector(tensor: &Tensor) -> Vec<u32> {
 }
 
 fn check(topk_ids: &Tensor, num_experts: usize, local: Range<usize>) -> ExpertOrder {
-    let order = ExpertOrder::new(topk_ids, num_experts, local.clone()).unwrap();
+    let order = devices::order(topk_ids, num_experts, local.clone());
     let ids: Vec<u32> = topk_ids.flatten_all().unwrap().to_vec1().unwrap();
     let sorted = oracle::order(&ids, &local);
 
@@ -34,9 +36,28 @@ fn check(topk_ids: &Tensor, num_experts: usize, local: Range<usize>) -> ExpertOr
     order
 }
 
+/// Ids, counted from the first local expert, whose order has the counts of `order`.
+fn placed_ids(order: &ExpertOrder) -> Tensor {
+    let offsets = vector(&order.expert_offsets);
+    let expert = |rank: u32| match rank {
+        NO_SLOT => NO_EXPERT,
+        rank => offsets.partition_point(|&offset| offset <= rank) as u32 - 1,
+    };
+    let ids: Vec<u32> = vector(&order.slot_rank).into_iter().map(expert).collect();
+    Tensor::from_vec(ids, (order.num_tokens(), order.top_k()), &Device::Cpu).unwrap()
+}
+
 /// Every place in exactly one tile, tiles in order, each inside its expert, the room fixed by the shapes alone.
 fn check_tiles(order: &ExpertOrder, tile_rows: usize) {
     let tiles = order.tile_map(tile_rows).unwrap();
+    if let Some(device) = devices::cuda() {
+        let ids = placed_ids(order).to_device(device).unwrap();
+        let there = ExpertOrder::new(&ids, order.expert_counts.dims()[0], 0..order.expert_counts.dims()[0]).unwrap();
+        let there = there.tile_map(tile_rows).unwrap();
+        let on_host = |tensor: &Tensor| vector(&devices::to_host(tensor));
+        assert_eq!(on_host(&there.tile_experts), vector(&tiles.tile_experts));
+        assert_eq!(on_host(&there.tile_starts), vector(&tiles.tile_starts));
+    }
     let (experts, starts) = (vector(&tiles.tile_experts), vector(&tiles.tile_starts));
     assert_eq!(experts.len(), starts.len());
     let num_slots = order.num_tokens() * order.top_k();
@@ -157,6 +178,109 @@ fn an_id_beyond_the_experts_is_named_and_not_skipped() {
         let error = ExpertOrder::new(&ids, num_experts, 0..0).unwrap_err().to_string();
         for word in ["expert-order", "slot 0", &id.to_string(), &format!("num_experts, which is {num_experts}")] {
             assert!(error.contains(word), "{word:?} is not in {error:?}");
+        }
+    }
+}
+
+/// The expert that a map sends a slot to, by the words of its documentation.
+fn physical(physical_to_expert: &[usize], turn: usize, token: usize, expert: usize) -> usize {
+    let replicas: Vec<usize> = (0..physical_to_expert.len()).filter(|&p| physical_to_expert[p] == expert).collect();
+    replicas[(token + turn) % replicas.len()]
+}
+
+#[test]
+fn a_map_sends_tokens_to_replicas_in_turn() {
+    let random = &mut Random(5);
+    for (num_experts, num_physical) in [(1, 1), (1, 7), (8, 8), (8, 12), (60, 64), (256, 288)] {
+        // Every expert once, the rest at random, and shuffled.
+        let mut held: Vec<usize> = (0..num_experts).collect();
+        (num_experts..num_physical).for_each(|_| held.push(random.below(num_experts)));
+        (1..num_physical).rev().for_each(|i| held.swap(i, random.below(i + 1)));
+        for (num_tokens, top_k, turn) in [(0, 2, 0), (1, 1, 3), (50, 3, 0), (700, 8, u32::MAX)] {
+            let map = ExpertMap::new(num_experts, &held).unwrap().with_turn(turn);
+            assert_eq!((map.num_experts(), map.num_physical()), (num_experts, num_physical));
+            let ids = random_ids(random, num_tokens * top_k, num_experts, 10);
+            let renamed: Vec<u32> = ids
+                .iter()
+                .enumerate()
+                .map(|(slot, &id)| match id {
+                    NO_EXPERT => NO_EXPERT,
+                    id => physical(&held, turn as usize, slot / top_k, id as usize) as u32,
+                })
+                .collect();
+            let tensor = |ids| Tensor::from_vec(ids, (num_tokens, top_k), &Device::Cpu).unwrap();
+            let (ids, renamed) = (tensor(ids), tensor(renamed));
+            for local in [0..num_physical, num_physical / 3..num_physical / 2 + 1, 0..0] {
+                let found = devices::mapped(&ids, &map, local.clone());
+                devices::assert_same_order(&found, &check(&renamed, num_physical, local), "renamed");
+            }
+        }
+        for expert in 0..num_experts {
+            let replicas = ExpertMap::new(num_experts, &held).unwrap().replicas(expert).unwrap().to_vec();
+            assert!(replicas.is_sorted() && replicas.iter().all(|&p| held[p as usize] == expert));
+            assert_eq!(replicas.len(), held.iter().filter(|&&e| e == expert).count());
+        }
+    }
+}
+
+#[test]
+fn a_map_that_is_none_is_refused() {
+    let refused = |result: candle_core::Result<ExpertMap>, words: &[&str]| {
+        let error = result.unwrap_err().to_string();
+        words.iter().for_each(|word| assert!(error.contains(word), "{word:?} is not in {error:?}"));
+    };
+    refused(ExpertMap::new(2, &[0, 2, 1]), &["expert-order", "physical expert 1", "expert 2", "less than 2"]);
+    refused(ExpertMap::new(3, &[0, 1, 1]), &["expert-order", "no physical expert holds expert 2"]);
+    refused(ExpertMap::new(3, &[0, 1]), &["expert-order", "num_experts is 3", "2 physical experts"]);
+    assert_eq!(ExpertMap::new(0, &[]).unwrap().num_experts(), 0);
+    let map = ExpertMap::new(2, &[0, 1, 1]).unwrap();
+    assert!(map.replicas(2).unwrap_err().to_string().contains("expert is 2"));
+    let ids = Tensor::new(&[[0u32]], &Device::Cpu).unwrap();
+    let error = ExpertOrder::with_map(&ids, &map, 0..4).unwrap_err().to_string();
+    assert!(error.contains("local_experts is 0..4") && error.contains("0..3"), "{error}");
+    let router = Router::new(RoutingMethod::Renormalize, 1).unwrap();
+    let options = OrderOptions { map: Some(map), ..Default::default() };
+    let logits = Tensor::zeros((1, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let error = candle_moe::order::RoutedOrder::new(&router, &logits, &options).unwrap_err().to_string();
+    assert!(error.contains("the map is of 2 experts") && error.contains("3"), "{error}");
+}
+
+#[test]
+fn routing_and_order_in_one_step_equal_the_separate_steps() {
+    let random = &mut Random(6);
+    let wide = [(1, 1), (5, 5), (33, 32), (1000, 31), (1024, 4), (1025, 3), (64, 40)];
+    for (num_experts, top_k) in MODELS.into_iter().chain(wide) {
+        for method in oracle::methods().chain(oracle::grouped_methods(num_experts, top_k)) {
+            let num_tokens = [0, 1, 2, 15, 31, 33, 129, 300][random.below(8)];
+            let dtype = oracle::FLOATS[random.below(3)];
+            let logits = random.units(num_tokens * num_experts, 4.0);
+            let logits = oracle::floats(&logits, &[num_tokens, num_experts], dtype).0;
+            let held: Vec<usize> = (0..num_experts + 3).map(|p| p * 5 % num_experts).collect();
+            let map = match random.below(2) {
+                // Multiples of 5 reach all experts where 5 does not divide them.
+                0 if !num_experts.is_multiple_of(5) => Some(ExpertMap::new(num_experts, &held).unwrap()),
+                _ => None,
+            };
+            let num_physical = map.as_ref().map_or(num_experts, ExpertMap::num_physical);
+            let start = random.below(num_physical + 1);
+            let options = OrderOptions {
+                local_experts: [None, Some(start..num_physical), Some(0..start)][random.below(3)].clone(),
+                map,
+                tile_rows: [None, Some(1), Some(16), Some(128), Some(usize::MAX)][random.below(5)],
+                num_valid_tokens: (random.below(2) == 0)
+                    .then(|| Tensor::new(random.below(num_tokens + 2) as u32, &Device::Cpu).unwrap()),
+            };
+            let router = Router::new(method, top_k).unwrap();
+            let context = format!("{method}, {num_tokens} tokens of {num_experts} experts, top-{top_k}, {options:?}");
+            let routed = devices::routed(&router, &logits, &options, &context);
+            match (&routed.tiles, options.tile_rows) {
+                (Some(tiles), Some(tile_rows)) => {
+                    let alone = routed.order.tile_map(tile_rows).unwrap();
+                    assert_eq!(vector(&tiles.tile_experts), vector(&alone.tile_experts), "{context}");
+                    assert_eq!(vector(&tiles.tile_starts), vector(&alone.tile_starts), "{context}");
+                }
+                (tiles, tile_rows) => assert!(tiles.is_none() && tile_rows.is_none(), "{context}"),
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Routing against the float64 oracle, and the mistakes of other systems by name.
 
+use crate::devices::RouteEverywhere;
 use crate::oracle::{self, FLOATS, MODELS, Random};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_moe::routing::{ExpertGroups, NO_EXPERT, Router, Routing, RoutingMethod};
@@ -214,7 +215,7 @@ fn router(method: RoutingMethod, top_k: usize, bias: Option<&[f32]>) -> Router {
 /// Routes one float32 row.
 fn route(method: RoutingMethod, top_k: usize, row: &[f32]) -> (Vec<u32>, Vec<f32>) {
     let logits = Tensor::new(row, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-    let routing = router(method, top_k, None).route(&logits).unwrap();
+    let routing = router(method, top_k, None).route_everywhere(&logits).unwrap();
     check(&routing, method, None, &[row.to_vec()], top_k);
     let ids = routing.topk_ids.flatten_all().unwrap().to_vec1().unwrap();
     (ids, routing.topk_weights.flatten_all().unwrap().to_vec1().unwrap())
@@ -257,9 +258,9 @@ proptest! {
             let bias: Vec<f32> = (0..num_experts).map(|_| logit(&mut random, bias_recipe) / 8.0).collect();
             let bias = (method.takes_selection_bias() && with_bias).then_some(bias.as_slice());
             let router = router(method, top_k, bias);
-            let routing = router.route(&logits).unwrap();
+            let routing = router.route_everywhere(&logits).unwrap();
             check(&routing, method, bias, &rows, top_k);
-            let plain = router.without_selection_bias().route(&logits).unwrap();
+            let plain = router.without_selection_bias().route_everywhere(&logits).unwrap();
             check(&plain, method, None, &rows, top_k);
         }
     }
@@ -275,11 +276,11 @@ fn every_half_bit_pattern_is_ranked() {
         let rows = |values: Vec<f32>| values.chunks(1024).map(<[f32]>::to_vec).collect::<Vec<_>>();
         for method in oracle::methods() {
             let routing = router(method, top_k, None)
-                .route(&Tensor::from_vec(as_f16.clone(), (64, 1024), &Device::Cpu).unwrap())
+                .route_everywhere(&Tensor::from_vec(as_f16.clone(), (64, 1024), &Device::Cpu).unwrap())
                 .unwrap();
             check(&routing, method, None, &rows(as_f16.iter().map(|v| v.to_f32()).collect()), top_k);
             let routing = router(method, top_k, None)
-                .route(&Tensor::from_vec(as_bf16.clone(), (64, 1024), &Device::Cpu).unwrap())
+                .route_everywhere(&Tensor::from_vec(as_bf16.clone(), (64, 1024), &Device::Cpu).unwrap())
                 .unwrap();
             check(&routing, method, None, &rows(as_bf16.iter().map(|v| v.to_f32()).collect()), top_k);
         }
@@ -417,7 +418,7 @@ fn a_negative_bias_with_fewer_than_32_experts_does_not_select_a_padding_lane() {
         let rows = vec![(0..num_experts).map(|e| e as f32 / 8.0 - 20.0).collect::<Vec<_>>()];
         for top_k in [1, num_experts] {
             let router = router(RoutingMethod::MiniMax2, top_k, Some(&bias));
-            let routing = router.route(&Tensor::new(rows.clone(), &Device::Cpu).unwrap()).unwrap();
+            let routing = router.route_everywhere(&Tensor::new(rows.clone(), &Device::Cpu).unwrap()).unwrap();
             check(&routing, RoutingMethod::MiniMax2, Some(&bias), &rows, top_k);
         }
     }
@@ -426,8 +427,9 @@ fn a_negative_bias_with_fewer_than_32_experts_does_not_select_a_padding_lane() {
 #[test]
 fn the_selection_bias_never_enters_the_weights() {
     let (row, bias) = ([2.0f32, 0.0, -1.0, 1.0], [0.0f32, 50.0, 100.0, 0.0]);
-    let routing =
-        router(RoutingMethod::MiniMax2, 2, Some(&bias)).route(&Tensor::new(&[row], &Device::Cpu).unwrap()).unwrap();
+    let routing = router(RoutingMethod::MiniMax2, 2, Some(&bias))
+        .route_everywhere(&Tensor::new(&[row], &Device::Cpu).unwrap())
+        .unwrap();
     assert_eq!(routing.topk_ids.to_vec2::<u32>().unwrap(), [[2, 1]]);
     let (a, b) = (oracle::sigmoid(-1.0), oracle::sigmoid(0.0));
     let weights = routing.topk_weights.to_vec2::<f32>().unwrap();
@@ -479,14 +481,14 @@ fn an_expert_of_a_group_that_was_not_kept_is_never_chosen() {
     let row = [20.0f32, -20.0, 4.0, 4.0, -4.0, -4.0];
     for top_k in 1..=2 {
         let router = router(grouped(3, 1), top_k, Some(&bias));
-        let routing = router.route(&Tensor::new(&[row], &Device::Cpu).unwrap()).unwrap();
+        let routing = router.route_everywhere(&Tensor::new(&[row], &Device::Cpu).unwrap()).unwrap();
         check(&routing, router.method(), Some(&bias), &[row.to_vec()], top_k);
         assert_eq!(routing.topk_ids.to_vec2::<u32>().unwrap()[0], [2, 3][..top_k]);
     }
     // All scores of both kept groups are negative.
     let bias = [-3.0f32; 6];
     let router = router(grouped(3, 2), 4, Some(&bias));
-    let routing = router.route(&Tensor::new(&[row], &Device::Cpu).unwrap()).unwrap();
+    let routing = router.route_everywhere(&Tensor::new(&[row], &Device::Cpu).unwrap()).unwrap();
     check(&routing, router.method(), Some(&bias), &[row.to_vec()], 4);
     assert_eq!(routing.topk_ids.to_vec2::<u32>().unwrap(), [[0, 2, 3, 1]]);
 }
@@ -502,7 +504,7 @@ fn nan_does_not_decide_a_group() {
     // inf - inf is no number: such a group is last, though its best expert is the best of all.
     let bias = [inf, -inf, 0.0, 0.0];
     let router = router(grouped(2, 1), 2, Some(&bias));
-    let routing = router.route(&Tensor::zeros((1, 4), DType::F32, &Device::Cpu).unwrap()).unwrap();
+    let routing = router.route_everywhere(&Tensor::zeros((1, 4), DType::F32, &Device::Cpu).unwrap()).unwrap();
     assert_eq!(routing.topk_ids.to_vec2::<u32>().unwrap(), [[2, 3]]);
 }
 
@@ -546,10 +548,10 @@ fn padding_rows_go_to_no_expert_and_change_no_other_row() {
         let logits = oracle::floats(&random.units(40 * 24, 5.0), &[40, 24], dtype).0;
         for method in oracle::methods().chain(oracle::grouped_methods(24, 3)) {
             let router = router(method, 3, None);
-            let all = router.route(&logits).unwrap();
+            let all = router.route_everywhere(&logits).unwrap();
             for num_valid in [0u32, 1, 17, 39, 40, 41, u32::MAX] {
                 let num_valid_tokens = Tensor::new(num_valid, &Device::Cpu).unwrap();
-                let padded = router.route_padded(&logits, &num_valid_tokens).unwrap();
+                let padded = router.route_padded_everywhere(&logits, &num_valid_tokens).unwrap();
                 let valid = (num_valid as usize).min(40);
                 let ids = padded.topk_ids.to_vec2::<u32>().unwrap();
                 assert_eq!(ids[..valid], all.topk_ids.to_vec2::<u32>().unwrap()[..valid]);
@@ -591,7 +593,7 @@ fn num_tokens_times_num_experts_beyond_32_bits_does_not_wrap() {
     let logits = Tensor::new(row.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
     let ids = |num_tokens: usize| {
         let logits = logits.broadcast_as((num_tokens, num_experts)).unwrap();
-        router(RoutingMethod::Renormalize, 1, None).route(&logits).unwrap().topk_ids
+        router(RoutingMethod::Renormalize, 1, None).route_everywhere(&logits).unwrap().topk_ids
     };
     let all = ids(num_tokens);
     assert_eq!(all.dims(), [num_tokens, 1]);
@@ -618,11 +620,12 @@ fn the_same_input_gives_the_same_bits_again_and_in_any_batch() {
     let rows: Vec<Vec<f32>> = (0..300).map(|_| random.units(128, 6.0)).collect();
     for method in oracle::methods() {
         let router = router(method, 8, None);
-        let all = router.route(&Tensor::new(rows.clone(), &Device::Cpu).unwrap()).unwrap();
-        let again = router.route(&Tensor::new(rows.clone(), &Device::Cpu).unwrap()).unwrap();
+        let all = router.route_everywhere(&Tensor::new(rows.clone(), &Device::Cpu).unwrap()).unwrap();
+        let again = router.route_everywhere(&Tensor::new(rows.clone(), &Device::Cpu).unwrap()).unwrap();
         assert_eq!(oracle::bits_of(&all.topk_weights), oracle::bits_of(&again.topk_weights));
         for token in [0, 150, 299] {
-            let alone = router.route(&Tensor::new(vec![rows[token].clone()], &Device::Cpu).unwrap()).unwrap();
+            let alone =
+                router.route_everywhere(&Tensor::new(vec![rows[token].clone()], &Device::Cpu).unwrap()).unwrap();
             let here = all.topk_weights.narrow(0, token, 1).unwrap();
             assert_eq!(oracle::bits_of(&alone.topk_weights), oracle::bits_of(&here));
         }
@@ -635,7 +638,7 @@ fn the_same_input_gives_the_same_bits_again_and_in_any_batch() {
 /// The gradient of `sum of factors * weights` with respect to the logits.
 fn gradient(router: &Router, logits: &Tensor, factors: &[f32]) -> (Tensor, Vec<Vec<u32>>) {
     let logits = Var::from_tensor(logits).unwrap();
-    let routing = router.route(&logits).unwrap();
+    let routing = router.route_everywhere(&logits).unwrap();
     let factors = Tensor::from_vec(factors.to_vec(), routing.topk_weights.shape(), &Device::Cpu).unwrap();
     let loss = (routing.topk_weights * factors).unwrap().sum_all().unwrap();
     let grads = loss.backward().unwrap();
@@ -703,7 +706,7 @@ fn the_gradient_has_the_dtype_and_shape_of_the_logits_and_honours_views() {
             let factors = random.units(9 * 3, 1.0);
             let base = Var::from_tensor(&base).unwrap();
             let grad_through = |logits: &Tensor| {
-                let routing = router.route(logits).unwrap();
+                let routing = router.route_everywhere(logits).unwrap();
                 let factors = Tensor::from_vec(factors.clone(), (9, 3), &Device::Cpu).unwrap();
                 let loss = (routing.topk_weights * factors).unwrap().sum_all().unwrap();
                 loss.backward().unwrap().get(&base).unwrap().clone()
@@ -798,7 +801,7 @@ fn zero_tokens_give_empty_outputs() {
     for dtype in FLOATS {
         for method in oracle::methods() {
             let logits = Tensor::zeros((0, 8), dtype, &Device::Cpu).unwrap();
-            let routing = router(method, 2, None).route(&logits).unwrap();
+            let routing = router(method, 2, None).route_everywhere(&logits).unwrap();
             assert_eq!(routing.topk_ids.dims(), [0, 2]);
             assert_eq!(routing.topk_weights.dims(), [0, 2]);
             assert_eq!(routing.topk_ids.dtype(), DType::U32);
@@ -817,15 +820,21 @@ fn errors_name_op_argument_value_and_limit() {
     let router = |top_k| Router::new(RoutingMethod::Renormalize, top_k).unwrap();
     let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
     refused(Router::new(RoutingMethod::Default, 0), &["topk-routing", "top_k is 0", "at least 1"]);
-    refused(router(9).route(&zeros(&[2, 8], DType::F32)), &["topk-routing", "top_k is 9", "num_experts", "8"]);
-    refused(router(1).route(&zeros(&[2, 0], DType::F32)), &["topk-routing", "top_k is 1", "num_experts", "0"]);
+    refused(
+        router(9).route_everywhere(&zeros(&[2, 8], DType::F32)),
+        &["topk-routing", "top_k is 9", "num_experts", "8"],
+    );
+    refused(
+        router(1).route_everywhere(&zeros(&[2, 0], DType::F32)),
+        &["topk-routing", "top_k is 1", "num_experts", "0"],
+    );
     for shape in [&[][..], &[8], &[1, 2, 8]] {
         let expected = &["topk-routing", "router_logits", &format!("{shape:?}"), "[num_tokens, num_experts]"];
-        refused(router(1).route(&zeros(shape, DType::F32)), expected);
+        refused(router(1).route_everywhere(&zeros(shape, DType::F32)), expected);
     }
     for dtype in [DType::U8, DType::U32, DType::I64, DType::F64] {
         let expected = &["topk-routing", "router_logits", &format!("{dtype:?}"), "f32, f16 or bf16"];
-        refused(router(1).route(&zeros(&[2, 8], dtype)), expected);
+        refused(router(1).route_everywhere(&zeros(&[2, 8], dtype)), expected);
     }
     for method in oracle::methods().filter(|m| !m.takes_selection_bias()) {
         let with_bias = Router::new(method, 1).unwrap().with_selection_bias(&zeros(&[8], DType::F32));
@@ -834,7 +843,7 @@ fn errors_name_op_argument_value_and_limit() {
     let biased = |bias: &Tensor| Router::new(RoutingMethod::MiniMax2, 1).unwrap().with_selection_bias(bias);
     refused(biased(&zeros(&[8], DType::I64)), &["topk-routing", "selection bias", "I64", "f32, f16 or bf16"]);
     refused(biased(&zeros(&[1, 8], DType::F32)), &["topk-routing", "selection bias", "[1, 8]", "[num_experts]"]);
-    let mismatched = biased(&zeros(&[7], DType::F32)).unwrap().route(&zeros(&[2, 8], DType::F32));
+    let mismatched = biased(&zeros(&[7], DType::F32)).unwrap().route_everywhere(&zeros(&[2, 8], DType::F32));
     refused(mismatched, &["topk-routing", "selection bias", "7", "num_experts", "8"]);
 }
 
@@ -846,7 +855,7 @@ fn the_selection_bias_may_be_a_half_float_or_a_view() {
         let table = oracle::floats(&values, &[4, 4], dtype).0;
         let bias = table.t().unwrap().narrow(1, 2, 1).unwrap().squeeze(1).unwrap();
         let router = Router::new(RoutingMethod::MiniMax2, 1).unwrap().with_selection_bias(&bias).unwrap();
-        let routing = router.route(&Tensor::zeros((1, 4), dtype, &Device::Cpu).unwrap()).unwrap();
+        let routing = router.route_everywhere(&Tensor::zeros((1, 4), dtype, &Device::Cpu).unwrap()).unwrap();
         assert_eq!(routing.topk_ids.to_vec2::<u32>().unwrap(), [[1]]);
     }
 }

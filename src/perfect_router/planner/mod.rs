@@ -115,6 +115,17 @@ impl Round {
         turns.saturating_mul(self.num_tokens)
     }
 
+    /// Slots and cells in numbers, as kernels take them: `{cell, before}` and `{first expert, experts, slots per round modulo
+    /// experts}`.
+    #[cfg(feature = "cuda")]
+    pub(super) fn tables(&self) -> (Vec<u32>, Vec<u32>) {
+        let slots = self.slots.iter().flat_map(|slot| [slot.cell, slot.before]).collect();
+        let cell = |cell: &Cell| {
+            [cell.first_expert, cell.num_experts, (cell.slots_per_round % u64::from(cell.num_experts)) as u32]
+        };
+        (slots, self.cells.iter().flat_map(cell).collect())
+    }
+
     /// The experts of token `token`.
     pub(super) fn write(&self, token: usize, row: &mut [u32]) {
         let (round, token) = (token / self.num_tokens, token % self.num_tokens);

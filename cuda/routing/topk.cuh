@@ -1,0 +1,378 @@
+// Top-k routing of one token by one warp: for up to 1024 experts and top_k up to 32.
+//
+//     key[e] = order-preserving key of what the method chooses by      0 where e is taken, or no expert
+//     top_k times: the largest key wins, a tie goes to the lower expert; its key becomes 0
+//     weights = what the method makes of the chosen logits             src/routing/method.rs has the table
+//
+// Lane l owns the experts l * N .. l * N + N, in registers, so lower lanes own lower experts. Why it is fast:
+//
+// 1. Logits are read once, 16 bytes at a time where they lie so, and nothing goes through shared memory.
+// 2. The maximum over the warp is one instruction, redux.sync. For 16-bit logits that are compared themselves, key and
+//    expert share 32 bits (key << 16 | ~expert), so that one reduction finds the winner, tie included, and the winner's
+//    logit is read off its key.
+// 3. A lane keeps up to 8 such keys sorted, so that a winner leaves by shifting the lane's list; otherwise only the lane
+//    that lost its best looks for a new one.
+// 4. Lane k keeps the k-th winner: exponentials, sum and stores are done once, by all lanes side by side.
+//
+// Padding: tokens from *num_valid on get ids of ~0 and weights of 0, and their logits are not read.
+#pragma once
+
+#include "common/keys.cuh"
+#include "routing/scores.cuh"
+
+namespace moe {
+
+// What a method is made of; the numbers are those of src/routing/cuda.rs.
+enum Score : int { kLogit = 0, kSigmoid = 1, kRootSoftplus = 2 };
+enum Weight : int {
+    kDefault = 0,
+    kRenormalize = 1,
+    kSigmoidOverSum = 2,  // DeepSeekV3, MiniMax2
+    kSigmoidAlone = 3,    // Llama4
+    kSigmoidRenorm = 4,
+    kRootSoftplusOverSum = 5,  // DeepSeekV4
+};
+
+struct RoutingArguments {
+    const void* logits;
+    int64_t stride_token;
+    int64_t stride_expert;
+    uint64_t num_tokens;
+    uint32_t num_experts;
+    uint32_t top_k;
+    const float* bias;          // [num_experts], or null
+    const uint32_t* num_valid;  // one number, or null
+    uint32_t* topk_ids;
+    float* topk_weights;
+    int32_t score;
+    int32_t weight;
+    float factor;
+    uint32_t num_groups;
+    uint32_t topk_group;
+};
+
+constexpr uint32_t kNoExpert = 0xffffffffu;
+
+__device__ __forceinline__ uint64_t valid_tokens(const RoutingArguments& a) {
+    if (a.num_valid == nullptr) return a.num_tokens;
+    const uint64_t valid = *a.num_valid;
+    return valid < a.num_tokens ? valid : a.num_tokens;
+}
+
+template <typename T>
+__device__ __forceinline__ const T* row_of(const RoutingArguments& a, uint64_t token) {
+    return static_cast<const T*>(a.logits) + int64_t(token) * a.stride_token;
+}
+
+template <int kScore>
+__device__ __forceinline__ float score_of(float logit) {
+    return kScore == kSigmoid ? sigmoid(logit) : kScore == kRootSoftplus ? root_softplus(logit) : logit;
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(kAllLanes, v, d);
+    return v;
+}
+
+__device__ __forceinline__ float warp_max_number(float v) {  // NaN does not count
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, d));
+    return v;
+}
+
+// The weight of the logit in this lane. `in` says whether the lane holds one; `best` is the largest chosen logit by the
+// order of the choice (lane 0's); `denominator` belongs to Default alone.
+__device__ __forceinline__ float weigh(int method, float factor, float logit, bool in, float denominator) {
+    const float best = __shfl_sync(kAllLanes, logit, 0);
+    switch (method) {
+        case kDefault:
+            return __fdiv_rn(share(logit, best), denominator);
+        case kSigmoidAlone:
+            return sigmoid_or_zero(logit);
+        case kSigmoidOverSum: {
+            const float s = in ? sigmoid_or_zero(logit) : 0.0f;
+            return __fmul_rn(__fdiv_rn(s, __fadd_rn(warp_sum(s), kEpsilon)), factor);
+        }
+        case kSigmoidRenorm:
+            if (best >= kSigmoidIsExp) {
+                const float s = in ? sigmoid_or_zero(logit) : 0.0f;
+                return __fdiv_rn(s, warp_sum(s));
+            }
+            // The quotient is a softmax.
+            [[fallthrough]];
+        default:
+        case kRenormalize: {
+            const float s = in ? share(logit, best) : 0.0f;
+            return __fdiv_rn(s, warp_sum(s));
+        }
+        case kRootSoftplusOverSum: {
+            // Chosen by score + bias, so the largest logit may be anywhere.
+            const float top = warp_max_number(in ? logit : __uint_as_float(0x7fc00000u));
+            float s;
+            if (top != top || top < kSigmoidIsExp) {
+                s = share(logit * 0.5f, top * 0.5f);
+            } else if (top == kInf) {
+                s = share(logit, top);
+            } else {
+                s = logit != logit ? 0.0f : root_softplus(logit);
+            }
+            s = in ? s : 0.0f;
+            return __fmul_rn(__fdiv_rn(s, warp_sum(s)), factor);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// One warp per token
+
+template <typename T, int N>
+__device__ __forceinline__ void load_lane(const T* row, int64_t stride, uint32_t num_experts, uint32_t lane, T (&out)[N]) {
+    constexpr int kBytes = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
+    const T* first = row + int64_t(lane) * N * stride;
+    const bool whole = (lane + 1) * N <= num_experts;
+    const bool together = stride == 1 && (reinterpret_cast<uintptr_t>(first) % kBytes) == 0;
+    if (whole && together && kBytes >= 4) {
+        constexpr int kPer = kBytes / sizeof(T);
+#pragma unroll
+        for (int i = 0; i < N; i += kPer) {
+            if constexpr (kBytes == 16) {
+                *reinterpret_cast<uint4*>(&out[i]) = __ldg(reinterpret_cast<const uint4*>(first + i));
+            } else if constexpr (kBytes == 8) {
+                *reinterpret_cast<uint2*>(&out[i]) = __ldg(reinterpret_cast<const uint2*>(first + i));
+            } else if constexpr (kBytes == 4) {
+                *reinterpret_cast<uint32_t*>(&out[i]) = __ldg(reinterpret_cast<const uint32_t*>(first + i));
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            if (lane * N + i < num_experts) out[i] = first[i * stride];
+        }
+    }
+}
+
+__device__ __forceinline__ void order_pair(uint32_t& a, uint32_t& b) {
+    const uint32_t high = max(a, b), low = min(a, b);
+    a = high;
+    b = low;
+}
+
+// Sorts up to 8 keys, descending.
+template <int N>
+__device__ __forceinline__ void sort_keys(uint32_t (&k)[N]) {
+    if constexpr (N == 2) {
+        order_pair(k[0], k[1]);
+    } else if constexpr (N == 4) {
+        order_pair(k[0], k[2]); order_pair(k[1], k[3]);
+        order_pair(k[0], k[1]); order_pair(k[2], k[3]);
+        order_pair(k[1], k[2]);
+    } else if constexpr (N == 8) {
+        order_pair(k[0], k[2]); order_pair(k[1], k[3]); order_pair(k[4], k[6]); order_pair(k[5], k[7]);
+        order_pair(k[0], k[4]); order_pair(k[1], k[5]); order_pair(k[2], k[6]); order_pair(k[3], k[7]);
+        order_pair(k[0], k[1]); order_pair(k[2], k[3]); order_pair(k[4], k[5]); order_pair(k[6], k[7]);
+        order_pair(k[2], k[4]); order_pair(k[3], k[5]);
+        order_pair(k[1], k[4]); order_pair(k[3], k[6]);
+        order_pair(k[1], k[2]); order_pair(k[3], k[4]); order_pair(k[5], k[6]);
+    }
+}
+
+struct Chosen {
+    uint32_t id;   // of this lane's slot
+    float logit;   // of this lane's slot
+    float denominator;
+};
+
+// 16-bit logits that are compared themselves: key << 16 | ~expert.
+template <typename T, int N>
+__device__ __forceinline__ Chosen choose_narrow(const RoutingArguments& a, const T (&logits)[N], uint32_t lane) {
+    uint32_t keys[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const uint32_t expert = lane * N + i;
+        const uint32_t bits = *reinterpret_cast<const uint16_t*>(&logits[i]);
+        keys[i] = expert < a.num_experts ? narrow_key_of<T>(bits) << 16 | (0xffffu - expert) : kTaken;
+    }
+    constexpr bool kSorted = N <= 8;
+    if constexpr (kSorted) sort_keys<N>(keys);
+    uint32_t head = keys[0];
+    if constexpr (!kSorted) {
+#pragma unroll
+        for (int i = 1; i < N; ++i) head = max(head, keys[i]);
+    }
+    Chosen chosen{0, 0.0f, 1.0f};
+    if (a.weight == kDefault) {
+        const float best = narrow_value_of<T>(__reduce_max_sync(kAllLanes, head) >> 16);
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            if (lane * N + i < a.num_experts) sum += share(to_float(logits[i]), best);
+        }
+        chosen.denominator = warp_sum(sum);
+    }
+    uint32_t mine = 0;
+    for (uint32_t k = 0; k < a.top_k; ++k) {
+        const uint32_t winner = __reduce_max_sync(kAllLanes, head);
+        if (lane == k) mine = winner;
+        if constexpr (kSorted) {
+            if (head == winner) {
+#pragma unroll
+                for (int i = 0; i + 1 < N; ++i) keys[i] = keys[i + 1];
+                keys[N - 1] = kTaken;
+            }
+            head = keys[0];
+        } else if (head == winner) {
+            head = kTaken;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                keys[i] = keys[i] == winner ? kTaken : keys[i];
+                head = max(head, keys[i]);
+            }
+        }
+    }
+    chosen.id = 0xffffu - (mine & 0xffffu);
+    chosen.logit = narrow_value_of<T>(mine >> 16);
+    return chosen;
+}
+
+// Groups that are a whole number of lanes, a power of two of them: takes the keys of groups that are not kept.
+template <int N>
+__device__ __forceinline__ void keep_groups(const RoutingArguments& a, uint32_t (&keys)[N], uint32_t lane) {
+    const uint32_t lanes = a.num_experts / a.num_groups / N;
+    // The two best of the lane, then of the group.
+    uint32_t first = kTaken, second = kTaken;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        second = max(second, min(first, keys[i]));
+        first = max(first, keys[i]);
+    }
+    for (uint32_t d = 1; d < lanes; d *= 2) {
+        const uint32_t other_first = __shfl_xor_sync(kAllLanes, first, d);
+        const uint32_t other_second = __shfl_xor_sync(kAllLanes, second, d);
+        second = max(min(first, other_first), max(second, other_second));
+        first = max(first, other_first);
+    }
+    // NaN and missing experts do not count beside a number.
+    const float sum = second <= kNanKey ? value_of(first) : __fadd_rn(value_of(first), value_of(second));
+    const uint32_t group_key = key_of(sum);
+    const uint32_t group = lane / lanes;
+    uint32_t better = 0;
+    for (uint32_t g = 0; g < a.num_groups; ++g) {
+        const uint32_t other = __shfl_sync(kAllLanes, group_key, (g * lanes) & 31);
+        better += (other > group_key) || (other == group_key && g < group);
+    }
+    if (better >= a.topk_group) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) keys[i] = kTaken;
+    }
+}
+
+// Any other choice: 32-bit keys; the lane knows the place of its best.
+template <typename T, int N, int kScore>
+__device__ __forceinline__ Chosen choose_wide(const RoutingArguments& a, const T* row, const T (&logits)[N], uint32_t lane) {
+    uint32_t keys[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const uint32_t expert = lane * N + i;
+        keys[i] = kTaken;
+        if (expert < a.num_experts) {
+            float score = score_of<kScore>(to_float(logits[i]));
+            if (kScore != kLogit && a.bias != nullptr) score = __fadd_rn(score, __ldg(a.bias + expert));
+            keys[i] = key_of(score);
+        }
+    }
+    if (kScore != kLogit && a.topk_group < a.num_groups) keep_groups<N>(a, keys, lane);
+    uint32_t head = keys[0], place = 0;
+    const auto find_head = [&] {
+        head = keys[0];
+        place = 0;
+#pragma unroll
+        for (int i = 1; i < N; ++i) {
+            if (keys[i] > head) {  // a tie stays with the lower expert
+                head = keys[i];
+                place = i;
+            }
+        }
+    };
+    find_head();
+    Chosen chosen{0, 0.0f, 1.0f};
+    if (a.weight == kDefault) {
+        const float best = value_of(__reduce_max_sync(kAllLanes, head));
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            if (lane * N + i < a.num_experts) sum += share(to_float(logits[i]), best);
+        }
+        chosen.denominator = warp_sum(sum);
+    }
+    for (uint32_t k = 0; k < a.top_k; ++k) {
+        const uint32_t winner = __reduce_max_sync(kAllLanes, head);
+        const uint32_t owner = __ffs(__ballot_sync(kAllLanes, head == winner)) - 1;  // lower lanes own lower experts
+        const uint32_t id = __shfl_sync(kAllLanes, lane * N + place, owner);
+        if (lane == k) {
+            chosen.id = id;
+            chosen.logit = value_of(winner);
+        }
+        if (lane == owner) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) keys[i] = i == place ? kTaken : keys[i];
+            find_head();
+        }
+    }
+    if (kScore != kLogit && lane < a.top_k) chosen.logit = to_float(row[int64_t(chosen.id) * a.stride_expert]);
+    return chosen;
+}
+
+// The logits that a lane owns of a token; nothing is read of padding.
+template <typename T, int N>
+__device__ __forceinline__ void load_token(const RoutingArguments& a, uint64_t token, uint64_t end, uint32_t lane, T (&logits)[N]) {
+    if (token < end) load_lane<T, N>(row_of<T>(a, token), a.stride_expert, a.num_experts, lane, logits);
+}
+
+// Routes one token whose logits were loaded: writes ids and weights, and returns the expert of this lane's slot.
+template <typename T, int N, int kScore, bool kNarrow>
+__device__ __forceinline__ uint32_t route_token(const RoutingArguments& a, uint64_t token, const T (&logits)[N], uint32_t lane) {
+    Chosen chosen;
+    if constexpr (kNarrow) {
+        chosen = choose_narrow<T, N>(a, logits, lane);
+    } else {
+        chosen = choose_wide<T, N, kScore>(a, row_of<T>(a, token), logits, lane);
+    }
+    const bool in = lane < a.top_k;
+    const float weight = weigh(a.weight, a.factor, chosen.logit, in, chosen.denominator);
+    if (in) {
+        a.topk_ids[token * a.top_k + lane] = chosen.id;
+        a.topk_weights[token * a.top_k + lane] = weight;
+    }
+    return in ? chosen.id : kNoExpert;
+}
+
+__device__ __forceinline__ void write_padding(const RoutingArguments& a, uint64_t token, uint32_t lane) {
+    if (lane < a.top_k) {
+        a.topk_ids[token * a.top_k + lane] = kNoExpert;
+        a.topk_weights[token * a.top_k + lane] = 0.0f;
+    }
+}
+
+}  // namespace moe
+
+// A kernel for each dtype of the logits, score and number of experts that a lane owns:
+// KERNEL(type, its name, score, its name, whether 16-bit logits are compared themselves, experts of a lane).
+#define MOE_ROW_KERNELS_OF(KERNEL, T, NAME, SCORE, SCORE_NAME, NARROW) \
+    KERNEL(T, NAME, SCORE, SCORE_NAME, NARROW, 1)                      \
+    KERNEL(T, NAME, SCORE, SCORE_NAME, NARROW, 2)                      \
+    KERNEL(T, NAME, SCORE, SCORE_NAME, NARROW, 4)                      \
+    KERNEL(T, NAME, SCORE, SCORE_NAME, NARROW, 8)                      \
+    KERNEL(T, NAME, SCORE, SCORE_NAME, NARROW, 16)                     \
+    KERNEL(T, NAME, SCORE, SCORE_NAME, NARROW, 32)
+
+#define MOE_ROW_KERNELS(KERNEL)                                                             \
+    MOE_ROW_KERNELS_OF(KERNEL, float, f32, kLogit, logit, false)                            \
+    MOE_ROW_KERNELS_OF(KERNEL, __half, f16, kLogit, logit, true)                            \
+    MOE_ROW_KERNELS_OF(KERNEL, __nv_bfloat16, bf16, kLogit, logit, true)                    \
+    MOE_ROW_KERNELS_OF(KERNEL, float, f32, kSigmoid, sigmoid, false)                        \
+    MOE_ROW_KERNELS_OF(KERNEL, __half, f16, kSigmoid, sigmoid, false)                       \
+    MOE_ROW_KERNELS_OF(KERNEL, __nv_bfloat16, bf16, kSigmoid, sigmoid, false)               \
+    MOE_ROW_KERNELS_OF(KERNEL, float, f32, kRootSoftplus, root_softplus, false)             \
+    MOE_ROW_KERNELS_OF(KERNEL, __half, f16, kRootSoftplus, root_softplus, false)            \
+    MOE_ROW_KERNELS_OF(KERNEL, __nv_bfloat16, bf16, kRootSoftplus, root_softplus, false)

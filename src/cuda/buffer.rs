@@ -1,0 +1,68 @@
+//! One allocation for all u32 outputs of a launch, handed out as views.
+
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, Result, Shape, Storage, Tensor, bail};
+use std::sync::Arc;
+
+/// Words between the starts of sections, so that each can be read 16 bytes at a time.
+const ALIGNMENT: usize = 4;
+
+/// A part of a [`Buffer`], in words.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Section {
+    first: usize,
+    len: usize,
+}
+
+/// Sections that are laid out first and then allocated together: an allocation costs more than a small kernel.
+#[derive(Debug, Default)]
+pub(crate) struct Buffer {
+    len: usize,
+}
+
+impl Buffer {
+    /// Room for `len` words.
+    pub(crate) fn section(&mut self, len: usize) -> Section {
+        let section = Section { first: self.len, len };
+        self.len = self.len.saturating_add(len).saturating_add(ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+        section
+    }
+
+    /// Allocates the sections, has `launch` write them, and wraps them up. `launch` is given the address of each.
+    ///
+    /// # Safety
+    /// `launch` puts a kernel on the device's stream that writes every word of every section that is read later.
+    pub(crate) unsafe fn fill(
+        self,
+        device: &CudaDevice,
+        op: &str,
+        launch: impl FnOnce(&dyn Fn(Section) -> u64) -> Result<()>,
+    ) -> Result<Sections> {
+        if self.len > isize::MAX as usize / size_of::<u32>() {
+            bail!("{op}: cannot allocate {} words on the device", self.len)
+        }
+        let stream: Arc<CudaStream> = device.cuda_stream();
+        // SAFETY: the caller's kernel writes what is read.
+        let mut words: CudaSlice<u32> = unsafe { device.alloc(self.len.max(1))? };
+        {
+            let (address, _written) = words.device_ptr_mut(&stream);
+            launch(&|section: Section| address + (section.first * size_of::<u32>()) as u64)?;
+        }
+        let len = words.len();
+        let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(words, device.clone()));
+        Ok(Sections { words: Tensor::from_storage(storage, len, BackpropOp::none(), false) })
+    }
+}
+
+/// A buffer that was filled.
+pub(crate) struct Sections {
+    words: Tensor,
+}
+
+impl Sections {
+    /// A section as a tensor, a view of the buffer.
+    pub(crate) fn tensor(&self, section: Section, shape: impl Into<Shape>) -> Result<Tensor> {
+        self.words.narrow(0, section.first, section.len)?.reshape(shape.into())
+    }
+}
