@@ -36,6 +36,8 @@ impl<T: WithDType> Copied<T> {
             return Ok(copy.clone());
         }
         let copy = Tensor::new(self.values.as_slice(), &device)?;
+        // Other threads, whose streams do not wait for this one's, may be the next to use it.
+        device.synchronize()?;
         copies.push((device.location(), copy.clone()));
         Ok(copy)
     }

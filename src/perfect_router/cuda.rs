@@ -108,6 +108,8 @@ pub(super) fn generate<L: CudaDType + DeviceRepr>(
         // the kernel's name, and the tables are those of the plan's kind; they are freed in the stream's order.
         unsafe { launch(device, Binary::PerfectRouter, name, how, arguments)? };
     }
+    // Other threads, whose streams do not wait for this one's, share the buffer from here on.
+    device.synchronize()?;
     let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(logits, device.clone()));
     Ok(Tensor::from_storage(storage, (rows, num_experts), BackpropOp::none(), false))
 }

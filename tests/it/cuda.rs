@@ -1,192 +1,378 @@
-//! The rooms on CUDA against the same rooms on the CPU, bit for bit where the contract says so. Without a device every test
-//! says that it was skipped.
+//! What only a CUDA device can show: sizes around the kernels' thresholds, repeats, graphs, memory that runs out. Everything
+//! else runs on all devices in the tests of the rooms.
 
-use crate::oracle::{self, FLOATS, MODELS, Random};
-use crate::routing::{RECIPES, View, check, logit, view};
-use candle_core::{DType, Device, Tensor, Var};
-use candle_moe::routing::{NO_EXPERT, Router, Routing, RoutingMethod};
+use crate::devices::{self, RouteEverywhere, assert_same_order, assert_same_routing, line, to_host};
+use crate::oracle::{self, FLOATS, Random};
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DevicePtr, result, sys};
+use candle_core::{CudaDevice, DType, Device, Storage, Tensor, Var};
+use candle_moe::order::{ExpertOrder, NO_EXPERT, OrderOptions, RoutedOrder};
+use candle_moe::perfect_router::{Hotspot, Imbalance, PerfectRouterKey, PerfectRouterStore, Plan};
+use candle_moe::routing::{ExpertGroups, Router, RoutingMethod};
 
-/// The first CUDA device; says so where there is none.
-fn device(test: &str) -> Option<Device> {
-    match Device::new_cuda(0) {
-        Ok(device) => Some(device),
-        Err(error) => {
-            let reason = error.to_string();
-            eprintln!("SKIPPED {test}: no CUDA device ({})", reason.lines().next().unwrap_or_default());
-            None
-        }
-    }
+fn router(method: RoutingMethod, top_k: usize) -> Router {
+    Router::new(method, top_k).unwrap()
 }
 
-fn router(method: RoutingMethod, top_k: usize, bias: Option<&[f32]>) -> Router {
-    let router = Router::new(method, top_k).unwrap();
-    match bias {
-        Some(bias) => router.with_selection_bias(&Tensor::new(bias, &Device::Cpu).unwrap()).unwrap(),
-        None => router,
-    }
+fn deepseek(top_k: usize) -> Router {
+    let groups = ExpertGroups { num_groups: 8, topk_group: 4 };
+    router(RoutingMethod::DeepSeekV3 { groups, routed_scaling_factor: 2.5 }, top_k)
 }
 
-fn on_host(routing: &Routing) -> Routing {
-    Routing {
-        topk_ids: routing.topk_ids.to_device(&Device::Cpu).unwrap(),
-        topk_weights: routing.topk_weights.to_device(&Device::Cpu).unwrap(),
-    }
-}
-
-/// The same ids, and weights that differ by the rounding of sums only.
-#[track_caller]
-fn same(found: &Routing, expected: &Routing, context: &str) {
-    let (found, ids) = (on_host(found), expected.topk_ids.to_vec2::<u32>().unwrap());
-    let found_ids = found.topk_ids.to_vec2::<u32>().unwrap();
-    for (token, (found, expected)) in found_ids.iter().zip(&ids).enumerate() {
-        assert_eq!(found, expected, "{context}: token {token}");
-    }
-    assert_eq!(found_ids.len(), ids.len());
-    let weights = |routing: &Routing| oracle::rows_of(&routing.topk_weights).concat();
-    for (slot, (found, expected)) in weights(&found).into_iter().zip(weights(expected)).enumerate() {
-        let close = (found - expected).abs() <= 4.0 * f32::EPSILON * expected.abs() + 1e-38;
-        assert!(close, "{context}: slot {slot} has {found}, not {expected}");
-    }
+/// Token counts around every threshold of the launches: rows of a block, one block, clusters of 2, 4 and 8, chunks.
+fn token_counts() -> impl Iterator<Item = usize> {
+    let around = [64, 127, 128, 255, 256, 257, 511, 512, 513, 1024, 2112, 4224, 8448].into_iter();
+    (0..=34).chain(around.flat_map(|n| [n - 1, n, n + 1]))
 }
 
 #[test]
-fn routing_gives_the_ids_of_the_cpu_for_any_bits_and_views() {
-    let Some(device) = device("routing_gives_the_ids_of_the_cpu_for_any_bits_and_views") else { return };
-    let random = &mut Random(41);
-    let small = (1..=12).flat_map(|num_experts| (1..=num_experts).map(move |top_k| (num_experts, top_k)));
-    let wide = [(1000, 33), (1024, 32), (1025, 8), (2048, 100), (4096, 1), (96, 6), (513, 513), (33, 32)];
-    for (num_experts, top_k) in MODELS.into_iter().chain(small).chain(wide) {
-        for recipe in 0..RECIPES {
-            let num_tokens = [1, 7, 40][random.below(3)];
-            let dtype = FLOATS[random.below(3)];
-            let kind = [View::Plain, View::Transposed, View::Narrowed, View::NarrowedTransposed, View::BroadcastRow];
-            let kind = kind[random.below(kind.len())];
-            let rows: Vec<Vec<f32>> = (0..num_tokens)
-                .map(|_| (0..num_experts).map(|_| logit(random, if recipe == 0 { 3 } else { recipe })).collect())
-                .collect();
-            let (logits, held) = view(&rows, num_experts, dtype, kind);
-            let on_device = logits.to_device(&device).unwrap();
-            for method in oracle::methods().chain(oracle::grouped_methods(num_experts, top_k)) {
-                let bias_recipe = [0, 0, 1, 3][random.below(4)];
-                let bias: Vec<f32> = (0..num_experts).map(|_| logit(random, bias_recipe) / 8.0).collect();
-                let bias = (method.takes_selection_bias() && random.below(2) == 0).then_some(bias.as_slice());
-                let router = router(method, top_k, bias);
-                let expected = router.route(&logits).unwrap();
-                let found = router.route(&on_device).unwrap();
-                let context =
-                    format!("{method}, {num_experts} experts, top-{top_k}, {dtype:?}, {kind:?}, recipe {recipe}");
-                same(&found, &expected, &context);
-                check(&on_host(&found), method, bias, &held, top_k);
-            }
-        }
-    }
-}
-
-#[test]
-fn routing_of_any_number_of_tokens() {
-    let Some(device) = device("routing_of_any_number_of_tokens") else { return };
+fn any_number_of_tokens_is_routed_and_ordered() {
+    let Some(device) = devices::cuda() else { return };
     let random = &mut Random(42);
-    let (num_experts, top_k) = (128, 4);
-    let all: Vec<f32> = random.units(9000 * num_experts, 5.0);
-    let all = oracle::floats(&all, &[9000, num_experts], DType::BF16).0;
-    let on_device = all.to_device(&device).unwrap();
-    let router = router(RoutingMethod::Renormalize, top_k, None);
-    let expected = router.route(&all).unwrap();
-    for num_tokens in
-        (0..=70).chain([127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 4095, 4096, 4097, 8191, 8192, 9000])
-    {
-        let found = router.route(&on_device.narrow(0, 0, num_tokens).unwrap()).unwrap();
-        assert_eq!(found.topk_ids.dims(), [num_tokens, top_k]);
-        let expected = Routing {
-            topk_ids: expected.topk_ids.narrow(0, 0, num_tokens).unwrap(),
-            topk_weights: expected.topk_weights.narrow(0, 0, num_tokens).unwrap(),
-        };
-        if num_tokens > 0 {
-            same(&found, &expected, &format!("{num_tokens} tokens"));
+    for (num_experts, top_k, most) in [(128, 4, 9000), (60, 6, 1100), (256, 8, 600)] {
+        let all: Vec<f32> = random.units(most * num_experts, 5.0);
+        let all = oracle::floats(&all, &[most, num_experts], DType::BF16).0;
+        let on_device = all.to_device(device).unwrap();
+        let router = router(RoutingMethod::Renormalize, top_k);
+        for num_tokens in token_counts().filter(|n| *n <= most) {
+            let context = format!("{num_tokens} tokens of {num_experts} experts");
+            let first = |tensor: &Tensor| tensor.narrow(0, 0, num_tokens).unwrap();
+            let options = OrderOptions { tile_rows: Some(16), ..Default::default() };
+            let expected = RoutedOrder::new(&router, &first(&all), &options).unwrap();
+            let found = RoutedOrder::new(&router, &first(&on_device), &options).unwrap();
+            assert_same_routing(&router.route(&first(&on_device)).unwrap(), &expected.routing, &context);
+            assert_same_routing(&found.routing, &expected.routing, &context);
+            assert_same_order(&found.order, &expected.order, &context);
+            let (found, expected) = (found.tiles.unwrap(), expected.tiles.unwrap());
+            let values = |tensor: &Tensor| to_host(tensor).to_vec1::<u32>().unwrap();
+            assert_eq!(values(&found.tile_experts), values(&expected.tile_experts), "{context}");
+            assert_eq!(values(&found.tile_starts), values(&expected.tile_starts), "{context}");
+        }
+    }
+}
+
+#[test]
+fn any_number_of_given_slots_is_ordered() {
+    if devices::cuda().is_none() {
+        return;
+    }
+    let random = &mut Random(47);
+    for (num_experts, most) in [(8, 300_000), (256, 70_000), (1000, 20_000), (5000, 9000)] {
+        let ids: Vec<u32> = (0..most)
+            .map(|_| if random.below(20) == 0 { NO_EXPERT } else { random.below(num_experts) as u32 })
+            .collect();
+        for around in [32, 64, 512, 1024, 2048, 4096, 8192, 16384, 65_024, 135_168, 299_990] {
+            for num_slots in [around - 1, around, around + 1, around + 7].into_iter().filter(|n| *n <= most) {
+                let ids = Tensor::from_slice(&ids[..num_slots], (num_slots, 1), &Device::Cpu).unwrap();
+                devices::order(&ids, num_experts, 0..num_experts);
+                devices::order(&ids, num_experts, num_experts / 3..num_experts / 2);
+            }
         }
     }
 }
 
 #[test]
 fn padding_is_counted_on_the_device() {
-    let Some(device) = device("padding_is_counted_on_the_device") else { return };
+    if devices::cuda().is_none() {
+        return;
+    }
     let random = &mut Random(43);
     for (num_experts, top_k) in [(24, 3), (256, 8), (1200, 5)] {
         let logits = oracle::floats(&random.units(40 * num_experts, 5.0), &[40, num_experts], DType::F16).0;
-        let on_device = logits.to_device(&device).unwrap();
         for method in oracle::methods().chain(oracle::grouped_methods(num_experts, top_k)) {
-            let router = router(method, top_k, None);
+            let router = router(method, top_k);
             for num_valid in [0u32, 1, 17, 40, 41, u32::MAX] {
-                let expected = router.route_padded(&logits, &Tensor::new(num_valid, &Device::Cpu).unwrap()).unwrap();
-                let on = Tensor::new(&[7u32, num_valid, 9], &device).unwrap().narrow(0, 1, 1).unwrap();
-                let found = router.route_padded(&on_device, &on).unwrap();
-                same(&found, &expected, &format!("{method}, {num_valid} valid"));
-                let ids = found.topk_ids.to_vec2::<u32>().unwrap();
+                // A view into more numbers.
+                let num_valid_tokens =
+                    Tensor::new(&[7u32, num_valid, 9], &Device::Cpu).unwrap().narrow(0, 1, 1).unwrap();
+                let padded = router.route_padded_everywhere(&logits, &num_valid_tokens).unwrap();
+                let ids = padded.topk_ids.to_vec2::<u32>().unwrap();
                 assert!(ids[num_valid.min(40) as usize..].iter().flatten().all(|id| *id == NO_EXPERT));
+                let options = OrderOptions { num_valid_tokens: Some(num_valid_tokens), ..Default::default() };
+                devices::routed(&router, &logits, &options, &format!("{method}, {num_valid} valid"));
             }
-            let elsewhere = router.route_padded(&on_device, &Tensor::new(3u32, &Device::Cpu).unwrap());
-            let error = elsewhere.unwrap_err().to_string();
-            assert!(error.contains("num_valid_tokens is on") && error.contains("as router_logits"), "{error}");
         }
     }
 }
 
 #[test]
 fn the_same_input_gives_the_same_bits_a_hundred_times() {
-    let Some(device) = device("the_same_input_gives_the_same_bits_a_hundred_times") else { return };
+    let Some(device) = devices::cuda() else { return };
     let random = &mut Random(44);
-    let logits = Tensor::from_vec(random.units(500 * 256, 6.0), (500, 256), &device).unwrap();
-    for method in oracle::methods().chain(oracle::grouped_methods(256, 8)) {
-        let router = router(method, 8, None);
-        let first = router.route(&logits).unwrap();
-        for _ in 0..100 {
-            let again = router.route(&logits).unwrap();
-            assert_eq!(oracle::bits_of(&on_host(&again).topk_weights), oracle::bits_of(&on_host(&first).topk_weights));
-            assert_eq!(again.topk_ids.to_vec2::<u32>().unwrap(), first.topk_ids.to_vec2::<u32>().unwrap());
+    let logits = Tensor::from_vec(random.units(500 * 256, 6.0), (500, 256), device).unwrap();
+    for router in [deepseek(8), router(RoutingMethod::Renormalize, 8), router(RoutingMethod::Default, 8)] {
+        for num_tokens in [20, 200, 500] {
+            let logits = logits.narrow(0, 0, num_tokens).unwrap();
+            let options = OrderOptions { tile_rows: Some(64), ..Default::default() };
+            let bits = || {
+                let RoutedOrder { routing, order, tiles } = RoutedOrder::new(&router, &logits, &options).unwrap();
+                let tiles = tiles.unwrap();
+                let ids = routing.topk_ids.flatten_all().unwrap();
+                let numbers = [&ids, &order.sorted_slots, &order.slot_rank, &order.expert_offsets, &tiles.tile_experts]
+                    .map(|tensor| to_host(tensor).to_vec1::<u32>().unwrap());
+                (oracle::bits_of(&to_host(&routing.topk_weights)), numbers)
+            };
+            let first = bits();
+            (0..100).for_each(|_| assert!(bits() == first, "{} with {num_tokens} tokens", router.method()));
         }
     }
 }
 
 #[test]
 fn the_gradient_is_that_of_the_cpu() {
-    let Some(device) = device("the_gradient_is_that_of_the_cpu") else { return };
+    let Some(device) = devices::cuda() else { return };
     let random = &mut Random(45);
     let logits = random.units(5 * 64, 3.0);
     let factors = Tensor::from_vec(random.units(5 * 6, 1.0), (5, 6), &Device::Cpu).unwrap();
     for method in oracle::methods().chain(oracle::grouped_methods(64, 6)) {
-        let gradient = |device: &Device| {
+        let gradient = |device: &Device, in_one_step: bool| {
             let logits = Var::from_vec(logits.clone(), (5, 64), device).unwrap();
-            let weights = router(method, 6, None).route(&logits).unwrap().topk_weights;
-            let loss = (weights * factors.to_device(device).unwrap()).unwrap().sum_all().unwrap();
-            oracle::rows_of(&loss.backward().unwrap().get(&logits).unwrap().to_device(&Device::Cpu).unwrap()).concat()
+            let weights = match in_one_step {
+                true => RoutedOrder::new(&router(method, 6), &logits, &OrderOptions::default()).unwrap().routing,
+                false => router(method, 6).route(&logits).unwrap(),
+            };
+            let loss = (weights.topk_weights * factors.to_device(device).unwrap()).unwrap().sum_all().unwrap();
+            oracle::rows_of(&to_host(loss.backward().unwrap().get(&logits).unwrap())).concat()
         };
-        let (found, expected) = (gradient(&device), gradient(&Device::Cpu));
-        assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5), "{method}");
+        let expected = gradient(&Device::Cpu, false);
         assert!(expected.iter().any(|g| *g != 0.0));
+        for in_one_step in [false, true] {
+            let found = gradient(device, in_one_step);
+            assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5), "{method}");
+        }
     }
 }
 
 #[test]
+fn perfect_logits_have_the_bits_of_the_cpu() {
+    let Some(device) = devices::cuda() else { return };
+    let groups = |num_groups, topk_group| ExpertGroups { num_groups, topk_group };
+    let flat =
+        |num_experts, top_k, ep_size| (0..ep_size).map(move |r| Plan::new(num_experts, top_k, ep_size, r).unwrap());
+    let mut plans: Vec<Plan> = Vec::new();
+    for (num_experts, top_k, ep_size) in
+        [(8, 2, 4), (1, 1, 1), (7, 7, 3), (60, 4, 8), (256, 8, 8), (257, 33, 2), (10, 9, 4), (896, 16, 5)]
+    {
+        plans.extend(flat(num_experts, top_k, ep_size));
+    }
+    for ep_size in [1, 3, 8, 16] {
+        plans.extend(flat(256, 8, ep_size).map(|plan| plan.with_groups(groups(8, 4)).unwrap()));
+        plans.extend(flat(48, 5, ep_size).map(|plan| plan.with_groups(groups(6, 2)).unwrap()));
+    }
+    for hotspot in [Hotspot::Rank(1), Hotspot::Expert(5)] {
+        let imbalance = Imbalance { hotspot, fraction: 0.3, seed: 9 };
+        plans.extend(flat(64, 6, 4).map(|plan| plan.with_imbalance(imbalance).unwrap()));
+    }
+    for (i, plan) in plans.into_iter().enumerate() {
+        let key = PerfectRouterKey { plan, dtype: FLOATS[i % 3] };
+        let (store, period) = (PerfectRouterStore::new(), key.plan.period());
+        for (first, num_tokens) in [(0, 0), (0, 1), (0, 40), (3, 500), (period - 1, 3)] {
+            // Beyond this the same formula takes long on the host.
+            if first + num_tokens > 5000 {
+                continue;
+            }
+            let found = store.logits_from(&key, first, num_tokens, device).unwrap();
+            let expected = store.logits_from(&key, first, num_tokens, &Device::Cpu).unwrap();
+            assert_eq!((found.dims(), found.dtype()), (expected.dims(), expected.dtype()));
+            assert_eq!(oracle::rows_of(&to_host(&found)), oracle::rows_of(&expected), "{key:?} from {first}");
+        }
+    }
+}
+
+fn cuda_device(device: &Device) -> &CudaDevice {
+    match device {
+        Device::Cuda(device) => device,
+        _ => panic!("not a CUDA device"),
+    }
+}
+
+fn address(tensor: &Tensor) -> u64 {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { panic!("not on a CUDA device") };
+    let stream = storage.device().cuda_stream();
+    let bytes = (layout.start_offset() * storage.dtype().size_in_bytes()) as u64;
+    bytes
+        + match storage.dtype() {
+            DType::U32 => storage.as_cuda_slice::<u32>().unwrap().device_ptr(&stream).0,
+            _ => storage.as_cuda_slice::<f32>().unwrap().device_ptr(&stream).0,
+        }
+}
+
+/// Overwrites a tensor that is contiguous, in place, as a server does between two replays.
+fn overwrite<T>(tensor: &Tensor, values: &[T]) {
+    assert!(tensor.is_contiguous() && tensor.elem_count() == values.len());
+    tensor.device().synchronize().unwrap();
+    // SAFETY: the tensor has as many elements of this size, side by side, and nothing on the device uses them now.
+    unsafe { result::memcpy_htod_sync(address(tensor), values) }.unwrap();
+}
+
+/// Captures what `f` puts on the device's stream; the graph and what `f` returned.
+fn captured<T>(device: &Device, f: impl FnOnce() -> T) -> (CudaGraph, T) {
+    let stream = cuda_device(device).cuda_stream();
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    let result = f();
+    let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    (stream.end_capture(flags).unwrap().unwrap(), result)
+}
+
+#[test]
+fn a_captured_graph_routes_whatever_its_inputs_hold() {
+    let Some(device) = devices::cuda() else { return };
+    let random = &mut Random(46);
+    for num_tokens in [1, 40, 200, 700] {
+        let num_experts = 256;
+        let logits = Tensor::zeros((num_tokens, num_experts), DType::F32, device).unwrap();
+        let num_valid_tokens = Tensor::zeros(1, DType::U32, device).unwrap();
+        let bias = Tensor::from_vec(random.units(num_experts, 0.1), num_experts, &Device::Cpu).unwrap();
+        let router = deepseek(8).with_selection_bias(&bias).unwrap();
+        let options = OrderOptions { num_valid_tokens: Some(num_valid_tokens.clone()), ..Default::default() };
+        // The first use loads kernels and uploads the bias.
+        RoutedOrder::new(&router, &logits, &options).unwrap();
+        let (graph, routed) = captured(device, || RoutedOrder::new(&router, &logits, &options).unwrap());
+        for num_valid in [num_tokens, num_tokens / 2, 0, num_tokens] {
+            let values = random.units(num_tokens * num_experts, 4.0);
+            overwrite(&logits, &values);
+            overwrite(&num_valid_tokens, &[num_valid as u32]);
+            graph.launch().unwrap();
+            let logits = Tensor::from_vec(values, (num_tokens, num_experts), &Device::Cpu).unwrap();
+            let num_valid_tokens = Some(Tensor::new(num_valid as u32, &Device::Cpu).unwrap());
+            let options = OrderOptions { num_valid_tokens, ..Default::default() };
+            let expected = RoutedOrder::new(&router, &logits, &options).unwrap();
+            let context = format!("{num_valid} of {num_tokens} tokens");
+            assert_same_routing(&routed.routing, &expected.routing, &context);
+            assert_same_order(&routed.order, &expected.order, &context);
+        }
+    }
+}
+
+#[test]
+fn a_captured_graph_replays_perfect_routing_from_a_reserved_address() {
+    let Some(device) = devices::cuda() else { return };
+    let (store, plan) = (PerfectRouterStore::new(), Plan::new(256, 8, 8, 3).unwrap());
+    let plan = plan.with_groups(ExpertGroups { num_groups: 8, topk_group: 4 }).unwrap();
+    let key = PerfectRouterKey { plan, dtype: DType::F32 };
+    store.reserve(&key, 1024, device).unwrap();
+    let before = store.statistics();
+    let router = deepseek(8);
+    let route = |num_tokens| {
+        let logits = store.logits(&key, num_tokens, device).unwrap();
+        (address(&logits), RoutedOrder::new(&router, &logits, &OrderOptions::default()).unwrap())
+    };
+    let (first_address, _) = route(1);
+    for num_tokens in [1, 64, 1000] {
+        let (graph, (address, routed)) = captured(device, || route(num_tokens));
+        assert_eq!(address, first_address);
+        for _ in 0..3 {
+            graph.launch().unwrap();
+        }
+        let planned = key.plan.topk_ids(0, num_tokens).unwrap();
+        let ids = to_host(&routed.routing.topk_ids).to_vec2::<u32>().unwrap();
+        for (token, mut ids) in ids.into_iter().enumerate() {
+            let mut planned = planned[token * 8..][..8].to_vec();
+            ids.sort_unstable();
+            planned.sort_unstable();
+            assert_eq!(ids, planned, "token {token} of {num_tokens}");
+        }
+    }
+    let after = store.statistics();
+    assert_eq!((after.entries, after.rows, after.misses), (before.entries, before.rows, 0));
+}
+
+#[test]
 fn bad_input_is_refused_as_on_the_cpu_and_the_device_still_works() {
-    let Some(device) = device("bad_input_is_refused_as_on_the_cpu_and_the_device_still_works") else { return };
+    let Some(device) = devices::cuda() else { return };
     let zeros = |shape: &[usize], dtype, device: &Device| Tensor::zeros(shape, dtype, device).unwrap();
-    let plain = |error: candle_core::Error| error.to_string().lines().next().unwrap_or_default().to_string();
+    let with_groups = oracle::grouped_methods(12, 2)[0];
     for (method, top_k, shape, dtype) in [
         (RoutingMethod::Renormalize, 9, &[2, 8][..], DType::F32),
         (RoutingMethod::Renormalize, 1, &[2, 0], DType::F32),
         (RoutingMethod::Renormalize, 1, &[8], DType::F32),
         (RoutingMethod::Renormalize, 1, &[2, 8], DType::U32),
-        (oracle::grouped_methods(12, 2)[0], 2, &[2, 7], DType::F32),
+        (with_groups, 2, &[2, 7], DType::F32),
     ] {
-        let router = router(method, top_k, None);
-        let on = |device: &Device| plain(router.route(&zeros(shape, dtype, device)).unwrap_err());
-        assert_eq!(on(&device), on(&Device::Cpu));
+        let router = router(method, top_k);
+        let alone = |device: &Device| line(router.route(&zeros(shape, dtype, device)).unwrap_err());
+        assert_eq!(alone(device), alone(&Device::Cpu));
+        let options = OrderOptions::default();
+        let ordered =
+            |device: &Device| line(RoutedOrder::new(&router, &zeros(shape, dtype, device), &options).unwrap_err());
+        assert_eq!(ordered(device), ordered(&Device::Cpu));
     }
-    // More experts than the general kernel has shared memory for.
-    let many = router(RoutingMethod::Renormalize, 2, None).route(&zeros(&[1, 100_000], DType::F32, &device));
-    let error = many.unwrap_err().to_string();
+    let router = router(RoutingMethod::Renormalize, 2);
+    // More experts than a block has shared memory for.
+    let error = line(router.route(&zeros(&[1, 100_000], DType::F32, device)).unwrap_err());
     assert!(error.contains("num_experts 100000") && error.contains("shared memory"), "{error}");
-    let logits = Tensor::new(&[[0f32, 2., 1.]], &device).unwrap();
-    let routing = router(RoutingMethod::Renormalize, 2, None).route(&logits).unwrap();
-    assert_eq!(routing.topk_ids.to_vec2::<u32>().unwrap(), [[1, 2]]);
+    let ids = zeros(&[3, 1], DType::U32, device);
+    let error = line(ExpertOrder::new(&ids, 100_000, 0..100_000).unwrap_err());
+    assert!(error.contains("num_local_experts 100000") && error.contains("shared memory"), "{error}");
+    // Tensors on different devices.
+    let logits = zeros(&[4, 8], DType::F32, device);
+    let here = Tensor::new(3u32, &Device::Cpu).unwrap();
+    let error = line(router.route_padded(&logits, &here).unwrap_err());
+    assert!(error.contains("num_valid_tokens is on Cpu") && error.contains("as router_logits"), "{error}");
+    let options = OrderOptions { num_valid_tokens: Some(here), ..Default::default() };
+    assert_eq!(line(RoutedOrder::new(&router, &logits, &options).unwrap_err()), error);
+    // An id that is no expert is skipped.
+    let ids = Tensor::new(&[[1u32, 9], [NO_EXPERT, 0]], device).unwrap();
+    let order = ExpertOrder::new(&ids, 8, 0..8).unwrap();
+    assert_eq!(to_host(&order.sorted_slots).to_vec1::<u32>().unwrap()[..2], [3, 0]);
+    assert_works(device);
+}
+
+#[test]
+fn memory_that_is_not_there_is_a_clear_error_and_the_store_goes_on() {
+    let Some(device) = devices::cuda() else { return };
+    let store = PerfectRouterStore::new();
+    let key = PerfectRouterKey { plan: Plan::new(1024, 8, 8, 0).unwrap(), dtype: DType::F32 };
+    let small = store.logits(&key, 4, device).unwrap();
+    let before = store.statistics();
+    for num_tokens in [1usize << 30, usize::MAX / 4096, usize::MAX] {
+        let error = line(store.logits(&key, num_tokens, device).unwrap_err());
+        assert!(error.contains("perfect-router store"), "{error}");
+    }
+    let error = line(store.reserve(&key, 1 << 30, device).unwrap_err());
+    assert!(error.contains("cannot allocate 4398046511104 bytes"), "{error}");
+    assert_eq!(store.statistics(), before);
+    assert_eq!(address(&store.logits(&key, 4, device).unwrap()), address(&small));
+    // Outputs that do not fit.
+    let row = Tensor::zeros((1, 8), DType::F32, device).unwrap();
+    let logits = row.broadcast_as((1 << 40, 8)).unwrap();
+    router(RoutingMethod::Renormalize, 8).route(&logits).unwrap_err();
+    assert_works(device);
+}
+
+fn assert_works(device: &Device) {
+    let logits = Tensor::new(&[[0f32, 2., 1.]], device).unwrap();
+    let routing = router(RoutingMethod::Renormalize, 2).route(&logits).unwrap();
+    assert_eq!(to_host(&routing.topk_ids).to_vec2::<u32>().unwrap(), [[1, 2]]);
+}
+
+#[test]
+#[ignore = "writes half a billion slots"]
+fn slots_and_logits_beyond_32_bits_do_not_wrap() {
+    let Some(device) = devices::cuda() else { return };
+    // 2^33 logits, all of one row; 2^29 slots.
+    let (num_tokens, num_experts, top_k) = (1usize << 26, 128, 8);
+    let row: Vec<f32> = Random(48).units(num_experts, 5.0);
+    let row = Tensor::from_vec(row, (1, num_experts), &Device::Cpu).unwrap();
+    let router = router(RoutingMethod::Renormalize, top_k);
+    let expected = router.route(&row).unwrap().topk_ids.to_vec2::<u32>().unwrap().concat();
+    let logits = row.to_device(device).unwrap().broadcast_as((num_tokens, num_experts)).unwrap();
+    let routed = RoutedOrder::new(&router, &logits, &OrderOptions::default()).unwrap();
+    let counts = to_host(&routed.order.expert_counts).to_vec1::<u32>().unwrap();
+    let chosen = |expert: usize| expected.contains(&(expert as u32));
+    assert!(counts.iter().enumerate().all(|(e, &count)| count as usize == if chosen(e) { num_tokens } else { 0 }));
+    for token in [0, 1, num_tokens / 2, num_tokens - 1] {
+        let ids = to_host(&routed.routing.topk_ids.narrow(0, token, 1).unwrap());
+        assert_eq!(ids.to_vec2::<u32>().unwrap().concat(), expected);
+    }
+    let offsets = to_host(&routed.order.expert_offsets).to_vec1::<u32>().unwrap();
+    for &expert in &expected {
+        let k = expected.iter().position(|id| *id == expert).unwrap();
+        for nth in [0, 1, num_tokens - 1] {
+            let place = offsets[expert as usize] as usize + nth;
+            let slot = to_host(&routed.order.sorted_slots.narrow(0, place, 1).unwrap()).to_vec1::<u32>().unwrap()[0];
+            assert_eq!(slot as usize, nth * top_k + k);
+        }
+    }
 }

@@ -31,11 +31,6 @@ pub(crate) fn cuda() -> Option<&'static Device> {
     None
 }
 
-/// The CPU, and the CUDA device if there is one.
-pub(crate) fn all() -> Vec<Device> {
-    std::iter::once(Device::Cpu).chain(cuda().cloned()).collect()
-}
-
 pub(crate) fn to_host(tensor: &Tensor) -> Tensor {
     tensor.to_device(&Device::Cpu).unwrap()
 }
