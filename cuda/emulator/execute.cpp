@@ -1,0 +1,797 @@
+// Runs kernels on the CPU: every thread of a block is a fiber, which runs until it meets a warp collective or a barrier and
+// then hands over to the next fiber that can run. The blocks of a cluster run together, other blocks one after another.
+//
+// CANDLE_MOE_EMULATOR_SEED=n, n > 0: shuffles the order of blocks and the order in which fibers go on (at random, newest
+// first or oldest first, by turns), and interrupts threads at atomics, so that a missing barrier shows as a wrong result.
+// CANDLE_MOE_EMULATOR_RESIDENT=n: n clusters (or blocks) run side by side instead of one.
+//
+// What no device promises to survive ends the program with a message that names the kernel, block and thread: lanes that
+// wait for a lane that has exited, or in different collectives for each other; a deadlock; a wait without end; a shuffle
+// from a lane that takes no part; an access outside of device memory or of the block's shared memory.
+//
+// Limits: x86-64 only. A thread is interrupted nowhere else, so that races between plain reads and writes show only where
+// the order of whole stretches matters. A loop that waits for another thread's plain write without __nanosleep, an atomic
+// or emulator::yield() never ends. Divergent __syncthreads are counted by thread, and not reported.
+
+#include "emulator.h"
+
+#include <dlfcn.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+// Saves the running fiber's registers on its stack and its stack pointer in *from; goes on with the fiber `to`.
+extern "C" void emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.p2align 4
+.globl emulator_switch
+.hidden emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size emulator_switch, . - emulator_switch
+)");
+
+namespace emulator {
+
+__thread const Position* here = nullptr;
+
+namespace {
+
+constexpr size_t kStack = 64 * 1024;
+constexpr size_t kPage = 4096;
+constexpr unsigned kNamedBarriers = 16;
+constexpr uint64_t kEndlessYields = 20'000'000;
+constexpr unsigned kAtomicsPerYield = 1024;
+constexpr unsigned char kPoison = 0xCB;
+
+// ------------------------------------------------------------------------------------------------------------------
+// State
+
+enum class State : uint8_t { kReady, kCollective, kBarrier, kCluster, kExited };
+
+struct Block;
+struct Warp;
+
+struct Thread {
+    Position position;
+    void* stack_pointer;
+    Block* block;
+    Warp* warp;
+    State state;
+    Operation operation;  // of the collective that it waits in
+    unsigned mask, argument;
+    uint64_t value, result;
+    BarrierResult barrier_result;
+    unsigned cluster_phase;
+};
+
+struct Warp {
+    Thread* threads;
+    unsigned live;     // lanes that have not exited
+    unsigned waiting;  // lanes in a collective
+};
+
+struct Barrier {
+    std::vector<Thread*> waiting;
+    unsigned ones = 0;
+    unsigned threads = 0;
+};
+
+struct Cluster {
+    unsigned live, arrived, phase;
+    unsigned size;
+    Block* blocks;
+    std::vector<Thread*> waiting;
+};
+
+struct Block {
+    Cluster* cluster;
+    unsigned rank;  // in the cluster
+    unsigned live;
+    char* shared;   // static from here on, dynamic up to the guard page
+    Thread* threads;
+    Barrier barriers[kNamedBarriers];
+};
+
+// Shared memory of a block: [static | ... | dynamic][guard page].
+constexpr size_t kSharedPages = (kMaxStaticShared + kMaxShared + kPage) / kPage * kPage;
+
+enum class Policy { kOldest, kNewest, kRandom };
+
+class ReadyQueue {
+public:
+    void reset(size_t capacity, Policy policy) {
+        size_t power = 1;
+        while (power < capacity) power *= 2;
+        ring_.resize(power);
+        first_ = count_ = 0;
+        policy_ = policy;
+    }
+    bool empty() const { return count_ == 0; }
+    void push(Thread* thread) { at(count_++) = thread; }
+    Thread* pop(uint64_t& random);
+
+private:
+    Thread*& at(size_t i) { return ring_[(first_ + i) & (ring_.size() - 1)]; }
+
+    std::vector<Thread*> ring_;
+    size_t first_ = 0, count_ = 0;
+    Policy policy_ = Policy::kOldest;
+};
+
+uint64_t next_random(uint64_t& state) {
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+Thread* ReadyQueue::pop(uint64_t& random) {
+    if (policy_ == Policy::kNewest) return at(--count_);
+    if (policy_ == Policy::kRandom) std::swap(at(0), at(next_random(random) % count_));
+    Thread* thread = at(0);
+    ++first_;
+    --count_;
+    return thread;
+}
+
+struct Machine {
+    const Launch* launch = nullptr;
+    Thread* current = nullptr;
+    void* scheduler = nullptr;  // its stack pointer
+    ReadyQueue ready;
+    std::vector<Thread*> yielded;
+    uint64_t yields = 0;  // since something else happened
+    unsigned atomics = 0;
+    unsigned live = 0;
+    uint64_t random = 0;
+    bool shuffled = false;
+    size_t dynamic_bytes = 0;  // rounded up
+
+    std::unique_ptr<Thread[]> threads;
+    std::unique_ptr<Warp[]> warps;
+    std::unique_ptr<Block[]> blocks;
+    std::unique_ptr<Cluster[]> clusters;
+    size_t num_threads = 0, num_warps = 0, num_blocks = 0, num_clusters = 0;
+    std::vector<char*> stacks;   // lowest address above the guard page
+    std::vector<char*> regions;  // shared memory
+
+    // Static shared variables of the running group: offsets by number.
+    std::vector<size_t> offsets;
+    size_t static_bytes = 0;
+};
+
+__thread Machine* machine __attribute__((tls_model("initial-exec"))) = nullptr;
+
+unsigned volume(dim3 d) { return d.x * d.y * d.z; }
+
+uint3 unravel(unsigned i, dim3 size) { return {i % size.x, i / size.x % size.y, i / size.x / size.y}; }
+
+__attribute__((noinline)) const char* name_of(Operation operation) {
+    static const char* const names[] = {
+        "__syncwarp", "__ballot_sync", "__any_sync", "__all_sync", "__shfl_sync", "__match_any_sync", "__match_all_sync",
+        "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync", "__reduce_min_sync (int)",
+        "__reduce_max_sync (int)", "__reduce_and_sync", "__reduce_or_sync", "__reduce_xor_sync"};
+    return names[static_cast<unsigned>(operation)];
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Fibers
+
+void make_ready(Thread& thread) {
+    thread.state = State::kReady;
+    machine->ready.push(&thread);
+}
+
+// The next thread to run; null where none can.
+Thread* pick() {
+    Machine& m = *machine;
+    if (m.ready.empty()) {
+        for (Thread* thread : m.yielded) m.ready.push(thread);
+        m.yielded.clear();
+        if (m.ready.empty()) return nullptr;
+    }
+    return m.ready.pop(m.random);
+}
+
+// Hands over; comes back when somebody has made this thread ready.
+void suspend() {
+    Machine& m = *machine;
+    Thread* self = m.current;
+    Thread* next = pick();
+    if (next == self) return;
+    if (next == nullptr) {
+        emulator_switch(&self->stack_pointer, m.scheduler);
+        return;
+    }
+    m.current = next;
+    here = &next->position;
+    emulator_switch(&self->stack_pointer, next->stack_pointer);
+}
+
+void exit_thread();
+
+void fiber_main() {
+    machine->launch->kernel->run(machine->launch->arguments);
+    exit_thread();
+    suspend();
+    fail("an exited thread went on");
+}
+
+char* new_stack() {
+    void* pages = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (pages == MAP_FAILED || mprotect(pages, kPage, PROT_NONE) != 0) fail("no memory for the stacks of threads");
+    return static_cast<char*>(pages) + kPage;
+}
+
+char* new_region() {
+    void* pages =
+        mmap(nullptr, kSharedPages + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (pages == MAP_FAILED) fail("no memory for shared memory");
+    if (mprotect(static_cast<char*>(pages) + kSharedPages, kPage, PROT_NONE) != 0) fail("shared memory has no guard page");
+    return static_cast<char*>(pages);
+}
+
+// The stack pointer of a fiber that will start with fiber_main.
+void* fresh_stack_pointer(size_t number) {
+    Machine& m = *machine;
+    while (m.stacks.size() <= number) m.stacks.push_back(new_stack());
+    // Different tops, so that fibers do not share the same lines of the cache.
+    char* top = m.stacks[number] + kStack - 64 * (number % 61);
+    void** frame = reinterpret_cast<void**>(top) - 8;
+    std::fill(frame, frame + 8, nullptr);
+    frame[6] = reinterpret_cast<void*>(fiber_main);
+    return frame;
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Collectives
+
+uint64_t fold(Operation operation, uint64_t a, uint64_t b) {
+    const auto x = static_cast<uint32_t>(a), y = static_cast<uint32_t>(b);
+    const auto signed_x = static_cast<int32_t>(x), signed_y = static_cast<int32_t>(y);
+    switch (operation) {
+        case Operation::kAddUnsigned: return static_cast<uint32_t>(x + y);
+        case Operation::kMinUnsigned: return std::min(x, y);
+        case Operation::kMaxUnsigned: return std::max(x, y);
+        case Operation::kMinSigned: return signed_x < signed_y ? x : y;
+        case Operation::kMaxSigned: return signed_x < signed_y ? y : x;
+        case Operation::kAnd: return x & y;
+        case Operation::kOr: return x | y;
+        case Operation::kXor: return x ^ y;
+        default: fail("%s is no reduction", name_of(operation));
+    }
+}
+
+template <typename Visit> void for_lanes(const Warp& warp, unsigned mask, Visit&& visit) {
+    for (unsigned rest = mask; rest != 0; rest &= rest - 1) visit(warp.threads[__builtin_ctz(rest)]);
+}
+
+unsigned lanes_of_value(const Warp& warp, unsigned mask, uint64_t value) {
+    unsigned lanes = 0;
+    for_lanes(warp, mask, [&](Thread& lane) { lanes |= unsigned(lane.value == value) << lane.position.lane; });
+    return lanes;
+}
+
+uint64_t common_result(const Warp& warp, Operation operation, unsigned mask) {
+    const uint64_t first = warp.threads[__builtin_ctz(mask)].value;
+    switch (operation) {
+        case Operation::kSync: return 0;
+        case Operation::kBallot: return lanes_of_value(warp, mask, 1);
+        case Operation::kAny: return lanes_of_value(warp, mask, 1) != 0;
+        case Operation::kAll: return lanes_of_value(warp, mask, 1) == mask;
+        case Operation::kMatchAll: return lanes_of_value(warp, mask, first) == mask ? mask : 0;
+        default: break;
+    }
+    uint64_t result = first;
+    for_lanes(warp, mask & (mask - 1), [&](Thread& lane) { result = fold(operation, result, lane.value); });
+    return result;
+}
+
+void compute_results(const Warp& warp, Operation operation, unsigned mask) {
+    if (operation == Operation::kShuffle) {
+        for_lanes(warp, mask, [&](Thread& lane) {
+            if (!(mask >> lane.argument & 1)) {
+                fail("lane %u shuffles from lane %u, which is not in mask %08x", lane.position.lane, lane.argument, mask);
+            }
+            lane.result = warp.threads[lane.argument].value;
+        });
+    } else if (operation == Operation::kMatchAny) {
+        for_lanes(warp, mask, [&](Thread& lane) { lane.result = lanes_of_value(warp, mask, lane.value); });
+    } else {
+        const uint64_t result = common_result(warp, operation, mask);
+        for_lanes(warp, mask, [&](Thread& lane) { lane.result = result; });
+    }
+}
+
+// Whether all lanes of `me.mask` wait in the same collective. Lanes that can never meet end the program.
+bool all_arrived(const Warp& warp, const Thread& me) {
+    bool same = true;
+    for_lanes(warp, me.mask, [&](const Thread& lane) {
+        if (lane.mask == me.mask && lane.operation == me.operation) return;
+        if (lane.mask >> me.position.lane & 1) {
+            fail("%s with mask %08x meets lane %u in %s with mask %08x", name_of(me.operation), me.mask,
+                 lane.position.lane, name_of(lane.operation), lane.mask);
+        }
+        same = false;
+    });
+    return same;
+}
+
+void release_warp(Warp& warp, Thread& me) {
+    warp.waiting &= ~me.mask;
+    for_lanes(warp, me.mask & ~(1u << me.position.lane), [](Thread& lane) { make_ready(lane); });
+}
+
+void wait_in(State state) {
+    machine->current->state = state;
+    machine->yields = 0;
+    suspend();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Barriers
+
+void release_barrier(Barrier& barrier) {
+    const BarrierResult result{barrier.ones, static_cast<unsigned>(barrier.waiting.size())};
+    for (Thread* thread : barrier.waiting) {
+        thread->barrier_result = result;
+        if (thread != machine->current) make_ready(*thread);
+    }
+    barrier.waiting.clear();
+    barrier.ones = barrier.threads = 0;
+}
+
+bool is_full(const Block& block, const Barrier& barrier) {
+    const unsigned needed = barrier.threads == 0 ? block.live : barrier.threads;
+    return !barrier.waiting.empty() && barrier.waiting.size() >= needed;
+}
+
+void release_cluster(Cluster& cluster) {
+    cluster.arrived = 0;
+    ++cluster.phase;
+    for (Thread* thread : cluster.waiting) make_ready(*thread);
+    cluster.waiting.clear();
+}
+
+// No thread of a cluster may touch the shared memory of a block that has exited.
+void protect(const Block& block, int protection) {
+    if (block.cluster->size > 1 && mprotect(block.shared, kSharedPages, protection) != 0) fail("mprotect failed");
+}
+
+void exit_thread() {
+    Machine& m = *machine;
+    Thread& me = *m.current;
+    Warp& warp = *me.warp;
+    Block& block = *me.block;
+    Cluster& cluster = *block.cluster;
+    me.state = State::kExited;
+    m.yields = 0;
+    --m.live;
+    warp.live &= ~(1u << me.position.lane);
+    for_lanes(warp, warp.waiting, [&](const Thread& lane) {
+        if (lane.mask >> me.position.lane & 1) {
+            fail("the thread exits while lane %u waits for it in %s", lane.position.lane, name_of(lane.operation));
+        }
+    });
+    --cluster.live;
+    if (cluster.live > 0 && cluster.arrived == cluster.live) release_cluster(cluster);
+    if (--block.live == 0) return protect(block, PROT_NONE);
+    for (Barrier& barrier : block.barriers) {
+        if (barrier.threads == 0 && is_full(block, barrier)) release_barrier(barrier);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Groups of blocks
+
+void describe_wait(const Thread& thread, char* text, size_t size) {
+    switch (thread.state) {
+        case State::kCollective:
+            snprintf(text, size, "%s with mask %08x", name_of(thread.operation), thread.mask);
+            return;
+        case State::kBarrier: snprintf(text, size, "a barrier of its block"); return;
+        case State::kCluster: snprintf(text, size, "the barrier of its cluster"); return;
+        default: snprintf(text, size, "nothing"); return;
+    }
+}
+
+[[noreturn]] void report_deadlock() {
+    Machine& m = *machine;
+    std::string seen;
+    for (size_t i = 0; i < m.num_threads; ++i) {
+        const Thread& thread = m.threads[i];
+        char wait[128];
+        describe_wait(thread, wait, sizeof wait);
+        const bool said = seen.find(wait) != std::string::npos;
+        if (thread.state == State::kExited || said) continue;
+        seen += wait;
+        const Position& p = thread.position;
+        fprintf(stderr, "cuda emulator: thread (%u, %u, %u) of block (%u, %u, %u) waits in %s\n", p.thread.x, p.thread.y,
+                p.thread.z, p.block.x, p.block.y, p.block.z, wait);
+    }
+    here = nullptr;
+    fail("deadlock in kernel %s: none of %u threads can go on", m.launch->kernel->name, m.live);
+}
+
+void set_up_thread(Block& block, uint3 block_index, unsigned number, size_t global_number) {
+    Machine& m = *machine;
+    Thread& thread = block.threads[number];
+    thread = Thread{};
+    thread.position.thread = unravel(number, m.launch->block);
+    thread.position.block = block_index;
+    thread.position.block_dim = m.launch->block;
+    thread.position.grid_dim = m.launch->grid;
+    thread.position.lane = number % 32;
+    thread.block = &block;
+    thread.warp = &m.warps[(global_number - number % 32) / 32];
+    thread.stack_pointer = fresh_stack_pointer(global_number);
+    make_ready(thread);
+}
+
+void set_up_block(size_t slot, Cluster& cluster, unsigned rank, uint3 index) {
+    Machine& m = *machine;
+    const unsigned threads = volume(m.launch->block);
+    const unsigned padded = (threads + 31) / 32 * 32;
+    Block& block = m.blocks[slot];
+    block.cluster = &cluster;
+    block.rank = rank;
+    block.live = threads;
+    block.threads = &m.threads[slot * padded];
+    while (m.regions.size() <= slot) m.regions.push_back(new_region());
+    block.shared = m.regions[slot];
+    protect(block, PROT_READ | PROT_WRITE);
+    memset(block.shared + kSharedPages - m.dynamic_bytes, kPoison, m.dynamic_bytes);
+    for (unsigned warp = 0; warp < padded / 32; ++warp) {
+        const unsigned lanes = std::min(32u, threads - warp * 32);
+        m.warps[(slot * padded) / 32 + warp] = {&block.threads[warp * 32], lanes == 32 ? ~0u : (1u << lanes) - 1, 0};
+    }
+    for (unsigned i = 0; i < threads; ++i) set_up_thread(block, index, i, slot * padded + i);
+    for (unsigned i = threads; i < padded; ++i) block.threads[i].state = State::kExited;
+}
+
+void set_up_cluster(size_t slot, uint64_t number) {
+    Machine& m = *machine;
+    const dim3 size = m.launch->cluster, grid = m.launch->grid;
+    const uint3 place = unravel(number, dim3(grid.x / size.x, grid.y / size.y, grid.z / size.z));
+    Cluster& cluster = m.clusters[slot];
+    const unsigned blocks = volume(size);
+    cluster.live = blocks * volume(m.launch->block);
+    cluster.arrived = cluster.phase = 0;
+    cluster.size = blocks;
+    cluster.blocks = &m.blocks[slot * blocks];
+    for (unsigned rank = 0; rank < blocks; ++rank) {
+        const uint3 in = unravel(rank, size);
+        const uint3 index{place.x * size.x + in.x, place.y * size.y + in.y, place.z * size.z + in.z};
+        set_up_block(slot * blocks + rank, cluster, rank, index);
+    }
+    m.live += cluster.live;
+}
+
+template <typename T> void grow(std::unique_ptr<T[]>& array, size_t& have, size_t need) {
+    if (have >= need) return;
+    array = std::make_unique<T[]>(need);
+    have = need;
+}
+
+void prepare_machine(size_t clusters) {
+    Machine& m = *machine;
+    const size_t blocks = clusters * volume(m.launch->cluster);
+    const size_t padded = (volume(m.launch->block) + 31) / 32 * 32;
+    grow(m.clusters, m.num_clusters, clusters);
+    grow(m.blocks, m.num_blocks, blocks);
+    grow(m.warps, m.num_warps, blocks * padded / 32);
+    grow(m.threads, m.num_threads, blocks * padded);
+    for (size_t i = 0; i < m.num_threads; ++i) m.threads[i].state = State::kExited;
+    const Policy policies[] = {Policy::kRandom, Policy::kNewest, Policy::kOldest};
+    m.ready.reset(blocks * padded, m.shuffled ? policies[next_random(m.random) % 3] : Policy::kOldest);
+    m.offsets.assign(m.offsets.size(), 0);
+    m.static_bytes = 0;
+    m.live = 0;
+}
+
+void run_group(const std::vector<uint64_t>& clusters) {
+    Machine& m = *machine;
+    prepare_machine(clusters.size());
+    for (size_t i = 0; i < clusters.size(); ++i) set_up_cluster(i, clusters[i]);
+    m.current = pick();
+    here = &m.current->position;
+    emulator_switch(&m.scheduler, m.current->stack_pointer);
+    if (m.live > 0) report_deadlock();
+    m.current = nullptr;
+    here = nullptr;
+}
+
+uint64_t number_from_environment(const char* name, uint64_t otherwise) {
+    const char* text = getenv(name);
+    return text == nullptr ? otherwise : strtoull(text, nullptr, 10);
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------------------------
+// What device.h promises
+
+uint64_t collective(Operation operation, unsigned mask, uint64_t value, unsigned argument) {
+    Thread& me = *machine->current;
+    Warp& warp = *me.warp;
+    me.operation = operation;
+    me.mask = mask;
+    me.value = value;
+    me.argument = argument;
+    if (!(mask >> me.position.lane & 1)) fail("%s with mask %08x, which lacks the lane", name_of(operation), mask);
+    if ((mask & ~warp.live) != 0) {
+        fail("%s with mask %08x, but only %08x have not exited", name_of(operation), mask, warp.live);
+    }
+    warp.waiting |= 1u << me.position.lane;
+    if ((warp.waiting & mask) == mask && all_arrived(warp, me)) {
+        compute_results(warp, operation, mask);
+        release_warp(warp, me);
+    } else {
+        wait_in(State::kCollective);
+    }
+    return me.result;
+}
+
+unsigned active_lanes() { return 1u << machine->current->position.lane; }
+
+BarrierResult barrier(unsigned id, unsigned threads, bool predicate) {
+    Thread& me = *machine->current;
+    if (id >= kNamedBarriers) fail("barrier %u: there are %u", id, kNamedBarriers);
+    Barrier& barrier = me.block->barriers[id];
+    if (!barrier.waiting.empty() && barrier.threads != threads) {
+        fail("barrier %u waits for %u threads, not %u", id, barrier.threads, threads);
+    }
+    barrier.threads = threads;
+    barrier.ones += predicate;
+    barrier.waiting.push_back(&me);
+    if (is_full(*me.block, barrier)) {
+        release_barrier(barrier);
+    } else {
+        wait_in(State::kBarrier);
+    }
+    return me.barrier_result;
+}
+
+void cluster_arrive() {
+    Thread& me = *machine->current;
+    Cluster& cluster = *me.block->cluster;
+    me.cluster_phase = cluster.phase;
+    if (++cluster.arrived == cluster.live) release_cluster(cluster);
+}
+
+void cluster_wait() {
+    Thread& me = *machine->current;
+    Cluster& cluster = *me.block->cluster;
+    if (cluster.phase != me.cluster_phase) return;
+    cluster.waiting.push_back(&me);
+    wait_in(State::kCluster);
+}
+
+unsigned cluster_rank() { return machine->current->block->rank; }
+
+unsigned cluster_size() { return machine->current->block->cluster->size; }
+
+void* cluster_address(const void* mine, unsigned rank) {
+    const Block& block = *machine->current->block;
+    const auto offset = static_cast<const char*>(mine) - block.shared;
+    if (offset < 0 || static_cast<size_t>(offset) > kSharedPages) fail("%p is not in the block's shared memory", mine);
+    if (rank >= block.cluster->size) fail("block %u of a cluster of %u", rank, block.cluster->size);
+    return block.cluster->blocks[rank].shared + offset;
+}
+
+void yield() {
+    Machine& m = *machine;
+    if (++m.yields > kEndlessYields) fail("waits without end: no other thread does anything any more");
+    m.yielded.push_back(m.current);
+    suspend();
+}
+
+void pass_atomic() {
+    Machine& m = *machine;
+    const bool now = m.shuffled ? next_random(m.random) % 4 == 0 : ++m.atomics % kAtomicsPerYield == 0;
+    if (now) yield();
+}
+
+void check_alignment(const void* address, size_t alignment) {
+    if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
+        fail("access to %p, which is not aligned to %zu bytes", address, alignment);
+    }
+}
+
+void* dynamic_shared() { return machine->current->block->shared + kSharedPages - machine->dynamic_bytes; }
+
+unsigned new_static_shared() {
+    static unsigned variables = 0;
+    return __atomic_add_fetch(&variables, 1, __ATOMIC_RELAXED);
+}
+
+void* static_shared(unsigned variable, size_t size, size_t alignment) {
+    Machine& m = *machine;
+    if (m.offsets.size() <= variable) m.offsets.resize(variable + 1, 0);
+    size_t& end = m.offsets[variable];
+    if (end == 0) {
+        end = (m.static_bytes + alignment - 1) / alignment * alignment + size;
+        m.static_bytes = end;
+        if (end > kMaxStaticShared) fail("more than %zu bytes of static shared memory", kMaxStaticShared);
+        for (size_t i = 0; i < m.num_blocks; ++i) {
+            if (m.blocks[i].live > 0) memset(m.blocks[i].shared + end - size, kPoison, size);
+        }
+    }
+    return m.current->block->shared + end - size;
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Launches
+
+namespace {
+
+Kernel* all_kernels = nullptr;
+
+// A permutation of 0 .. count: i * step + start.
+struct Order {
+    uint64_t count, step, start;
+    uint64_t operator()(uint64_t i) const {
+        return static_cast<uint64_t>((static_cast<unsigned __int128>(i) * step + start) % count);
+    }
+};
+
+uint64_t common_divisor(uint64_t a, uint64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
+
+Order order_of(uint64_t count) {
+    if (!machine->shuffled) return {count, 1, 0};
+    uint64_t step = next_random(machine->random) % count | 1;
+    while (common_divisor(step, count) != 1) ++step;
+    return {count, step, next_random(machine->random) % count};
+}
+
+}  // namespace
+
+void add_kernel(Kernel* kernel) {
+    kernel->next = all_kernels;
+    all_kernels = kernel;
+}
+
+const Kernel* find_kernel(const char* name) {
+    for (const Kernel* kernel = all_kernels; kernel != nullptr; kernel = kernel->next) {
+        if (strcmp(kernel->name, name) == 0) return kernel;
+    }
+    return nullptr;
+}
+
+void execute(const Launch& launch) {
+    static const uint64_t seed = number_from_environment("CANDLE_MOE_EMULATOR_SEED", 0);
+    static const uint64_t resident = std::max<uint64_t>(number_from_environment("CANDLE_MOE_EMULATOR_RESIDENT", 1), 1);
+    static Machine* const the_machine = new Machine;
+    static uint64_t launches = 0;
+    machine = the_machine;
+    Machine& m = *machine;
+    m.launch = &launch;
+    m.shuffled = seed != 0;
+    m.random = seed + ++launches * 0x632be59bd9b4e019u;
+    m.dynamic_bytes = (launch.dynamic_shared + 15) / 16 * 16;
+    const uint64_t clusters = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z / volume(launch.cluster);
+    const uint64_t together = launch.cooperative ? clusters : std::min(resident, clusters);
+    const Order order = order_of(clusters);
+    std::vector<uint64_t> group;
+    for (uint64_t i = 0; i < clusters; i += together) {
+        group.clear();
+        for (uint64_t j = i; j < std::min(i + together, clusters); ++j) group.push_back(order(j));
+        run_group(group);
+    }
+    m.launch = nullptr;
+    machine = nullptr;
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Faults
+
+bool describe_current(char* text, size_t size) {
+    if (machine == nullptr || machine->launch == nullptr || here == nullptr) return false;
+    const uint3 b = here->block, t = here->thread;
+    snprintf(text, size, "kernel %s, block (%u, %u, %u), thread (%u, %u, %u)", machine->launch->kernel->name, b.x, b.y, b.z,
+             t.x, t.y, t.z);
+    return true;
+}
+
+void print_source_of(const void* code) {
+    Dl_info info;
+    if (dladdr(code, &info) == 0 || info.dli_fname == nullptr) return;
+    char command[1024];
+    const auto offset = static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase) - 1;
+    snprintf(command, sizeof command, "addr2line -C -i -f -p -s -e '%s' %#tx 1>&2", info.dli_fname, offset);
+    fprintf(stderr, "cuda emulator: at ");
+    fflush(stderr);
+    if (system(command) != 0) fprintf(stderr, "%s+%#tx\n", info.dli_fname, offset);
+}
+
+void fail(const char* format, ...) {
+    char who[256], what[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(what, sizeof what, format, arguments);
+    va_end(arguments);
+    if (describe_current(who, sizeof who)) {
+        fprintf(stderr, "\ncuda emulator: %s: %s\n", who, what);
+    } else {
+        fprintf(stderr, "\ncuda emulator: %s\n", what);
+    }
+    abort();
+}
+
+namespace {
+
+constexpr int kFaults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+struct sigaction previous[64];
+
+// Shared memory and stacks of the running group.
+void describe_place(const void* address, char* text, size_t size) {
+    Machine& m = *machine;
+    const char* at = static_cast<const char*>(address);
+    for (const char* region : m.regions) {
+        if (at < region || at >= region + kSharedPages + kPage) continue;
+        const char* what = at >= region + kSharedPages ? "past the block's dynamic shared memory"
+                                                       : "in the shared memory of a block that has exited";
+        snprintf(text, size, "%s", what);
+        return;
+    }
+    for (const char* stack : m.stacks) {
+        if (at < stack - kPage || at >= stack) continue;
+        snprintf(text, size, "the thread needs more than %zu bytes of stack", kStack);
+        return;
+    }
+    if (!describe_address(address, text, size)) snprintf(text, size, "not in device memory");
+}
+
+void on_fault(int number, siginfo_t* info, void* context) {
+    char who[256], place[256] = "";
+    if (!describe_current(who, sizeof who)) {
+        sigaction(number, &previous[number], nullptr);  // the instruction faults again
+        return;
+    }
+    auto* code = reinterpret_cast<char*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+    if (number == SIGSEGV || number == SIGBUS) {
+        describe_place(info->si_addr, place, sizeof place);
+        fprintf(stderr, "\ncuda emulator: %s: invalid access to %p: %s\n", who, info->si_addr, place);
+    } else {
+        const char* what = number == SIGFPE ? "division by zero" : "misaligned access, array index or shift out of range";
+        fprintf(stderr, "\ncuda emulator: %s: %s\n", who, what);
+    }
+    print_source_of(code + 1);
+    signal(SIGABRT, SIG_DFL);
+    abort();
+}
+
+}  // namespace
+
+void catch_faults() {
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    for (int number : kFaults) sigaction(number, &action, &previous[number]);
+}
+
+}  // namespace emulator
