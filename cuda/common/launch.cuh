@@ -5,15 +5,13 @@
 
 #include <cstdint>
 
-#ifndef MOE_DYNAMIC_SHARED
 // The dynamic shared memory of the block, 16-byte aligned.
-#define MOE_DYNAMIC_SHARED(T, name)                                 \
+#ifdef CANDLE_MOE_EMULATOR
+#define MOE_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(emulator::dynamic_shared())
+#else
+#define MOE_DYNAMIC_SHARED(T, name)                                     \
     extern __shared__ __align__(16) unsigned char moe_dynamic_shared[]; \
     T* const name = reinterpret_cast<T*>(moe_dynamic_shared)
-#endif
-
-#if defined(CANDLE_MOE_EMULATOR) && !defined(__grid_constant__)
-#define __grid_constant__
 #endif
 
 namespace moe {

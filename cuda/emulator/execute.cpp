@@ -111,6 +111,7 @@ struct Block {
     Cluster* cluster;
     unsigned rank;  // in the cluster
     unsigned live;
+    size_t slot;    // of its shared memory
     char* shared;   // static from here on, dynamic up to the guard page
     Thread* threads;
     Barrier barriers[kNamedBarriers];
@@ -177,7 +178,8 @@ struct Machine {
     std::unique_ptr<Cluster[]> clusters;
     size_t num_threads = 0, num_warps = 0, num_blocks = 0, num_clusters = 0;
     std::vector<char*> stacks;   // lowest address above the guard page
-    std::vector<char*> regions;  // shared memory
+    std::vector<char*> regions;  // shared memory, by slot
+    std::vector<bool> is_hidden;
 
     // Static shared variables of the running group: offsets by number.
     std::vector<size_t> offsets;
@@ -378,8 +380,10 @@ void release_cluster(Cluster& cluster) {
 }
 
 // No thread of a cluster may touch the shared memory of a block that has exited.
-void protect(const Block& block, int protection) {
-    if (block.cluster->size > 1 && mprotect(block.shared, kSharedPages, protection) != 0) fail("mprotect failed");
+void hide(const Block& block, bool hidden) {
+    if (machine->is_hidden[block.slot] == hidden) return;
+    if (mprotect(block.shared, kSharedPages, hidden ? PROT_NONE : PROT_READ | PROT_WRITE) != 0) fail("mprotect failed");
+    machine->is_hidden[block.slot] = hidden;
 }
 
 void exit_thread() {
@@ -399,7 +403,7 @@ void exit_thread() {
     });
     --cluster.live;
     if (cluster.live > 0 && cluster.arrived == cluster.live) release_cluster(cluster);
-    if (--block.live == 0) return protect(block, PROT_NONE);
+    if (--block.live == 0 && cluster.size > 1) return hide(block, true);
     for (Barrier& barrier : block.barriers) {
         if (barrier.threads == 0 && is_full(block, barrier)) release_barrier(barrier);
     }
@@ -461,9 +465,10 @@ void set_up_block(size_t slot, Cluster& cluster, unsigned rank, uint3 index) {
     block.rank = rank;
     block.live = threads;
     block.threads = &m.threads[slot * padded];
-    while (m.regions.size() <= slot) m.regions.push_back(new_region());
+    for (; m.regions.size() <= slot; m.is_hidden.push_back(false)) m.regions.push_back(new_region());
+    block.slot = slot;
     block.shared = m.regions[slot];
-    protect(block, PROT_READ | PROT_WRITE);
+    hide(block, false);
     memset(block.shared + kSharedPages - m.dynamic_bytes, kPoison, m.dynamic_bytes);
     for (unsigned warp = 0; warp < padded / 32; ++warp) {
         const unsigned lanes = std::min(32u, threads - warp * 32);

@@ -143,6 +143,7 @@ __device__ __forceinline__ uint32_t place_of(uint32_t e, uint32_t pitch) {
 template <int kWide, typename RowOf>
 __device__ __forceinline__ void sum_rows(const OrderShared& s, uint32_t pitch, uint32_t num_rows, uint32_t first, RowOf row_of) {
     const uint32_t columns = pitch / kWide;
+    if (columns == 0) return;
     const uint32_t groups = blockDim.x > columns ? blockDim.x / columns : 1;
     for (uint32_t i = threadIdx.x; i < columns * groups; i += blockDim.x) {
         const uint32_t column = i % columns, group = i / columns;
@@ -297,7 +298,7 @@ __device__ __forceinline__ void place_in_cluster(const OrderArguments& o, const 
 }
 
 // What follows when all warps have counted. Not inlined: the kernels that count are many.
-static __device__ __noinline__ void finish_chunk(const OrderArguments& o, uint32_t* memory) {
+static __device__ __attribute__((noinline)) void finish_chunk(const OrderArguments& o, uint32_t* memory) {
     const uint32_t pitch = pitch_of(o), lane = threadIdx.x % 32;
     const OrderShared s(memory, pitch);
     scan_warps(s, pitch);

@@ -76,11 +76,13 @@ __device__ void weigh_any(const RoutingArguments& a, const T* row, const float* 
     };
     float sum = 0.0f;
     if (method == kDefault) {
-        for (uint32_t e = lane; e < a.num_experts; e += 32) sum += part(to_float(row[int64_t(e) * a.stride_expert]));
+        double all = 0.0;  // as the CPU: rows are long
+        for (uint32_t e = lane; e < a.num_experts; e += 32) all += part(to_float(row[int64_t(e) * a.stride_expert]));
+        sum = static_cast<float>(warp_sum(all));
     } else {
         for (uint32_t k = lane; k < a.top_k; k += 32) sum += part(chosen[k]);
+        sum = warp_sum(sum);
     }
-    sum = warp_sum(sum);
     if (method == kSigmoidAlone) sum = 1.0f;
     if (method == kSigmoidOverSum) sum = __fadd_rn(sum, kEpsilon);
     const bool scaled = method == kSigmoidOverSum || method == kRootSoftplusOverSum;

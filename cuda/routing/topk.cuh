@@ -69,7 +69,9 @@ __device__ __forceinline__ float score_of(float logit) {
     return kScore == kSigmoid ? sigmoid(logit) : kScore == kRootSoftplus ? root_softplus(logit) : logit;
 }
 
-__device__ __forceinline__ float warp_sum(float v) {
+// The same bits in all lanes, and those of lane_sum() of the CPU.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T v) {
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(kAllLanes, v, d);
     return v;
@@ -203,12 +205,12 @@ __device__ __forceinline__ Chosen choose_narrow(const RoutingArguments& a, const
     Chosen chosen{0, 0.0f, 1.0f};
     if (a.weight == kDefault) {
         const float best = narrow_value_of<T>(__reduce_max_sync(kAllLanes, head) >> 16);
-        float sum = 0.0f;
+        double sum = 0.0;  // as the CPU: rows are long
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             if (lane * N + i < a.num_experts) sum += share(to_float(logits[i]), best);
         }
-        chosen.denominator = warp_sum(sum);
+        chosen.denominator = static_cast<float>(warp_sum(sum));
     }
     uint32_t mine = 0;
     for (uint32_t k = 0; k < a.top_k; ++k) {
@@ -298,12 +300,12 @@ __device__ __forceinline__ Chosen choose_wide(const RoutingArguments& a, const T
     Chosen chosen{0, 0.0f, 1.0f};
     if (a.weight == kDefault) {
         const float best = value_of(__reduce_max_sync(kAllLanes, head));
-        float sum = 0.0f;
+        double sum = 0.0;  // as the CPU: rows are long
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             if (lane * N + i < a.num_experts) sum += share(to_float(logits[i]), best);
         }
-        chosen.denominator = warp_sum(sum);
+        chosen.denominator = static_cast<float>(warp_sum(sum));
     }
     for (uint32_t k = 0; k < a.top_k; ++k) {
         const uint32_t winner = __reduce_max_sync(kAllLanes, head);

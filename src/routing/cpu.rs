@@ -165,14 +165,15 @@ fn weigh(method: RoutingMethod, all: &[f32], chosen: &mut [f32]) {
         RoutingMethod::Default => softmax_of(all, chosen),
         RoutingMethod::Renormalize | RoutingMethod::RenormalizeNaive => {
             let best = chosen[0];
-            let denominator = denominator(chosen, best);
-            chosen.iter_mut().for_each(|w| *w = share(*w, best) / denominator);
+            chosen.iter_mut().for_each(|w| *w = share(*w, best));
+            let sum = lane_sum(chosen);
+            chosen.iter_mut().for_each(|w| *w /= sum);
         }
         RoutingMethod::Llama4 => chosen.iter_mut().for_each(|w| *w = sigmoid_or_zero(*w)),
         RoutingMethod::MiniMax2 | RoutingMethod::DeepSeekV3 { .. } => {
             let factor = method.routed_scaling_factor();
             chosen.iter_mut().for_each(|w| *w = sigmoid_or_zero(*w));
-            let sum = chosen.iter().sum::<f32>() + EPSILON;
+            let sum = lane_sum(chosen) + EPSILON;
             chosen.iter_mut().for_each(|w| *w = *w / sum * factor);
         }
         RoutingMethod::DeepSeekV4 { routed_scaling_factor } => {
@@ -185,7 +186,7 @@ fn weigh(method: RoutingMethod, all: &[f32], chosen: &mut [f32]) {
         }
         RoutingMethod::SigmoidRenorm => {
             chosen.iter_mut().for_each(|w| *w = sigmoid_or_zero(*w));
-            let sum = chosen.iter().sum::<f32>();
+            let sum = lane_sum(chosen);
             chosen.iter_mut().for_each(|w| *w /= sum);
         }
     }
@@ -208,19 +209,29 @@ fn root_softplus_shares(chosen: &mut [f32]) {
         _ => root_softplus(logit),
     };
     chosen.iter_mut().for_each(|w| *w = value(*w));
-    let sum = chosen.iter().sum::<f32>();
+    let sum = lane_sum(chosen);
     chosen.iter_mut().for_each(|w| *w /= sum);
 }
 
 /// Softmax over `all`, at the `chosen` logits.
 fn softmax_of(all: &[f32], chosen: &mut [f32]) {
     let best = chosen[0];
-    let denominator = denominator(all, best);
+    // In double precision, since rows are long.
+    let denominator = all.iter().map(|&l| f64::from(share(l, best))).sum::<f64>() as f32;
     chosen.iter_mut().for_each(|w| *w = share(*w, best) / denominator);
 }
 
-fn denominator(logits: &[f32], best: f32) -> f32 {
-    logits.iter().map(|&l| share(l, best)).sum()
+/// The sum in the order in which a warp adds up, so that weights have the same bits on CUDA: 32 lanes in turn, then halves.
+fn lane_sum(values: &[f32]) -> f32 {
+    let mut lanes = [0f32; 32];
+    for row in values.chunks(lanes.len()) {
+        lanes.iter_mut().zip(row).for_each(|(lane, value)| *lane += value);
+    }
+    for half in [16, 8, 4, 2, 1] {
+        let (low, high) = lanes.split_at_mut(half);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+    }
+    lanes[0]
 }
 
 /// The part of a logit in a softmax whose largest logit is `best`, before the division.

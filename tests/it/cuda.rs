@@ -40,8 +40,13 @@ fn any_number_of_tokens_is_routed_and_ordered() {
             let options = OrderOptions { tile_rows: Some(16), ..Default::default() };
             let expected = RoutedOrder::new(&router, &first(&all), &options).unwrap();
             let found = RoutedOrder::new(&router, &first(&on_device), &options).unwrap();
-            assert_same_routing(&router.route(&first(&on_device)).unwrap(), &expected.routing, &context);
-            assert_same_routing(&found.routing, &expected.routing, &context);
+            assert_same_routing(
+                &router.route(&first(&on_device)).unwrap(),
+                &expected.routing,
+                router.method(),
+                &context,
+            );
+            assert_same_routing(&found.routing, &expected.routing, router.method(), &context);
             assert_same_order(&found.order, &expected.order, &context);
             let (found, expected) = (found.tiles.unwrap(), expected.tiles.unwrap());
             let values = |tensor: &Tensor| to_host(tensor).to_vec1::<u32>().unwrap();
@@ -239,7 +244,7 @@ fn a_captured_graph_routes_whatever_its_inputs_hold() {
             let options = OrderOptions { num_valid_tokens, ..Default::default() };
             let expected = RoutedOrder::new(&router, &logits, &options).unwrap();
             let context = format!("{num_valid} of {num_tokens} tokens");
-            assert_same_routing(&routed.routing, &expected.routing, &context);
+            assert_same_routing(&routed.routing, &expected.routing, router.method(), &context);
             assert_same_order(&routed.order, &expected.order, &context);
         }
     }
