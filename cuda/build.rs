@@ -8,6 +8,8 @@
 
 use std::env;
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::thread;
@@ -50,9 +52,14 @@ fn main() {
     }
 }
 
-/// Compiles `cuda/ROOM/NAME.cu` to `OUT_DIR/ROOM_NAME.fatbin`.
+/// Compiles `cuda/ROOM/NAME.cu` to `OUT_DIR/ROOM_NAME.fatbin`, unless it was compiled from the same text in the same way.
 fn compile(nvcc: &Path, targets: &[String], out: &Path, room: &str, name: &str) -> Result<(), String> {
     let source = format!("cuda/{room}/{name}.cu");
+    let compiled_from = out.join(format!("{room}_{name}.from"));
+    let fingerprint = fingerprint(nvcc, targets, Path::new(&source)).map_err(|error| error.to_string())?;
+    if fs::read_to_string(&compiled_from).is_ok_and(|old| old == fingerprint) {
+        return Ok(());
+    }
     let output = Command::new(nvcc)
         .args(["-O3", "--std=c++17", "-fatbin", "-lineinfo", "-Xptxas", "-v", "-I", "cuda"])
         // Routing must give the bits of the CPU.
@@ -70,7 +77,33 @@ fn compile(nvcc: &Path, targets: &[String], out: &Path, room: &str, name: &str) 
     if env::var_os("CANDLE_MOE_CUDA_VERBOSE").is_some_and(|value| value == "1") {
         report.lines().for_each(|line| println!("cargo:warning={line}"));
     }
-    fs::write(out.join(format!("{room}_{name}.txt")), report.as_bytes()).map_err(|error| error.to_string())
+    fs::write(out.join(format!("{room}_{name}.txt")), report.as_bytes())
+        .and_then(|()| fs::write(compiled_from, fingerprint))
+        .map_err(|error| error.to_string())
+}
+
+/// All that the machine code follows from: this script, the compiler, the targets, the source and every header.
+fn fingerprint(nvcc: &Path, targets: &[String], source: &Path) -> io::Result<String> {
+    let mut files = vec![PathBuf::from("cuda/build.rs"), source.to_path_buf()];
+    for room in fs::read_dir("cuda")? {
+        let room = room?.path();
+        if room.is_dir() {
+            let headers = fs::read_dir(room)?.collect::<io::Result<Vec<_>>>()?;
+            files.extend(
+                headers
+                    .into_iter()
+                    .map(|entry| entry.path())
+                    .filter(|path| path.extension().is_some_and(|e| e == "cuh")),
+            );
+        }
+    }
+    files.sort();
+    let mut hasher = DefaultHasher::new();
+    (nvcc, fs::metadata(nvcc)?.modified()?, targets).hash(&mut hasher);
+    for file in files {
+        (&file, fs::read(&file)?).hash(&mut hasher);
+    }
+    Ok(format!("{:016x}", hasher.finish()))
 }
 
 /// The requested compute capabilities, ascending.

@@ -216,9 +216,13 @@ fn root_softplus_shares(chosen: &mut [f32]) {
 /// Softmax over `all`, at the `chosen` logits.
 fn softmax_of(all: &[f32], chosen: &mut [f32]) {
     let best = chosen[0];
-    // In double precision, since rows are long.
-    let denominator = all.iter().map(|&l| f64::from(share(l, best))).sum::<f64>() as f32;
+    let denominator = denominator(all, best);
     chosen.iter_mut().for_each(|w| *w = share(*w, best) / denominator);
+}
+
+/// Added up in double precision, since rows are long.
+fn denominator(logits: &[f32], best: f32) -> f32 {
+    logits.iter().map(|&l| f64::from(share(l, best))).sum::<f64>() as f32
 }
 
 /// The sum in the order in which a warp adds up, so that weights have the same bits on CUDA: 32 lanes in turn, then halves.
