@@ -492,11 +492,12 @@ EXPORT CUresult cuMemAlloc(CUdeviceptr* address, size_t bytes) {
     });
 }
 
-// While a stream is captured, memory is handed out at once, and belongs to the graph for good.
+// Nothing is a null pointer, unlike for cuMemAlloc. While a stream is captured, memory is handed out at once, and belongs to
+// the graph for good.
 EXPORT CUresult cuMemAllocAsync(CUdeviceptr* address, size_t bytes, CUstream) {
     const Guard guard(the_lock);
     if (const CUresult result = check_context(); result != CUDA_SUCCESS) return result;
-    if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+    if (bytes == 0) return *address = 0, CUDA_SUCCESS;
     void* start = emulator::allocate(bytes);
     *address = reinterpret_cast<CUdeviceptr>(start);
     return start == nullptr ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
