@@ -9,6 +9,8 @@
 // are not here. Approximate functions (__expf, rsqrtf) are more exact than on a device.
 #pragma once
 
+#include <math.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

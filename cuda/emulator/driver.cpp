@@ -32,6 +32,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -58,6 +59,7 @@ struct CUgraph_st {
     std::vector<Work> work;
     bool invalid = false;
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+    std::thread::id thread = std::this_thread::get_id();
 };
 
 struct CUgraphExec_st {
@@ -107,6 +109,8 @@ CUresult check_no_capture() {
     for (const auto& weak : captures) {
         const auto capture = weak.lock();
         if (!capture || capture->mode == CU_STREAM_CAPTURE_MODE_RELAXED) continue;
+        const bool is_mine = capture->thread == std::this_thread::get_id();
+        if (capture->mode == CU_STREAM_CAPTURE_MODE_THREAD_LOCAL && !is_mine) continue;
         capture->invalid = true;
         result = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     }

@@ -1,8 +1,9 @@
 // Runs kernels on the CPU: every thread of a block is a fiber, which runs until it meets a warp collective or a barrier and
 // then hands over to the next fiber that can run. The blocks of a cluster run together, other blocks one after another.
 //
-// CANDLE_MOE_EMULATOR_SEED=n, n > 0: shuffles the order of blocks and the order in which fibers go on (at random, newest
-// first or oldest first, by turns), and interrupts threads at atomics, so that a missing barrier shows as a wrong result.
+// CANDLE_MOE_EMULATOR_SEED=n, n > 0: shuffles the order of blocks and the order in which fibers go on (at random, warp after
+// warp as far as each can, or all warps in turn), and interrupts threads at atomics, so that a missing barrier shows as a
+// wrong result.
 // CANDLE_MOE_EMULATOR_RESIDENT=n: n clusters (or blocks) run side by side instead of one.
 //
 // What no device promises to survive ends the program with a message that names the kernel, block and thread: lanes that
@@ -81,9 +82,6 @@ struct Thread {
     Block* block;
     Warp* warp;
     State state;
-    Operation operation;  // of the collective that it waits in
-    unsigned mask, argument;
-    uint64_t value, result;
     BarrierResult barrier_result;
     unsigned cluster_phase;
 };
@@ -92,6 +90,12 @@ struct Warp {
     Thread* threads;
     unsigned live;     // lanes that have not exited
     unsigned waiting;  // lanes in a collective
+    unsigned ready;    // lanes that can go on
+    bool queued;
+    // What lanes brought to their last collective, and what it gave.
+    Operation operations[32];
+    unsigned masks[32], arguments[32];
+    uint64_t values[32], results[32];
 };
 
 struct Barrier {
@@ -120,8 +124,22 @@ struct Block {
 // Shared memory of a block: [static | ... | dynamic][guard page].
 constexpr size_t kSharedPages = (kMaxStaticShared + kMaxShared + kPage) / kPage * kPage;
 
-enum class Policy { kOldest, kNewest, kRandom };
+uint64_t next_random(uint64_t& state) {
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
 
+// Which thread goes on: one of the warp that was queued last, by lane; one of each warp in turn; any.
+enum class Policy { kDeep, kWide, kRandom };
+
+Thread* take(Warp& warp, unsigned lane) {
+    warp.ready &= ~(1u << lane);
+    return &warp.threads[lane];
+}
+
+// The warps that have a lane that can go on.
 class ReadyQueue {
 public:
     void reset(size_t capacity, Policy policy) {
@@ -132,30 +150,40 @@ public:
         policy_ = policy;
     }
     bool empty() const { return count_ == 0; }
-    void push(Thread* thread) { at(count_++) = thread; }
+    bool is_deep() const { return policy_ == Policy::kDeep; }
+    void push(Warp& warp) {
+        if (warp.queued) return;
+        warp.queued = true;
+        at(count_++) = &warp;
+    }
+    // Null where the warp that was looked at has no such lane any more.
     Thread* pop(uint64_t& random);
 
 private:
-    Thread*& at(size_t i) { return ring_[(first_ + i) & (ring_.size() - 1)]; }
+    Warp*& at(size_t i) { return ring_[(first_ + i) & (ring_.size() - 1)]; }
+    // Of the first warp where the policy is wide, else of the last.
+    void drop(Warp& warp) {
+        if (policy_ == Policy::kWide) ++first_;
+        --count_;
+        warp.queued = false;
+    }
 
-    std::vector<Thread*> ring_;
+    std::vector<Warp*> ring_;
     size_t first_ = 0, count_ = 0;
-    Policy policy_ = Policy::kOldest;
+    Policy policy_ = Policy::kDeep;
 };
 
-uint64_t next_random(uint64_t& state) {
-    uint64_t z = state += 0x9e3779b97f4a7c15u;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
-    return z ^ z >> 31;
-}
-
 Thread* ReadyQueue::pop(uint64_t& random) {
-    if (policy_ == Policy::kNewest) return at(--count_);
-    if (policy_ == Policy::kRandom) std::swap(at(0), at(next_random(random) % count_));
-    Thread* thread = at(0);
-    ++first_;
-    --count_;
+    if (policy_ == Policy::kRandom) std::swap(at(count_ - 1), at(next_random(random) % count_));
+    Warp& warp = policy_ == Policy::kWide ? *at(0) : *at(count_ - 1);
+    unsigned lanes = warp.ready;
+    if (lanes == 0) return drop(warp), nullptr;
+    if (policy_ == Policy::kRandom) {
+        for (auto skip = next_random(random) % __builtin_popcount(lanes); skip > 0; --skip) lanes &= lanes - 1;
+    }
+    Thread* thread = take(warp, static_cast<unsigned>(__builtin_ctz(lanes)));
+    if (policy_ == Policy::kWide || warp.ready == 0) drop(warp);
+    if (warp.ready != 0) push(warp);
     return thread;
 }
 
@@ -204,26 +232,30 @@ __attribute__((noinline)) const char* name_of(Operation operation) {
 // Fibers
 
 void make_ready(Thread& thread) {
-    thread.state = State::kReady;
-    machine->ready.push(&thread);
+    thread.warp->ready |= 1u << thread.position.lane;
+    machine->ready.push(*thread.warp);
 }
 
 // The next thread to run; null where none can.
-Thread* pick() {
+__attribute__((noinline)) Thread* pick() {
     Machine& m = *machine;
-    if (m.ready.empty()) {
-        for (Thread* thread : m.yielded) m.ready.push(thread);
-        m.yielded.clear();
-        if (m.ready.empty()) return nullptr;
+    for (;;) {
+        if (m.ready.empty()) {
+            for (Thread* thread : m.yielded) make_ready(*thread);
+            m.yielded.clear();
+            if (m.ready.empty()) return nullptr;
+        }
+        if (Thread* thread = m.ready.pop(m.random)) return thread;
     }
-    return m.ready.pop(m.random);
 }
 
 // Hands over; comes back when somebody has made this thread ready.
 void suspend() {
     Machine& m = *machine;
     Thread* self = m.current;
-    Thread* next = pick();
+    Warp& warp = *self->warp;
+    const bool stay = warp.ready != 0 && m.ready.is_deep();
+    Thread* next = stay ? take(warp, static_cast<unsigned>(__builtin_ctz(warp.ready))) : pick();
     if (next == self) return;
     if (next == nullptr) {
         emulator_switch(&self->stack_pointer, m.scheduler);
@@ -288,18 +320,18 @@ uint64_t fold(Operation operation, uint64_t a, uint64_t b) {
     }
 }
 
-template <typename Visit> void for_lanes(const Warp& warp, unsigned mask, Visit&& visit) {
-    for (unsigned rest = mask; rest != 0; rest &= rest - 1) visit(warp.threads[__builtin_ctz(rest)]);
+template <typename Visit> void for_lanes(unsigned mask, Visit&& visit) {
+    for (unsigned rest = mask; rest != 0; rest &= rest - 1) visit(static_cast<unsigned>(__builtin_ctz(rest)));
 }
 
 unsigned lanes_of_value(const Warp& warp, unsigned mask, uint64_t value) {
     unsigned lanes = 0;
-    for_lanes(warp, mask, [&](Thread& lane) { lanes |= unsigned(lane.value == value) << lane.position.lane; });
+    for_lanes(mask, [&](unsigned lane) { lanes |= unsigned(warp.values[lane] == value) << lane; });
     return lanes;
 }
 
 uint64_t common_result(const Warp& warp, Operation operation, unsigned mask) {
-    const uint64_t first = warp.threads[__builtin_ctz(mask)].value;
+    const uint64_t first = warp.values[__builtin_ctz(mask)];
     switch (operation) {
         case Operation::kSync: return 0;
         case Operation::kBallot: return lanes_of_value(warp, mask, 1);
@@ -309,49 +341,71 @@ uint64_t common_result(const Warp& warp, Operation operation, unsigned mask) {
         default: break;
     }
     uint64_t result = first;
-    for_lanes(warp, mask & (mask - 1), [&](Thread& lane) { result = fold(operation, result, lane.value); });
+    for_lanes(mask & (mask - 1), [&](unsigned lane) { result = fold(operation, result, warp.values[lane]); });
     return result;
 }
 
-void compute_results(const Warp& warp, Operation operation, unsigned mask) {
+void compute_results(Warp& warp, Operation operation, unsigned mask) {
     if (operation == Operation::kShuffle) {
-        for_lanes(warp, mask, [&](Thread& lane) {
-            if (!(mask >> lane.argument & 1)) {
-                fail("lane %u shuffles from lane %u, which is not in mask %08x", lane.position.lane, lane.argument, mask);
-            }
-            lane.result = warp.threads[lane.argument].value;
+        for_lanes(mask, [&](unsigned lane) {
+            const unsigned from = warp.arguments[lane];
+            if (!(mask >> from & 1)) fail("lane %u shuffles from lane %u, which is not in mask %08x", lane, from, mask);
+            warp.results[lane] = warp.values[from];
         });
     } else if (operation == Operation::kMatchAny) {
-        for_lanes(warp, mask, [&](Thread& lane) { lane.result = lanes_of_value(warp, mask, lane.value); });
+        for_lanes(mask, [&](unsigned lane) { warp.results[lane] = lanes_of_value(warp, mask, warp.values[lane]); });
     } else {
         const uint64_t result = common_result(warp, operation, mask);
-        for_lanes(warp, mask, [&](Thread& lane) { lane.result = result; });
+        for_lanes(mask, [&](unsigned lane) { warp.results[lane] = result; });
     }
 }
 
-// Whether all lanes of `me.mask` wait in the same collective. Lanes that can never meet end the program.
-bool all_arrived(const Warp& warp, const Thread& me) {
+// Whether all lanes of the lane's mask wait in the same collective. Lanes that can never meet end the program.
+bool all_arrived(const Warp& warp, unsigned me) {
+    const unsigned mask = warp.masks[me];
+    const Operation operation = warp.operations[me];
     bool same = true;
-    for_lanes(warp, me.mask, [&](const Thread& lane) {
-        if (lane.mask == me.mask && lane.operation == me.operation) return;
-        if (lane.mask >> me.position.lane & 1) {
-            fail("%s with mask %08x meets lane %u in %s with mask %08x", name_of(me.operation), me.mask,
-                 lane.position.lane, name_of(lane.operation), lane.mask);
+    for_lanes(mask, [&](unsigned lane) {
+        if (warp.masks[lane] == mask && warp.operations[lane] == operation) return;
+        if (warp.masks[lane] >> me & 1) {
+            fail("%s with mask %08x meets lane %u in %s with mask %08x", name_of(operation), mask, lane,
+                 name_of(warp.operations[lane]), warp.masks[lane]);
         }
         same = false;
     });
     return same;
 }
 
-void release_warp(Warp& warp, Thread& me) {
-    warp.waiting &= ~me.mask;
-    for_lanes(warp, me.mask & ~(1u << me.position.lane), [](Thread& lane) { make_ready(lane); });
+// All lanes of the mask but this one, which runs, can go on.
+void release_warp(Warp& warp, unsigned mask, unsigned me) {
+    warp.waiting &= ~mask;
+    const unsigned others = mask & ~(1u << me);
+    if (others == 0) return;
+    warp.ready |= others;
+    machine->ready.push(warp);
 }
 
-void wait_in(State state) {
-    machine->current->state = state;
+// Called by the last lane that the mask may have waited for.
+__attribute__((noinline)) bool finish_collective(Warp& warp, unsigned me) {
+    if (!all_arrived(warp, me)) return false;
+    const unsigned mask = warp.masks[me];
+    compute_results(warp, warp.operations[me], mask);
+    release_warp(warp, mask, me);
+    return true;
+}
+
+[[noreturn]] __attribute__((noinline)) void refuse_mask(const Warp& warp, unsigned me) {
+    const char* name = name_of(warp.operations[me]);
+    const unsigned mask = warp.masks[me];
+    if (!(mask >> me & 1)) fail("%s with mask %08x, which lacks the lane", name, mask);
+    fail("%s with mask %08x, but only %08x have not exited", name, mask, warp.live);
+}
+
+void wait_in(Thread& me, State state) {
+    me.state = state;
     machine->yields = 0;
     suspend();
+    me.state = State::kReady;
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -396,9 +450,9 @@ void exit_thread() {
     m.yields = 0;
     --m.live;
     warp.live &= ~(1u << me.position.lane);
-    for_lanes(warp, warp.waiting, [&](const Thread& lane) {
-        if (lane.mask >> me.position.lane & 1) {
-            fail("the thread exits while lane %u waits for it in %s", lane.position.lane, name_of(lane.operation));
+    for_lanes(warp.waiting, [&](unsigned lane) {
+        if (warp.masks[lane] >> me.position.lane & 1) {
+            fail("the thread exits while lane %u waits for it in %s", lane, name_of(warp.operations[lane]));
         }
     });
     --cluster.live;
@@ -414,9 +468,11 @@ void exit_thread() {
 
 void describe_wait(const Thread& thread, char* text, size_t size) {
     switch (thread.state) {
-        case State::kCollective:
-            snprintf(text, size, "%s with mask %08x", name_of(thread.operation), thread.mask);
+        case State::kCollective: {
+            const unsigned lane = thread.position.lane;
+            snprintf(text, size, "%s with mask %08x", name_of(thread.warp->operations[lane]), thread.warp->masks[lane]);
             return;
+        }
         case State::kBarrier: snprintf(text, size, "a barrier of its block"); return;
         case State::kCluster: snprintf(text, size, "the barrier of its cluster"); return;
         default: snprintf(text, size, "nothing"); return;
@@ -456,6 +512,13 @@ void set_up_thread(Block& block, uint3 block_index, unsigned number, size_t glob
     make_ready(thread);
 }
 
+void set_up_warp(Warp& warp, Thread* threads, unsigned lanes) {
+    warp.threads = threads;
+    warp.live = lanes == 32 ? ~0u : (1u << lanes) - 1;
+    warp.waiting = warp.ready = 0;
+    warp.queued = false;
+}
+
 void set_up_block(size_t slot, Cluster& cluster, unsigned rank, uint3 index) {
     Machine& m = *machine;
     const unsigned threads = volume(m.launch->block);
@@ -472,7 +535,7 @@ void set_up_block(size_t slot, Cluster& cluster, unsigned rank, uint3 index) {
     memset(block.shared + kSharedPages - m.dynamic_bytes, kPoison, m.dynamic_bytes);
     for (unsigned warp = 0; warp < padded / 32; ++warp) {
         const unsigned lanes = std::min(32u, threads - warp * 32);
-        m.warps[(slot * padded) / 32 + warp] = {&block.threads[warp * 32], lanes == 32 ? ~0u : (1u << lanes) - 1, 0};
+        set_up_warp(m.warps[slot * padded / 32 + warp], &block.threads[warp * 32], lanes);
     }
     for (unsigned i = 0; i < threads; ++i) set_up_thread(block, index, i, slot * padded + i);
     for (unsigned i = threads; i < padded; ++i) block.threads[i].state = State::kExited;
@@ -511,8 +574,8 @@ void prepare_machine(size_t clusters) {
     grow(m.warps, m.num_warps, blocks * padded / 32);
     grow(m.threads, m.num_threads, blocks * padded);
     for (size_t i = 0; i < m.num_threads; ++i) m.threads[i].state = State::kExited;
-    const Policy policies[] = {Policy::kRandom, Policy::kNewest, Policy::kOldest};
-    m.ready.reset(blocks * padded, m.shuffled ? policies[next_random(m.random) % 3] : Policy::kOldest);
+    const Policy policies[] = {Policy::kRandom, Policy::kDeep, Policy::kWide};
+    m.ready.reset(blocks * padded / 32, m.shuffled ? policies[next_random(m.random) % 3] : Policy::kDeep);
     m.offsets.assign(m.offsets.size(), 0);
     m.static_bytes = 0;
     m.live = 0;
@@ -541,24 +604,18 @@ uint64_t number_from_environment(const char* name, uint64_t otherwise) {
 // What device.h promises
 
 uint64_t collective(Operation operation, unsigned mask, uint64_t value, unsigned argument) {
-    Thread& me = *machine->current;
-    Warp& warp = *me.warp;
-    me.operation = operation;
-    me.mask = mask;
-    me.value = value;
-    me.argument = argument;
-    if (!(mask >> me.position.lane & 1)) fail("%s with mask %08x, which lacks the lane", name_of(operation), mask);
-    if ((mask & ~warp.live) != 0) {
-        fail("%s with mask %08x, but only %08x have not exited", name_of(operation), mask, warp.live);
-    }
-    warp.waiting |= 1u << me.position.lane;
-    if ((warp.waiting & mask) == mask && all_arrived(warp, me)) {
-        compute_results(warp, operation, mask);
-        release_warp(warp, me);
-    } else {
-        wait_in(State::kCollective);
-    }
-    return me.result;
+    Thread& thread = *machine->current;
+    Warp& warp = *thread.warp;
+    const unsigned me = thread.position.lane;
+    warp.operations[me] = operation;
+    warp.masks[me] = mask;
+    warp.values[me] = value;
+    warp.arguments[me] = argument;
+    if ((mask & ~warp.live) != 0 || !(mask >> me & 1)) refuse_mask(warp, me);
+    warp.waiting |= 1u << me;
+    const bool finished = (warp.waiting & mask) == mask && finish_collective(warp, me);
+    if (!finished) wait_in(thread, State::kCollective);
+    return warp.results[me];
 }
 
 unsigned active_lanes() { return 1u << machine->current->position.lane; }
@@ -576,7 +633,7 @@ BarrierResult barrier(unsigned id, unsigned threads, bool predicate) {
     if (is_full(*me.block, barrier)) {
         release_barrier(barrier);
     } else {
-        wait_in(State::kBarrier);
+        wait_in(me, State::kBarrier);
     }
     return me.barrier_result;
 }
@@ -593,7 +650,7 @@ void cluster_wait() {
     Cluster& cluster = *me.block->cluster;
     if (cluster.phase != me.cluster_phase) return;
     cluster.waiting.push_back(&me);
-    wait_in(State::kCluster);
+    wait_in(me, State::kCluster);
 }
 
 unsigned cluster_rank() { return machine->current->block->rank; }
