@@ -15,8 +15,13 @@ use std::process::{Command, exit};
 use std::thread;
 
 /// The kernels: room and file.
-const KERNELS: [(&str, &str); 4] =
-    [("routing", "topk"), ("order", "order"), ("order", "routed"), ("perfect_router", "logits")];
+const KERNELS: [(&str, &str); 5] = [
+    ("routing", "topk"),
+    ("routing", "backward"),
+    ("order", "order"),
+    ("order", "routed"),
+    ("perfect_router", "logits"),
+];
 
 /// Least compute capability that the kernels are written for.
 const LEAST: u32 = 80;

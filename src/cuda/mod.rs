@@ -18,6 +18,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Binary {
     Routing,
+    RoutingBackward,
     Order,
     Routed,
     PerfectRouter,
@@ -32,6 +33,7 @@ impl Binary {
         }
         match self {
             Self::Routing => built!("routing_topk"),
+            Self::RoutingBackward => built!("routing_backward"),
             Self::Order => built!("order_order"),
             Self::Routed => built!("order_routed"),
             Self::PerfectRouter => built!("perfect_router_logits"),

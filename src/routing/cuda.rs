@@ -4,10 +4,12 @@ use super::{OP, Router, RoutingMethod};
 use crate::cuda::{Binary, Buffer, Launch, Section, checked_shared, launch, slice_of};
 use crate::host::checked_product;
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop,
 };
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
 /// Threads of a block of the kernels that give a warp to each token.
@@ -157,6 +159,92 @@ pub(crate) fn write_weights(
         })?;
     }
     Ok(CudaStorage::wrap_cuda_slice(weights, device.clone()))
+}
+
+/// What the kernels of the gradient are told; `BackwardArguments` of the source.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct BackwardArguments {
+    logits: u64,
+    topk_ids: u64,
+    topk_weights: u64,
+    grad_weights: u64,
+    grad_logits: u64,
+    stride_token: i64,
+    stride_expert: i64,
+    num_tokens: u64,
+    num_experts: u32,
+    top_k: u32,
+    weight: i32,
+    factor: f32,
+}
+
+// SAFETY: plain numbers and device addresses, in the C layout of the kernels' parameter.
+unsafe impl DeviceRepr for BackwardArguments {}
+
+/// The gradient of the logits, contiguous and in their dtype, from that of the weights.
+pub(super) fn backward(
+    device: &CudaDevice,
+    router: &Router,
+    logits: &Tensor,
+    topk_ids: &Tensor,
+    topk_weights: &Tensor,
+    grad: &Tensor,
+) -> Result<Tensor> {
+    match logits.dtype() {
+        DType::F16 => backward_as::<f16>(device, router, logits, topk_ids, topk_weights, grad),
+        DType::BF16 => backward_as::<bf16>(device, router, logits, topk_ids, topk_weights, grad),
+        _ => backward_as::<f32>(device, router, logits, topk_ids, topk_weights, grad),
+    }
+}
+
+fn backward_as<L: CudaDType + DeviceRepr>(
+    device: &CudaDevice,
+    router: &Router,
+    logits: &Tensor,
+    topk_ids: &Tensor,
+    topk_weights: &Tensor,
+    grad: &Tensor,
+) -> Result<Tensor> {
+    let (num_tokens, num_experts) = logits.dims2()?;
+    // SAFETY: the kernel writes every element before anything reads it.
+    let mut grad_logits = unsafe { device.alloc::<L>(logits.elem_count().max(1))? };
+    if num_tokens > 0 {
+        let stream = device.cuda_stream();
+        let (topk_ids, topk_weights) = (topk_ids.contiguous()?, topk_weights.contiguous()?);
+        let grad = grad.to_dtype(DType::F32)?.contiguous()?;
+        let (ids, weights, grad) =
+            (topk_ids.storage_and_layout(), topk_weights.storage_and_layout(), grad.storage_and_layout());
+        let dtype = logits.dtype();
+        let (logits, layout) = logits.storage_and_layout();
+        let offset = |layout: &Layout, size: usize| (layout.start_offset() * size) as u64;
+        let (ids_ptr, _ids) = slice_of::<u32>(&ids.0, OP, "topk_ids")?.device_ptr(&stream);
+        let (weights_ptr, _weights) = slice_of::<f32>(&weights.0, OP, "topk_weights")?.device_ptr(&stream);
+        let (grad_ptr, _grad) = slice_of::<f32>(&grad.0, OP, "the gradient")?.device_ptr(&stream);
+        let (logits_ptr, _logits) = slice_of::<L>(&logits, OP, "router_logits")?.device_ptr(&stream);
+        let (grad_logits, _grad_logits) = grad_logits.device_ptr_mut(&stream);
+        let arguments = BackwardArguments {
+            logits: logits_ptr + offset(layout, size_of::<L>()),
+            topk_ids: ids_ptr + offset(ids.1, size_of::<u32>()),
+            topk_weights: weights_ptr + offset(weights.1, size_of::<f32>()),
+            grad_weights: grad_ptr + offset(grad.1, size_of::<f32>()),
+            grad_logits,
+            stride_token: layout.stride()[0] as i64,
+            stride_expert: layout.stride()[1] as i64,
+            num_tokens: num_tokens as u64,
+            num_experts: num_experts as u32,
+            top_k: router.top_k as u32,
+            weight: parts(router.method).1,
+            factor: router.method.routed_scaling_factor(),
+        };
+        let how = Launch::new(num_tokens.div_ceil(ROW_THREADS as usize / 32), ROW_THREADS, 0);
+        let name = format!("backward_{}", dtype.as_str());
+        // SAFETY: `BackwardArguments` is the kernel's parameter; logits and their gradient have the shape that it is told,
+        // the other three are contiguous with `num_tokens` rows of `top_k`.
+        unsafe { launch(device, Binary::RoutingBackward, &name, how, arguments)? };
+    }
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(grad_logits, device.clone()));
+    Ok(Tensor::from_storage(storage, (num_tokens, num_experts), BackpropOp::none(), false))
 }
 
 fn device_address<'a, T>(slice: &'a CudaSlice<T>, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {

@@ -275,6 +275,10 @@ impl CustomOp1 for TopK {
     fn bwd(&self, logits: &Tensor, weights: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let Some(ids) = self.topk_ids.get() else { bail!("{OP}: backward before forward") };
         let (_, num_experts) = self.router.check(logits.dtype(), logits.shape())?;
+        #[cfg(feature = "cuda")]
+        if let candle_core::Device::Cuda(device) = logits.device() {
+            return cuda::backward(device, &self.router, logits, ids, weights, grad).map(Some);
+        }
         let rows = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
         let grad_logits = cpu::backward(
             self.router.method,

@@ -127,23 +127,49 @@ fn the_same_input_gives_the_same_bits_a_hundred_times() {
 fn the_gradient_is_that_of_the_cpu() {
     let Some(device) = devices::cuda() else { return };
     let random = &mut Random(45);
-    let logits = random.units(5 * 64, 3.0);
-    let factors = Tensor::from_vec(random.units(5 * 6, 1.0), (5, 6), &Device::Cpu).unwrap();
-    for method in oracle::methods().chain(oracle::grouped_methods(64, 6)) {
-        let gradient = |device: &Device, in_one_step: bool| {
-            let logits = Var::from_vec(logits.clone(), (5, 64), device).unwrap();
-            let weights = match in_one_step {
-                true => RoutedOrder::new(&router(method, 6), &logits, &OrderOptions::default()).unwrap().routing,
-                false => router(method, 6).route(&logits).unwrap(),
+    for (num_experts, top_k, dtype) in
+        [(64, 6, DType::F32), (64, 6, DType::BF16), (48, 40, DType::F16), (4, 2, DType::F32)]
+    {
+        let (num_tokens, is_odd) = (9, |token: usize| token % 4 == 3);
+        let mut logits = random.units(num_tokens * num_experts, 3.0);
+        // Some rows hold what has no gradient.
+        for (i, l) in logits.iter_mut().enumerate().filter(|(i, _)| is_odd(i % num_tokens)) {
+            *l = [f32::NEG_INFINITY, f32::NAN, f32::INFINITY][i % 3];
+        }
+        let shape = (num_experts, num_tokens);
+        let factors =
+            Tensor::from_vec(random.units(num_tokens * top_k, 1.0), (num_tokens, top_k), &Device::Cpu).unwrap();
+        for method in oracle::methods().chain(oracle::grouped_methods(num_experts, top_k)) {
+            let gradient = |device: &Device, in_one_step: bool, padded: bool| {
+                let logits =
+                    Var::from_tensor(&Tensor::from_slice(&logits, shape, device).unwrap().to_dtype(dtype).unwrap());
+                let logits = logits.unwrap();
+                let num_valid_tokens = padded.then(|| Tensor::new(5u32, device).unwrap());
+                let (router, view) = (router(method, top_k), logits.t().unwrap());
+                let weights = match (in_one_step, &num_valid_tokens) {
+                    (true, _) => {
+                        let options = OrderOptions { num_valid_tokens, ..Default::default() };
+                        RoutedOrder::new(&router, &view, &options).unwrap().routing
+                    }
+                    (false, Some(num_valid)) => router.route_padded(&view, num_valid).unwrap(),
+                    (false, None) => router.route(&view).unwrap(),
+                };
+                let loss = (weights.topk_weights * factors.to_device(device).unwrap()).unwrap().sum_all().unwrap();
+                let gradient = to_host(loss.backward().unwrap().get(&logits).unwrap());
+                assert_eq!((gradient.dims2().unwrap(), gradient.dtype()), (shape, dtype));
+                oracle::rows_of(&gradient).concat()
             };
-            let loss = (weights.topk_weights * factors.to_device(device).unwrap()).unwrap().sum_all().unwrap();
-            oracle::rows_of(&to_host(loss.backward().unwrap().get(&logits).unwrap())).concat()
-        };
-        let expected = gradient(&Device::Cpu, false);
-        assert!(expected.iter().any(|g| *g != 0.0));
-        for in_one_step in [false, true] {
-            let found = gradient(device, in_one_step);
-            assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5), "{method}");
+            for padded in [false, true] {
+                let expected = gradient(&Device::Cpu, false, padded);
+                assert!(method.routed_scaling_factor() == 0.0 || expected.iter().any(|g| *g != 0.0), "{method}");
+                for in_one_step in [false, true] {
+                    let found = gradient(device, in_one_step, padded);
+                    let close = |a: f32, b: f32| (a - b).abs() < 1e-5 + 0.01 * b.abs() * f32::from(dtype != DType::F32);
+                    for (i, (&found, &expected)) in found.iter().zip(&expected).enumerate() {
+                        assert!(close(found, expected), "{method}, {dtype:?}: {found} at {i}, not {expected}");
+                    }
+                }
+            }
         }
     }
 }
