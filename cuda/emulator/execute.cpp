@@ -17,6 +17,7 @@
 #include "emulator.h"
 
 #include <dlfcn.h>
+#include <execinfo.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -24,6 +25,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -107,16 +109,17 @@ struct Barrier {
 struct Cluster {
     unsigned live, arrived, phase;
     unsigned size;
-    Block* blocks;
+    size_t first_block;
     std::vector<Thread*> waiting;
 };
 
 struct Block {
-    Cluster* cluster;
-    unsigned rank;  // in the cluster
-    unsigned live;
-    char* shared;   // static from here on, dynamic up to the guard page
-    Thread* threads;
+    Cluster* cluster = nullptr;
+    unsigned rank = 0;  // in the cluster
+    unsigned live = 0;
+    char* shared = nullptr;  // static from here on, dynamic up to the guard page
+    bool closed = false;     // nobody may touch `shared`
+    Thread* threads = nullptr;
     Barrier barriers[kNamedBarriers];
 };
 
@@ -201,11 +204,10 @@ struct Machine {
 
     std::unique_ptr<Thread[]> threads;
     std::unique_ptr<Warp[]> warps;
-    std::unique_ptr<Block[]> blocks;
+    std::deque<Block> blocks;  // which keep their shared memory from launch to launch
     std::unique_ptr<Cluster[]> clusters;
-    size_t num_threads = 0, num_warps = 0, num_blocks = 0, num_clusters = 0;
-    std::vector<char*> stacks;   // lowest address above the guard page
-    std::vector<char*> regions;  // shared memory
+    size_t num_threads = 0, num_warps = 0, num_clusters = 0;
+    std::vector<char*> stacks;  // lowest address above the guard page
 
     // Static shared variables of the running group: offsets by number.
     std::vector<size_t> offsets;
@@ -431,9 +433,11 @@ void release_cluster(Cluster& cluster) {
     cluster.waiting.clear();
 }
 
-// No thread of a cluster may touch the shared memory of a block that has exited.
-void protect(const Block& block, int protection) {
-    if (block.cluster->size > 1 && mprotect(block.shared, kSharedPages, protection) != 0) fail("mprotect failed");
+// Of a cluster, nobody may touch the shared memory of a block that has exited.
+void close_shared(Block& block, bool closed) {
+    if (block.closed == closed || (closed && block.cluster->size == 1)) return;
+    if (mprotect(block.shared, kSharedPages, closed ? PROT_NONE : PROT_READ | PROT_WRITE) != 0) fail("mprotect failed");
+    block.closed = closed;
 }
 
 void exit_thread() {
@@ -453,7 +457,7 @@ void exit_thread() {
     });
     --cluster.live;
     if (cluster.live > 0 && cluster.arrived == cluster.live) release_cluster(cluster);
-    if (--block.live == 0) return protect(block, PROT_NONE);
+    if (--block.live == 0) return close_shared(block, true);
     for (Barrier& barrier : block.barriers) {
         if (barrier.threads == 0 && is_full(block, barrier)) release_barrier(barrier);
     }
@@ -524,9 +528,8 @@ void set_up_block(size_t slot, Cluster& cluster, unsigned rank, uint3 index) {
     block.rank = rank;
     block.live = threads;
     block.threads = &m.threads[slot * padded];
-    while (m.regions.size() <= slot) m.regions.push_back(new_region());
-    block.shared = m.regions[slot];
-    protect(block, PROT_READ | PROT_WRITE);
+    if (block.shared == nullptr) block.shared = new_region();
+    close_shared(block, false);
     memset(block.shared + kSharedPages - m.dynamic_bytes, kPoison, m.dynamic_bytes);
     for (unsigned warp = 0; warp < padded / 32; ++warp) {
         const unsigned lanes = std::min(32u, threads - warp * 32);
@@ -545,7 +548,7 @@ void set_up_cluster(size_t slot, uint64_t number) {
     cluster.live = blocks * volume(m.launch->block);
     cluster.arrived = cluster.phase = 0;
     cluster.size = blocks;
-    cluster.blocks = &m.blocks[slot * blocks];
+    cluster.first_block = slot * blocks;
     for (unsigned rank = 0; rank < blocks; ++rank) {
         const uint3 in = unravel(rank, size);
         const uint3 index{place.x * size.x + in.x, place.y * size.y + in.y, place.z * size.z + in.z};
@@ -565,7 +568,7 @@ void prepare_machine(size_t clusters) {
     const size_t blocks = clusters * volume(m.launch->cluster);
     const size_t padded = (volume(m.launch->block) + 31) / 32 * 32;
     grow(m.clusters, m.num_clusters, clusters);
-    grow(m.blocks, m.num_blocks, blocks);
+    if (m.blocks.size() < blocks) m.blocks.resize(blocks);
     grow(m.warps, m.num_warps, blocks * padded / 32);
     grow(m.threads, m.num_threads, blocks * padded);
     for (size_t i = 0; i < m.num_threads; ++i) m.threads[i].state = State::kExited;
@@ -657,7 +660,7 @@ void* cluster_address(const void* mine, unsigned rank) {
     const auto offset = static_cast<const char*>(mine) - block.shared;
     if (offset < 0 || static_cast<size_t>(offset) > kSharedPages) fail("%p is not in the block's shared memory", mine);
     if (rank >= block.cluster->size) fail("block %u of a cluster of %u", rank, block.cluster->size);
-    return block.cluster->blocks[rank].shared + offset;
+    return machine->blocks[block.cluster->first_block + rank].shared + offset;
 }
 
 void yield() {
@@ -694,8 +697,8 @@ void* static_shared(unsigned variable, size_t size, size_t alignment) {
         end = (m.static_bytes + alignment - 1) / alignment * alignment + size;
         m.static_bytes = end;
         if (end > kMaxStaticShared) fail("more than %zu bytes of static shared memory", kMaxStaticShared);
-        for (size_t i = 0; i < m.num_blocks; ++i) {
-            if (m.blocks[i].live > 0) memset(m.blocks[i].shared + end - size, kPoison, size);
+        for (Block& block : m.blocks) {
+            if (block.live > 0) memset(block.shared + end - size, kPoison, size);
         }
     }
     return m.current->block->shared + end - size;
@@ -785,6 +788,22 @@ void print_source_of(const void* code) {
     if (system(command) != 0) fprintf(stderr, "%s+%#tx\n", info.dli_fname, offset);
 }
 
+namespace {
+
+// Where the kernel called into this library.
+void print_source_of_kernel() {
+    Dl_info own, other;
+    void* frames[16];
+    const int count = backtrace(frames, 16);
+    if (dladdr(reinterpret_cast<void*>(&print_source_of), &own) == 0) return;
+    for (int i = 0; i < count; ++i) {
+        if (dladdr(frames[i], &other) == 0 || other.dli_fbase == own.dli_fbase) continue;
+        return print_source_of(frames[i]);
+    }
+}
+
+}  // namespace
+
 void fail(const char* format, ...) {
     char who[256], what[512];
     va_list arguments;
@@ -793,6 +812,7 @@ void fail(const char* format, ...) {
     va_end(arguments);
     if (describe_current(who, sizeof who)) {
         fprintf(stderr, "\ncuda emulator: %s: %s\n", who, what);
+        print_source_of_kernel();
     } else {
         fprintf(stderr, "\ncuda emulator: %s\n", what);
     }
@@ -808,8 +828,9 @@ struct sigaction previous[64];
 void describe_place(const void* address, char* text, size_t size) {
     Machine& m = *machine;
     const char* at = static_cast<const char*>(address);
-    for (const char* region : m.regions) {
-        if (at < region || at >= region + kSharedPages + kPage) continue;
+    for (const Block& block : m.blocks) {
+        const char* region = block.shared;
+        if (region == nullptr || at < region || at >= region + kSharedPages + kPage) continue;
         const char* what = at >= region + kSharedPages ? "past the block's dynamic shared memory"
                                                        : "in the shared memory of a block that has exited";
         snprintf(text, size, "%s", what);
