@@ -1,10 +1,13 @@
 // Runs kernels on the CPU: every thread of a block is a fiber, which runs until it meets a warp collective or a barrier and
-// then hands over to the next fiber that can run. The blocks of a cluster run together, other blocks one after another.
+// then hands over to the next fiber that can run. The blocks of a cluster run together, other blocks one after another on
+// each CPU.
 //
 // CANDLE_MOE_EMULATOR_SEED=n, n > 0: shuffles the order of blocks and the order in which fibers go on (at random, warp after
 // warp as far as each can, or all warps in turn), and interrupts threads at atomics, so that a missing barrier shows as a
 // wrong result.
-// CANDLE_MOE_EMULATOR_RESIDENT=n: n clusters (or blocks) run side by side instead of one.
+// CANDLE_MOE_EMULATOR_RESIDENT=n: n clusters (or blocks) run side by side, thread by thread, instead of one.
+// CANDLE_MOE_EMULATOR_WORKERS=n: threads that share the blocks of a large launch; else one per CPU. 1 makes every run the
+// same.
 //
 // What no device promises to survive ends the program with a message that names the kernel, block and thread: lanes that
 // wait for a lane that has exited, or in different collectives for each other; a deadlock; a wait without end; a shuffle
@@ -23,11 +26,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdarg>
 #include <cstdlib>
 #include <deque>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 // Saves the running fiber's registers on its stack and its stack pointer in *from; goes on with the fiber `to`.
@@ -66,7 +72,9 @@ namespace {
 constexpr size_t kStack = 64 * 1024;
 constexpr size_t kPage = 4096;
 constexpr unsigned kNamedBarriers = 16;
-constexpr uint64_t kEndlessYields = 20'000'000;
+constexpr uint64_t kYieldsPerLook = 1'000'000;
+constexpr double kEndlessSeconds = 20;
+constexpr uint64_t kThreadsWorthWaking = 4096;
 constexpr unsigned kAtomicsPerYield = 1024;
 constexpr unsigned char kPoison = 0xCB;
 
@@ -196,6 +204,7 @@ struct Machine {
     ReadyQueue ready;
     std::vector<Thread*> yielded;
     uint64_t yields = 0;  // since something else happened
+    std::chrono::steady_clock::time_point waiting_since;
     unsigned atomics = 0;
     unsigned live = 0;
     uint64_t random = 0;
@@ -663,9 +672,22 @@ void* cluster_address(const void* mine, unsigned rank) {
     return machine->blocks[block.cluster->first_block + rank].shared + offset;
 }
 
+namespace {
+
+// Nothing but waiting has happened for long: is there hope in the blocks that other workers run?
+void look_for_the_end() {
+    Machine& m = *machine;
+    const auto now = std::chrono::steady_clock::now();
+    if (m.yields == kYieldsPerLook) m.waiting_since = now;
+    const std::chrono::duration<double> waited = now - m.waiting_since;
+    if (waited.count() > kEndlessSeconds) fail("waits without end: no other thread does anything any more");
+}
+
+}  // namespace
+
 void yield() {
     Machine& m = *machine;
-    if (++m.yields > kEndlessYields) fail("waits without end: no other thread does anything any more");
+    if (++m.yields % kYieldsPerLook == 0) look_for_the_end();
     m.yielded.push_back(m.current);
     suspend();
 }
@@ -721,11 +743,53 @@ struct Order {
 
 uint64_t common_divisor(uint64_t a, uint64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
 
-Order order_of(uint64_t count) {
-    if (!machine->shuffled) return {count, 1, 0};
-    uint64_t step = next_random(machine->random) % count | 1;
+Order shuffled_order(uint64_t count, uint64_t random) {
+    uint64_t step = next_random(random) % count | 1;
     while (common_divisor(step, count) != 1) ++step;
-    return {count, step, next_random(machine->random) % count};
+    return {count, step, next_random(random) % count};
+}
+
+// The groups of one launch, from which workers help themselves.
+struct Work {
+    const Launch& launch;
+    uint64_t seed, random;
+    uint64_t clusters, together;
+    Order order;
+    std::atomic<uint64_t> next{0};
+};
+
+void run_work(Work& work, Machine& m) {
+    machine = &m;
+    m.launch = &work.launch;
+    m.shuffled = work.seed != 0;
+    m.dynamic_bytes = (work.launch.dynamic_shared + 15) / 16 * 16;
+    std::vector<uint64_t> group;
+    for (uint64_t i; (i = work.next.fetch_add(work.together)) < work.clusters;) {
+        group.clear();
+        for (uint64_t j = i; j < std::min(i + work.together, work.clusters); ++j) group.push_back(work.order(j));
+        m.random = work.random + i;
+        run_group(group);
+    }
+    m.launch = nullptr;
+    machine = nullptr;
+}
+
+// Faults are handled on a stack of their own, which threads of this library have to bring along.
+void run_work_in_thread(Work& work, Machine& m) {
+    static thread_local char stack[64 * 1024];
+    const stack_t alternative{stack, 0, sizeof stack};
+    sigaltstack(&alternative, nullptr);
+    run_work(work, m);
+    const stack_t none{nullptr, SS_DISABLE, 0};
+    sigaltstack(&none, nullptr);
+}
+
+uint64_t workers_for(const Work& work) {
+    static const uint64_t most = std::clamp<uint64_t>(
+        number_from_environment("CANDLE_MOE_EMULATOR_WORKERS", std::thread::hardware_concurrency()), 1, 256);
+    const uint64_t threads = work.clusters * volume(work.launch.cluster) * volume(work.launch.block);
+    const uint64_t groups = (work.clusters + work.together - 1) / work.together;
+    return threads < kThreadsWorthWaking ? 1 : std::min(most, groups);
 }
 
 }  // namespace
@@ -745,25 +809,20 @@ const Kernel* find_kernel(const char* name) {
 void execute(const Launch& launch) {
     static const uint64_t seed = number_from_environment("CANDLE_MOE_EMULATOR_SEED", 0);
     static const uint64_t resident = std::max<uint64_t>(number_from_environment("CANDLE_MOE_EMULATOR_RESIDENT", 1), 1);
-    static Machine* const the_machine = new Machine;
+    static auto& machines = *new std::deque<Machine>;
     static uint64_t launches = 0;
-    machine = the_machine;
-    Machine& m = *machine;
-    m.launch = &launch;
-    m.shuffled = seed != 0;
-    m.random = seed + ++launches * 0x632be59bd9b4e019u;
-    m.dynamic_bytes = (launch.dynamic_shared + 15) / 16 * 16;
+    uint64_t random = seed + ++launches * 0x632be59bd9b4e019u;
+    random = next_random(random);
     const uint64_t clusters = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z / volume(launch.cluster);
     const uint64_t together = launch.cooperative ? clusters : std::min(resident, clusters);
-    const Order order = order_of(clusters);
-    std::vector<uint64_t> group;
-    for (uint64_t i = 0; i < clusters; i += together) {
-        group.clear();
-        for (uint64_t j = i; j < std::min(i + together, clusters); ++j) group.push_back(order(j));
-        run_group(group);
-    }
-    m.launch = nullptr;
-    machine = nullptr;
+    const Order order = seed == 0 ? Order{clusters, 1, 0} : shuffled_order(clusters, random);
+    Work work{launch, seed, random, clusters, together, order};
+    const uint64_t workers = workers_for(work);
+    if (machines.size() < workers) machines.resize(workers);
+    std::vector<std::thread> others;
+    for (uint64_t i = 1; i < workers; ++i) others.emplace_back(run_work_in_thread, std::ref(work), std::ref(machines[i]));
+    run_work(work, machines[0]);
+    for (std::thread& other : others) other.join();
 }
 
 // ------------------------------------------------------------------------------------------------------------------
