@@ -1,10 +1,13 @@
 // Runs kernels on the CPU: every thread of a block is a fiber, which runs until it meets a warp collective or a barrier and
-// then hands over to the next fiber that can run. The blocks of a cluster run together, other blocks one after another.
+// then hands over to the next fiber that can run. The blocks of a cluster run together, other blocks one after another on
+// each CPU.
 //
 // CANDLE_MOE_EMULATOR_SEED=n, n > 0: shuffles the order of blocks and the order in which fibers go on (at random, warp after
 // warp as far as each can, or all warps in turn), and interrupts threads at atomics, so that a missing barrier shows as a
 // wrong result.
-// CANDLE_MOE_EMULATOR_RESIDENT=n: n clusters (or blocks) run side by side instead of one.
+// CANDLE_MOE_EMULATOR_RESIDENT=n: n clusters (or blocks) run side by side, thread by thread, instead of one.
+// CANDLE_MOE_EMULATOR_WORKERS=n: threads that share the blocks of a large launch; else one per CPU. 1 makes every run the
+// same.
 //
 // What no device promises to survive ends the program with a message that names the kernel, block and thread: lanes that
 // wait for a lane that has exited, or in different collectives for each other; a deadlock; a wait without end; a shuffle
@@ -17,15 +20,20 @@
 #include "emulator.h"
 
 #include <dlfcn.h>
+#include <execinfo.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdarg>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 // Saves the running fiber's registers on its stack and its stack pointer in *from; goes on with the fiber `to`.
@@ -64,7 +72,9 @@ namespace {
 constexpr size_t kStack = 64 * 1024;
 constexpr size_t kPage = 4096;
 constexpr unsigned kNamedBarriers = 16;
-constexpr uint64_t kEndlessYields = 20'000'000;
+constexpr uint64_t kYieldsPerLook = 1'000'000;
+constexpr double kEndlessSeconds = 20;
+constexpr uint64_t kThreadsWorthWaking = 4096;
 constexpr unsigned kAtomicsPerYield = 1024;
 constexpr unsigned char kPoison = 0xCB;
 
@@ -107,17 +117,17 @@ struct Barrier {
 struct Cluster {
     unsigned live, arrived, phase;
     unsigned size;
-    Block* blocks;
+    size_t first_block;
     std::vector<Thread*> waiting;
 };
 
 struct Block {
-    Cluster* cluster;
-    unsigned rank;  // in the cluster
-    unsigned live;
-    size_t slot;    // of its shared memory
-    char* shared;   // static from here on, dynamic up to the guard page
-    Thread* threads;
+    Cluster* cluster = nullptr;
+    unsigned rank = 0;  // in the cluster
+    unsigned live = 0;
+    char* shared = nullptr;  // static from here on, dynamic up to the guard page
+    bool closed = false;     // nobody may touch `shared`
+    Thread* threads = nullptr;
     Barrier barriers[kNamedBarriers];
 };
 
@@ -194,6 +204,7 @@ struct Machine {
     ReadyQueue ready;
     std::vector<Thread*> yielded;
     uint64_t yields = 0;  // since something else happened
+    std::chrono::steady_clock::time_point waiting_since;
     unsigned atomics = 0;
     unsigned live = 0;
     uint64_t random = 0;
@@ -202,12 +213,10 @@ struct Machine {
 
     std::unique_ptr<Thread[]> threads;
     std::unique_ptr<Warp[]> warps;
-    std::unique_ptr<Block[]> blocks;
+    std::deque<Block> blocks;  // which keep their shared memory from launch to launch
     std::unique_ptr<Cluster[]> clusters;
-    size_t num_threads = 0, num_warps = 0, num_blocks = 0, num_clusters = 0;
-    std::vector<char*> stacks;   // lowest address above the guard page
-    std::vector<char*> regions;  // shared memory, by slot
-    std::vector<bool> is_hidden;
+    size_t num_threads = 0, num_warps = 0, num_clusters = 0;
+    std::vector<char*> stacks;  // lowest address above the guard page
 
     // Static shared variables of the running group: offsets by number.
     std::vector<size_t> offsets;
@@ -433,11 +442,11 @@ void release_cluster(Cluster& cluster) {
     cluster.waiting.clear();
 }
 
-// No thread of a cluster may touch the shared memory of a block that has exited.
-void hide(const Block& block, bool hidden) {
-    if (machine->is_hidden[block.slot] == hidden) return;
-    if (mprotect(block.shared, kSharedPages, hidden ? PROT_NONE : PROT_READ | PROT_WRITE) != 0) fail("mprotect failed");
-    machine->is_hidden[block.slot] = hidden;
+// Of a cluster, nobody may touch the shared memory of a block that has exited.
+void close_shared(Block& block, bool closed) {
+    if (block.closed == closed || (closed && block.cluster->size == 1)) return;
+    if (mprotect(block.shared, kSharedPages, closed ? PROT_NONE : PROT_READ | PROT_WRITE) != 0) fail("mprotect failed");
+    block.closed = closed;
 }
 
 void exit_thread() {
@@ -457,7 +466,7 @@ void exit_thread() {
     });
     --cluster.live;
     if (cluster.live > 0 && cluster.arrived == cluster.live) release_cluster(cluster);
-    if (--block.live == 0 && cluster.size > 1) return hide(block, true);
+    if (--block.live == 0) return close_shared(block, true);
     for (Barrier& barrier : block.barriers) {
         if (barrier.threads == 0 && is_full(block, barrier)) release_barrier(barrier);
     }
@@ -528,10 +537,8 @@ void set_up_block(size_t slot, Cluster& cluster, unsigned rank, uint3 index) {
     block.rank = rank;
     block.live = threads;
     block.threads = &m.threads[slot * padded];
-    for (; m.regions.size() <= slot; m.is_hidden.push_back(false)) m.regions.push_back(new_region());
-    block.slot = slot;
-    block.shared = m.regions[slot];
-    hide(block, false);
+    if (block.shared == nullptr) block.shared = new_region();
+    close_shared(block, false);
     memset(block.shared + kSharedPages - m.dynamic_bytes, kPoison, m.dynamic_bytes);
     for (unsigned warp = 0; warp < padded / 32; ++warp) {
         const unsigned lanes = std::min(32u, threads - warp * 32);
@@ -550,7 +557,7 @@ void set_up_cluster(size_t slot, uint64_t number) {
     cluster.live = blocks * volume(m.launch->block);
     cluster.arrived = cluster.phase = 0;
     cluster.size = blocks;
-    cluster.blocks = &m.blocks[slot * blocks];
+    cluster.first_block = slot * blocks;
     for (unsigned rank = 0; rank < blocks; ++rank) {
         const uint3 in = unravel(rank, size);
         const uint3 index{place.x * size.x + in.x, place.y * size.y + in.y, place.z * size.z + in.z};
@@ -570,7 +577,7 @@ void prepare_machine(size_t clusters) {
     const size_t blocks = clusters * volume(m.launch->cluster);
     const size_t padded = (volume(m.launch->block) + 31) / 32 * 32;
     grow(m.clusters, m.num_clusters, clusters);
-    grow(m.blocks, m.num_blocks, blocks);
+    if (m.blocks.size() < blocks) m.blocks.resize(blocks);
     grow(m.warps, m.num_warps, blocks * padded / 32);
     grow(m.threads, m.num_threads, blocks * padded);
     for (size_t i = 0; i < m.num_threads; ++i) m.threads[i].state = State::kExited;
@@ -662,12 +669,25 @@ void* cluster_address(const void* mine, unsigned rank) {
     const auto offset = static_cast<const char*>(mine) - block.shared;
     if (offset < 0 || static_cast<size_t>(offset) > kSharedPages) fail("%p is not in the block's shared memory", mine);
     if (rank >= block.cluster->size) fail("block %u of a cluster of %u", rank, block.cluster->size);
-    return block.cluster->blocks[rank].shared + offset;
+    return machine->blocks[block.cluster->first_block + rank].shared + offset;
 }
+
+namespace {
+
+// Nothing but waiting has happened for long: is there hope in the blocks that other workers run?
+void look_for_the_end() {
+    Machine& m = *machine;
+    const auto now = std::chrono::steady_clock::now();
+    if (m.yields == kYieldsPerLook) m.waiting_since = now;
+    const std::chrono::duration<double> waited = now - m.waiting_since;
+    if (waited.count() > kEndlessSeconds) fail("waits without end: no other thread does anything any more");
+}
+
+}  // namespace
 
 void yield() {
     Machine& m = *machine;
-    if (++m.yields > kEndlessYields) fail("waits without end: no other thread does anything any more");
+    if (++m.yields % kYieldsPerLook == 0) look_for_the_end();
     m.yielded.push_back(m.current);
     suspend();
 }
@@ -699,8 +719,8 @@ void* static_shared(unsigned variable, size_t size, size_t alignment) {
         end = (m.static_bytes + alignment - 1) / alignment * alignment + size;
         m.static_bytes = end;
         if (end > kMaxStaticShared) fail("more than %zu bytes of static shared memory", kMaxStaticShared);
-        for (size_t i = 0; i < m.num_blocks; ++i) {
-            if (m.blocks[i].live > 0) memset(m.blocks[i].shared + end - size, kPoison, size);
+        for (Block& block : m.blocks) {
+            if (block.live > 0) memset(block.shared + end - size, kPoison, size);
         }
     }
     return m.current->block->shared + end - size;
@@ -723,11 +743,53 @@ struct Order {
 
 uint64_t common_divisor(uint64_t a, uint64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
 
-Order order_of(uint64_t count) {
-    if (!machine->shuffled) return {count, 1, 0};
-    uint64_t step = next_random(machine->random) % count | 1;
+Order shuffled_order(uint64_t count, uint64_t random) {
+    uint64_t step = next_random(random) % count | 1;
     while (common_divisor(step, count) != 1) ++step;
-    return {count, step, next_random(machine->random) % count};
+    return {count, step, next_random(random) % count};
+}
+
+// The groups of one launch, from which workers help themselves.
+struct Work {
+    const Launch& launch;
+    uint64_t seed, random;
+    uint64_t clusters, together;
+    Order order;
+    std::atomic<uint64_t> next{0};
+};
+
+void run_work(Work& work, Machine& m) {
+    machine = &m;
+    m.launch = &work.launch;
+    m.shuffled = work.seed != 0;
+    m.dynamic_bytes = (work.launch.dynamic_shared + 15) / 16 * 16;
+    std::vector<uint64_t> group;
+    for (uint64_t i; (i = work.next.fetch_add(work.together)) < work.clusters;) {
+        group.clear();
+        for (uint64_t j = i; j < std::min(i + work.together, work.clusters); ++j) group.push_back(work.order(j));
+        m.random = work.random + i;
+        run_group(group);
+    }
+    m.launch = nullptr;
+    machine = nullptr;
+}
+
+// Faults are handled on a stack of their own, which threads of this library have to bring along.
+void run_work_in_thread(Work& work, Machine& m) {
+    static thread_local char stack[64 * 1024];
+    const stack_t alternative{stack, 0, sizeof stack};
+    sigaltstack(&alternative, nullptr);
+    run_work(work, m);
+    const stack_t none{nullptr, SS_DISABLE, 0};
+    sigaltstack(&none, nullptr);
+}
+
+uint64_t workers_for(const Work& work) {
+    static const uint64_t most = std::clamp<uint64_t>(
+        number_from_environment("CANDLE_MOE_EMULATOR_WORKERS", std::thread::hardware_concurrency()), 1, 256);
+    const uint64_t threads = work.clusters * volume(work.launch.cluster) * volume(work.launch.block);
+    const uint64_t groups = (work.clusters + work.together - 1) / work.together;
+    return threads < kThreadsWorthWaking ? 1 : std::min(most, groups);
 }
 
 }  // namespace
@@ -747,25 +809,20 @@ const Kernel* find_kernel(const char* name) {
 void execute(const Launch& launch) {
     static const uint64_t seed = number_from_environment("CANDLE_MOE_EMULATOR_SEED", 0);
     static const uint64_t resident = std::max<uint64_t>(number_from_environment("CANDLE_MOE_EMULATOR_RESIDENT", 1), 1);
-    static Machine* const the_machine = new Machine;
+    static auto& machines = *new std::deque<Machine>;
     static uint64_t launches = 0;
-    machine = the_machine;
-    Machine& m = *machine;
-    m.launch = &launch;
-    m.shuffled = seed != 0;
-    m.random = seed + ++launches * 0x632be59bd9b4e019u;
-    m.dynamic_bytes = (launch.dynamic_shared + 15) / 16 * 16;
+    uint64_t random = seed + ++launches * 0x632be59bd9b4e019u;
+    random = next_random(random);
     const uint64_t clusters = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z / volume(launch.cluster);
     const uint64_t together = launch.cooperative ? clusters : std::min(resident, clusters);
-    const Order order = order_of(clusters);
-    std::vector<uint64_t> group;
-    for (uint64_t i = 0; i < clusters; i += together) {
-        group.clear();
-        for (uint64_t j = i; j < std::min(i + together, clusters); ++j) group.push_back(order(j));
-        run_group(group);
-    }
-    m.launch = nullptr;
-    machine = nullptr;
+    const Order order = seed == 0 ? Order{clusters, 1, 0} : shuffled_order(clusters, random);
+    Work work{launch, seed, random, clusters, together, order};
+    const uint64_t workers = workers_for(work);
+    if (machines.size() < workers) machines.resize(workers);
+    std::vector<std::thread> others;
+    for (uint64_t i = 1; i < workers; ++i) others.emplace_back(run_work_in_thread, std::ref(work), std::ref(machines[i]));
+    run_work(work, machines[0]);
+    for (std::thread& other : others) other.join();
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -790,6 +847,22 @@ void print_source_of(const void* code) {
     if (system(command) != 0) fprintf(stderr, "%s+%#tx\n", info.dli_fname, offset);
 }
 
+namespace {
+
+// Where the kernel called into this library.
+void print_source_of_kernel() {
+    Dl_info own, other;
+    void* frames[16];
+    const int count = backtrace(frames, 16);
+    if (dladdr(reinterpret_cast<void*>(&print_source_of), &own) == 0) return;
+    for (int i = 0; i < count; ++i) {
+        if (dladdr(frames[i], &other) == 0 || other.dli_fbase == own.dli_fbase) continue;
+        return print_source_of(frames[i]);
+    }
+}
+
+}  // namespace
+
 void fail(const char* format, ...) {
     char who[256], what[512];
     va_list arguments;
@@ -798,6 +871,7 @@ void fail(const char* format, ...) {
     va_end(arguments);
     if (describe_current(who, sizeof who)) {
         fprintf(stderr, "\ncuda emulator: %s: %s\n", who, what);
+        print_source_of_kernel();
     } else {
         fprintf(stderr, "\ncuda emulator: %s\n", what);
     }
@@ -813,8 +887,9 @@ struct sigaction previous[64];
 void describe_place(const void* address, char* text, size_t size) {
     Machine& m = *machine;
     const char* at = static_cast<const char*>(address);
-    for (const char* region : m.regions) {
-        if (at < region || at >= region + kSharedPages + kPage) continue;
+    for (const Block& block : m.blocks) {
+        const char* region = block.shared;
+        if (region == nullptr || at < region || at >= region + kSharedPages + kPage) continue;
         const char* what = at >= region + kSharedPages ? "past the block's dynamic shared memory"
                                                        : "in the shared memory of a block that has exited";
         snprintf(text, size, "%s", what);
