@@ -50,7 +50,7 @@ __device__ __forceinline__ uint32_t cluster_size() {
 
 // All threads of all blocks of the cluster; what was written to shared memory before is seen after.
 __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Where block `rank` of the cluster has what this block has at `mine` in shared memory.
