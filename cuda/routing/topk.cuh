@@ -128,29 +128,47 @@ __device__ __forceinline__ float weigh(int method, float factor, float logit, bo
 // ------------------------------------------------------------------------------------------------------------------
 // One warp per token
 
+__device__ __forceinline__ float load_one(const float* at) { return __ldg(at); }
+__device__ __forceinline__ uint32_t load_one(const __half* at) { return __ldg(reinterpret_cast<const uint16_t*>(at)); }
+__device__ __forceinline__ uint32_t load_one(const __nv_bfloat16* at) { return __ldg(reinterpret_cast<const uint16_t*>(at)); }
+
+__device__ __forceinline__ void keep_one(float* to, float value) { *to = value; }
+template <typename T>
+__device__ __forceinline__ void keep_one(T* to, uint32_t bits) { *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(bits); }
+
+// Words of type W into `out`, which they fill.
+template <typename W, typename T, int N>
+__device__ __forceinline__ void load_words(const T* first, T (&out)[N]) {
+    constexpr int kPer = sizeof(W) / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < N; i += kPer) *reinterpret_cast<W*>(&out[i]) = __ldg(reinterpret_cast<const W*>(first + i));
+}
+
+// Whether `N` elements of type T are whole words of type W, at an address of such words.
+template <typename W, typename T, int N>
+__device__ __forceinline__ bool has_words(const T* first) {
+    return N * sizeof(T) % sizeof(W) == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(W) == 0;
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void load_lane(const T* row, int64_t stride, uint32_t num_experts, uint32_t lane, T (&out)[N]) {
-    constexpr int kBytes = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
+    constexpr int kBytes = N * sizeof(T);
     const T* first = row + int64_t(lane) * N * stride;
-    const bool whole = (lane + 1) * N <= num_experts;
-    const bool together = stride == 1 && (reinterpret_cast<uintptr_t>(first) % kBytes) == 0;
-    if (whole && together && kBytes >= 4) {
-        constexpr int kPer = kBytes / sizeof(T);
-#pragma unroll
-        for (int i = 0; i < N; i += kPer) {
-            if constexpr (kBytes == 16) {
-                *reinterpret_cast<uint4*>(&out[i]) = __ldg(reinterpret_cast<const uint4*>(first + i));
-            } else if constexpr (kBytes == 8) {
-                *reinterpret_cast<uint2*>(&out[i]) = __ldg(reinterpret_cast<const uint2*>(first + i));
-            } else if constexpr (kBytes == 4) {
-                *reinterpret_cast<uint32_t*>(&out[i]) = __ldg(reinterpret_cast<const uint32_t*>(first + i));
-            }
-        }
+    const uint32_t count = min(num_experts - min(num_experts, lane * N), uint32_t(N));
+    const bool together = count == N && stride == 1;
+    if (kBytes >= 16 && together && has_words<uint4, T, N>(first)) {
+        if constexpr (kBytes >= 16) load_words<uint4>(first, out);
+    } else if (kBytes == 8 && together && has_words<uint2, T, N>(first)) {
+        if constexpr (kBytes == 8) load_words<uint2>(first, out);
+    } else if (kBytes >= 4 && together && has_words<uint32_t, T, N>(first)) {
+        if constexpr (kBytes >= 4) load_words<uint32_t>(first, out);
     } else {
+        // All loads before the first use: 16-bit elements share registers once they are kept.
+        decltype(load_one(first)) loaded[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            if (lane * N + i < num_experts) out[i] = first[i * stride];
-        }
+        for (int i = 0; i < N; ++i) loaded[i] = i < count ? load_one(first + i * stride) : 0;
+#pragma unroll
+        for (int i = 0; i < N; ++i) keep_one(&out[i], loaded[i]);
     }
 }
 
@@ -193,7 +211,9 @@ __device__ __forceinline__ Chosen choose_narrow(const RoutingArguments& a, const
     for (int i = 0; i < N; ++i) {
         const uint32_t expert = lane * N + i;
         const uint32_t bits = *reinterpret_cast<const uint16_t*>(&logits[i]);
-        keys[i] = expert < a.num_experts ? narrow_key_of<T>(bits) << 16 | (0xffffu - expert) : kTaken;
+        // A mask and no condition, which would become a branch.
+        const uint32_t mask = 0u - static_cast<uint32_t>(expert < a.num_experts);
+        keys[i] = (narrow_key_of<T>(bits) << 16 | (0xffffu - expert)) & mask;
     }
     constexpr bool kSorted = N <= 8;
     if constexpr (kSorted) sort_keys<N>(keys);
