@@ -803,6 +803,8 @@ uint64_t workers_for(const Work& work) {
 }  // namespace
 
 void add_kernel(Kernel* kernel) {
+    const Kernel* other = find_kernel(kernel->name);
+    if (other != nullptr) fail("kernel %s is in %s and in %s", kernel->name, other->file, kernel->file);
     kernel->next = all_kernels;
     all_kernels = kernel;
 }
