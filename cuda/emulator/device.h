@@ -6,7 +6,8 @@
 //
 // Limits: memory is sequentially consistent, so a missing fence does no harm here; threads are interleaved only where they
 // wait for each other, sleep, or (seeded) at atomics; textures, cooperative groups, tensor cores and asynchronous copies
-// are not here. Approximate functions (__expf, rsqrtf) are more exact than on a device.
+// are not here. __activemask gives the calling lane alone, as a device may. Approximate functions (__expf, rsqrtf) are more
+// exact than on a device.
 #pragma once
 
 #include <math.h>

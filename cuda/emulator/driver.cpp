@@ -9,11 +9,13 @@
 //     memory.cpp     device memory with guard pages
 //     device.h       the CUDA C++ of the kernels
 //     translate.py   what device.h cannot do
+//     self_test.*    whether all this works: LD_LIBRARY_PATH=DIR DIR/self-test
 //
 // It is about right and wrong, and says nothing about speed. One device of compute capability 9.0, that of an H100. Every
 // operation is done when it is called; on a stream that is being captured it is recorded, and done by cuGraphLaunch.
 // Images of modules are not read: kernels are found by name among all that are emulated (kernels/*.so in the folder of this
-// library). Functions of the driver that are not here give CUDA_ERROR_NOT_SUPPORTED and say so on stderr.
+// library), so no two may share a name. Functions of the driver that are not here give CUDA_ERROR_NOT_SUPPORTED and say so
+// on stderr.
 //
 // Limits: a captured graph cannot be looked into or changed; a kernel that faults ends the program; all launches run one
 // at a time.

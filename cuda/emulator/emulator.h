@@ -23,7 +23,7 @@ constexpr unsigned kMaxThreads = 1024;
 
 // execute.cpp: runs every block of the launch before it returns.
 void execute(const Launch& launch);
-// The kernel of this name among the loaded libraries, or null; `file` (may be null) narrows the search.
+// The kernel of this name among the loaded libraries, or null.
 const Kernel* find_kernel(const char* name);
 // Writes which kernel, block and thread this OS thread emulates; false where it emulates none.
 bool describe_current(char* text, size_t size);

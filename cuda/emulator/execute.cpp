@@ -36,8 +36,10 @@
 #include <thread>
 #include <vector>
 
-// Saves the running fiber's registers on its stack and its stack pointer in *from; goes on with the fiber `to`.
-extern "C" void emulator_switch(void** from, void* to);
+// Saves the running fiber's registers on its stack and its stack pointer in *from; goes on with the fiber `to`. When this
+// fiber goes on, gives what *result is by then. It comes back by a jump, since the processor's prediction of returns would
+// be that of another fiber; called at the very end of a function, it saves a wrong prediction there too.
+extern "C" uint64_t emulator_switch(void** from, void* to, const uint64_t* result);
 asm(R"(
 .text
 .p2align 4
@@ -51,15 +53,19 @@ emulator_switch:
     pushq %r13
     pushq %r14
     pushq %r15
+    pushq %rdx
     movq %rsp, (%rdi)
     movq %rsi, %rsp
+    popq %rdx
     popq %r15
     popq %r14
     popq %r13
     popq %r12
     popq %rbx
     popq %rbp
-    ret
+    movq (%rdx), %rax
+    popq %rcx
+    jmp *%rcx
 .size emulator_switch, . - emulator_switch
 )");
 
@@ -92,7 +98,7 @@ struct Thread {
     Block* block;
     Warp* warp;
     State state;
-    BarrierResult barrier_result;
+    uint64_t barrier_result;  // a BarrierResult
     unsigned cluster_phase;
 };
 
@@ -258,29 +264,33 @@ __attribute__((noinline)) Thread* pick() {
     }
 }
 
-// Hands over; comes back when somebody has made this thread ready.
-void suspend() {
+// The stack pointer of the fiber that goes on now in place of `self`: the scheduler's, where none can.
+void* choose_next(Thread& self) {
     Machine& m = *machine;
-    Thread* self = m.current;
-    Warp& warp = *self->warp;
+    Warp& warp = *self.warp;
     const bool stay = warp.ready != 0 && m.ready.is_deep();
     Thread* next = stay ? take(warp, static_cast<unsigned>(__builtin_ctz(warp.ready))) : pick();
-    if (next == self) return;
-    if (next == nullptr) {
-        emulator_switch(&self->stack_pointer, m.scheduler);
-        return;
-    }
+    if (next == nullptr) return m.scheduler;
     m.current = next;
     here = &next->position;
-    emulator_switch(&self->stack_pointer, next->stack_pointer);
+    return next->stack_pointer;
 }
+
+// Hands over; comes back when somebody has made this thread ready, with what *result is by then.
+inline uint64_t suspend(Thread& self, const uint64_t* result) {
+    void* next = choose_next(self);
+    if (machine->current == &self && next != machine->scheduler) return *result;
+    return emulator_switch(&self.stack_pointer, next, result);
+}
+
+constexpr uint64_t kNothing = 0;
 
 void exit_thread();
 
 void fiber_main() {
     machine->launch->kernel->run(machine->launch->arguments);
     exit_thread();
-    suspend();
+    suspend(*machine->current, &kNothing);
     fail("an exited thread went on");
 }
 
@@ -304,9 +314,10 @@ void* fresh_stack_pointer(size_t number) {
     while (m.stacks.size() <= number) m.stacks.push_back(new_stack());
     // Different tops, so that fibers do not share the same lines of the cache.
     char* top = m.stacks[number] + kStack - 64 * (number % 61);
-    void** frame = reinterpret_cast<void**>(top) - 8;
-    std::fill(frame, frame + 8, nullptr);
-    frame[6] = reinterpret_cast<void*>(fiber_main);
+    const void** frame = reinterpret_cast<const void**>(top) - 9;
+    std::fill(frame, frame + 9, nullptr);
+    frame[0] = &kNothing;
+    frame[7] = reinterpret_cast<const void*>(fiber_main);
     return frame;
 }
 
@@ -410,11 +421,10 @@ __attribute__((noinline)) bool finish_collective(Warp& warp, unsigned me) {
     fail("%s with mask %08x, but only %08x have not exited", name, mask, warp.live);
 }
 
-void wait_in(Thread& me, State state) {
+inline uint64_t wait_in(Thread& me, State state, const uint64_t* result) {
     me.state = state;
     machine->yields = 0;
-    suspend();
-    me.state = State::kReady;
+    return suspend(me, result);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -423,7 +433,7 @@ void wait_in(Thread& me, State state) {
 void release_barrier(Barrier& barrier) {
     const BarrierResult result{barrier.ones, static_cast<unsigned>(barrier.waiting.size())};
     for (Thread* thread : barrier.waiting) {
-        thread->barrier_result = result;
+        thread->barrier_result = bits_as<uint64_t>(result);
         if (thread != machine->current) make_ready(*thread);
     }
     barrier.waiting.clear();
@@ -594,7 +604,7 @@ void run_group(const std::vector<uint64_t>& clusters) {
     for (size_t i = 0; i < clusters.size(); ++i) set_up_cluster(i, clusters[i]);
     m.current = pick();
     here = &m.current->position;
-    emulator_switch(&m.scheduler, m.current->stack_pointer);
+    emulator_switch(&m.scheduler, m.current->stack_pointer, &kNothing);
     if (m.live > 0) report_deadlock();
     m.current = nullptr;
     here = nullptr;
@@ -620,9 +630,8 @@ uint64_t collective(Operation operation, unsigned mask, uint64_t value, unsigned
     warp.arguments[me] = argument;
     if ((mask & ~warp.live) != 0 || !(mask >> me & 1)) refuse_mask(warp, me);
     warp.waiting |= 1u << me;
-    const bool finished = (warp.waiting & mask) == mask && finish_collective(warp, me);
-    if (!finished) wait_in(thread, State::kCollective);
-    return warp.results[me];
+    if ((warp.waiting & mask) == mask && finish_collective(warp, me)) return warp.results[me];
+    return wait_in(thread, State::kCollective, &warp.results[me]);
 }
 
 unsigned active_lanes() { return 1u << machine->current->position.lane; }
@@ -639,10 +648,9 @@ BarrierResult barrier(unsigned id, unsigned threads, bool predicate) {
     barrier.waiting.push_back(&me);
     if (is_full(*me.block, barrier)) {
         release_barrier(barrier);
-    } else {
-        wait_in(me, State::kBarrier);
+        return bits_as<BarrierResult>(me.barrier_result);
     }
-    return me.barrier_result;
+    return bits_as<BarrierResult>(wait_in(me, State::kBarrier, &me.barrier_result));
 }
 
 void cluster_arrive() {
@@ -657,7 +665,7 @@ void cluster_wait() {
     Cluster& cluster = *me.block->cluster;
     if (cluster.phase != me.cluster_phase) return;
     cluster.waiting.push_back(&me);
-    wait_in(me, State::kCluster);
+    wait_in(me, State::kCluster, &kNothing);
 }
 
 unsigned cluster_rank() { return machine->current->block->rank; }
@@ -689,7 +697,7 @@ void yield() {
     Machine& m = *machine;
     if (++m.yields % kYieldsPerLook == 0) look_for_the_end();
     m.yielded.push_back(m.current);
-    suspend();
+    suspend(*m.current, &kNothing);
 }
 
 void pass_atomic() {
@@ -795,6 +803,8 @@ uint64_t workers_for(const Work& work) {
 }  // namespace
 
 void add_kernel(Kernel* kernel) {
+    const Kernel* other = find_kernel(kernel->name);
+    if (other != nullptr) fail("kernel %s is in %s and in %s", kernel->name, other->file, kernel->file);
     kernel->next = all_kernels;
     all_kernels = kernel;
 }

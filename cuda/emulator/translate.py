@@ -22,7 +22,8 @@ def matching(text, start):
     """The place of the bracket that closes the one at `start`; brackets in literals do not count."""
     opening, closing = text[start], CLOSING[text[start]]
     depth = 0
-    token = re.compile(r"\"(?:\\.|[^\"\\\n])*\"|(?<![0-9a-zA-Z_])'(?:\\.|[^'\\\n])+'|" + re.escape(opening) + "|" + re.escape(closing))
+    literal = r"\"(?:\\.|[^\"\\\n])*\"|(?<![0-9a-zA-Z_])'(?:\\.|[^'\\\n])+'"
+    token = re.compile(f"{literal}|{re.escape(opening)}|{re.escape(closing)}")
     for found in token.finditer(text, start):
         depth += {opening: 1, closing: -1}.get(found.group(), 0)
         if depth == 0:
