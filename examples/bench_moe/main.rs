@@ -1,4 +1,5 @@
-//! Times routing, expert order, perfect-router plans and one whole MoE layer on the CPU, learned-like random routing beside perfect routing.
+//! Times routing, expert order, perfect-router plans and one whole MoE layer on the CPU, learned-like random routing beside
+//! perfect routing; with the feature `cuda` and `--device cuda`, routing and expert order on a CUDA device.
 //!
 //! ```text
 //! cargo run --release --example bench_moe -- --profile gpt-oss-20b --num-tokens 1 --only layer
@@ -12,6 +13,8 @@
 #[allow(dead_code)]
 #[path = "../common/mod.rs"]
 mod common;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod memory;
 mod report;
 mod workload;
@@ -23,7 +26,7 @@ use candle_moe::ep::{Communicator, Reduction, Results, Solo, Step, Topology, com
 use candle_moe::experts::Linear;
 use candle_moe::order::ExpertOrder;
 use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Plan, Schedule};
-use candle_moe::routing::{Router, Routing};
+use candle_moe::routing::{Router, Routing, RoutingMethod};
 use clap::{Parser, ValueEnum};
 use common::progress;
 use common::report::{BadArguments, OutputFormat, Verdict, finish, plain, print, print_json};
@@ -35,6 +38,7 @@ use serde::Serialize;
 use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 use workload::{Choice, DEEPSEEK_V3, GPT_OSS_20B, Inputs, Layer, Profile, Random, TINY, WeightFormat, planned_experts};
 
@@ -44,24 +48,36 @@ const WARM_UP: usize = 1;
 /// Bytes of a layer that is measured without being asked for by its profile's name.
 const MAX_LAYER_OF_ALL: usize = 1 << 30;
 
-/// Time routing, expert order and one whole MoE layer on the CPU, random against perfect routing.
+/// Time routing, expert order and one whole MoE layer on the CPU, random against perfect routing; routing and expert order on
+/// CUDA.
 ///
 /// Perfect routing is for measuring: the output of a model that runs with it is meaningless.
 #[derive(Debug, Parser)]
 #[command(name = "bench_moe", allow_negative_numbers = true)]
 struct Args {
-    /// Sizes of the layer; several separated by commas
-    #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',', default_value = "all")]
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: DeviceName,
+    /// Sizes of the layer; several separated by commas [default: all]
+    #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',')]
     profile: Vec<ProfileName>,
-    /// Tokens of a call on each rank; several separated by commas
-    #[arg(long, alias = "num_tokens", value_name = "N", value_delimiter = ',', default_value = "1,8,32,128")]
+    /// On CUDA: experts and slots per token, as 256x8; several separated by commas [default: those of many models]
+    #[arg(long, value_name = "EXPERTSxTOP_K", value_delimiter = ',')]
+    shape: Vec<Shape>,
+    /// On CUDA: how to route, as Renormalize or DeepSeekV3:num_groups=8:topk_group=4 [default: Renormalize, and
+    /// DeepSeekV3 beside it where no shape is given]
+    #[arg(long, value_name = "NAME", value_parser = method)]
+    method: Option<RoutingMethod>,
+    /// Tokens of a call on each rank; several separated by commas [default: 1,8,32,128; on CUDA all powers of two up to
+    /// 32768]
+    #[arg(long, alias = "num_tokens", value_name = "N", value_delimiter = ',')]
     num_tokens: Vec<NonZeroUsize>,
     /// Ranks that share the experts, as threads
     #[arg(long, alias = "ep_size", value_name = "N", default_value = "1")]
     ep_size: NonZeroUsize,
-    /// Dtype of the hidden states and the gate
-    #[arg(long, value_enum, default_value_t = Precision::F32)]
-    dtype: Precision,
+    /// Dtype of the hidden states and the gate, on CUDA of the logits [default: f32, on CUDA bf16]
+    #[arg(long, value_enum)]
+    dtype: Option<Precision>,
     /// How the experts' weights are stored
     #[arg(long, value_enum, default_value_t = WeightFormat::Mxfp4)]
     weights: WeightFormat,
@@ -106,7 +122,65 @@ enum ProfileName {
 #[serde(rename_all = "lowercase")]
 enum Precision {
     F32,
+    F16,
     Bf16,
+}
+
+impl Precision {
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum DeviceName {
+    Cpu,
+    Cuda(usize),
+}
+
+impl FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let ordinal = name
+            .strip_prefix("cuda")
+            .map(|rest| rest.strip_prefix(':').unwrap_or(if rest.is_empty() { "0" } else { "" }));
+        match (name, ordinal.map(str::parse)) {
+            ("cpu", _) => Ok(Self::Cpu),
+            (_, Some(Ok(ordinal))) => Ok(Self::Cuda(ordinal)),
+            _ => Err("expected cpu, cuda or cuda:N".into()),
+        }
+    }
+}
+
+/// `--shape`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    num_experts: usize,
+    top_k: usize,
+}
+
+impl FromStr for Shape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (num_experts, top_k) = text.split_once('x').ok_or("expected EXPERTSxTOP_K, as 256x8")?;
+        let number = |text: &str| text.parse::<usize>().map_err(|_| format!("{text:?} is no number"));
+        let shape = Self { num_experts: number(num_experts)?, top_k: number(top_k)? };
+        match (1..=shape.num_experts).contains(&shape.top_k) {
+            true => Ok(shape),
+            false => Err(format!("top_k is {}, expected 1 to {}", shape.top_k, shape.num_experts)),
+        }
+    }
+}
+
+fn method(name: &str) -> Result<RoutingMethod, String> {
+    name.parse().map_err(|error| plain(&error))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
@@ -116,6 +190,10 @@ enum Part {
     Routing,
     /// Chosen experts to expert order
     Order,
+    /// Router logits to expert order and tiles in one step; on CUDA only
+    #[value(alias = "routed_order")]
+    #[serde(rename = "routed-order")]
+    RoutedOrder,
     /// The plan of the perfect router: which expert each slot goes to, worked out anew, on one thread
     Plan,
     /// Gate, routing, order, experts and combination
@@ -136,6 +214,27 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<Verdict> {
+    match args.device {
+        DeviceName::Cpu => run_on_cpu(args),
+        DeviceName::Cuda(ordinal) => run_on_cuda(args, ordinal),
+    }
+}
+
+#[cfg(feature = "cuda")]
+use cuda::run as run_on_cuda;
+
+#[cfg(not(feature = "cuda"))]
+fn run_on_cuda(_: &Args, _: usize) -> Result<Verdict> {
+    let text =
+        "this program was built without CUDA; build it with: cargo build --release --features cuda --example bench_moe";
+    Err(BadArguments(text.into()).into())
+}
+
+fn run_on_cpu(args: &Args) -> Result<Verdict> {
+    if !args.shape.is_empty() || args.method.is_some() || args.only.contains(&Part::RoutedOrder) {
+        let text = "--shape, --method and --only routed-order are for --device cuda; choose a --profile on the CPU";
+        return Err(BadArguments(text.into()).into());
+    }
     let bench = Bench::new(args)?;
     let report = bench.run()?;
     match args.output {
@@ -161,10 +260,12 @@ struct Bench {
 
 impl Bench {
     fn new(args: &Args) -> Result<Self> {
+        let all = args.profile.is_empty() || args.profile.contains(&ProfileName::All);
         let named = |name| args.profile.contains(&name);
+        let precision = args.dtype.unwrap_or(Precision::F32);
         let profiles =
             [(ProfileName::Tiny, TINY), (ProfileName::GptOss20b, GPT_OSS_20B), (ProfileName::DeepSeekV3, DEEPSEEK_V3)];
-        let wanted = profiles.into_iter().filter(|(name, _)| named(*name) || named(ProfileName::All));
+        let wanted = profiles.into_iter().filter(|(name, _)| named(*name) || all);
         let parts_of = |name, profile: &Profile| -> Vec<Part> {
             let fits = named(name) || args.weights.layer_bytes(profile) <= MAX_LAYER_OF_ALL;
             let asked = |part: &Part| args.only.is_empty() || args.only.contains(part);
@@ -174,13 +275,13 @@ impl Bench {
         let bench = Self {
             profiles: wanted.map(|(name, profile)| (profile, parts_of(name, &profile))).collect(),
             schedule: args.schedule,
-            num_tokens: args.num_tokens.iter().map(|n| n.get()).collect(),
-            ep_size: args.ep_size.get(),
-            dtype: match args.dtype {
-                Precision::F32 => DType::F32,
-                Precision::Bf16 => DType::BF16,
+            num_tokens: match &args.num_tokens[..] {
+                [] => vec![1, 8, 32, 128],
+                asked => asked.iter().map(|n| n.get()).collect(),
             },
-            precision: args.dtype,
+            ep_size: args.ep_size.get(),
+            dtype: precision.dtype(),
+            precision,
             weights: args.weights,
             budget: Budget { warm_up: WARM_UP, iterations: args.iters.get(), time: args.seconds },
             seed: args.seed,
@@ -314,7 +415,7 @@ impl<'a> Workload<'a> {
         bar.set_message(format!("{}: {part_name}, {} routing, {num_tokens} tokens", profile.name, choice.name()));
         let seconds = match part {
             Part::Routing => self.time_routing(choice)?,
-            Part::Order => self.time_order(choice)?,
+            Part::Order | Part::RoutedOrder => self.time_order(choice)?,
             Part::Plan => self.time_plan()?,
             Part::Layer => self.time_layer(choice)?,
         };
@@ -330,7 +431,7 @@ impl<'a> Workload<'a> {
         let num_slots = num_tokens * top_k;
         let bytes = match part {
             Part::Routing => (num_tokens * num_experts * self.bench.dtype.size_in_bytes() + num_slots * 8) as f64,
-            Part::Order => (num_slots * 12 + num_experts * 8 + 4) as f64,
+            Part::Order | Part::RoutedOrder => (num_slots * 12 + num_experts * 8 + 4) as f64,
             Part::Plan => (num_slots * 4) as f64,
             Part::Layer => distinct_experts * self.layers[0].bytes_per_expert() as f64,
         };

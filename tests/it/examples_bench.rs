@@ -14,6 +14,9 @@ fn short(more: &[&'static str]) -> Vec<&'static str> {
 #[test]
 fn help_names_every_flag() {
     let bench = [
+        "device",
+        "shape",
+        "method",
         "profile",
         "num-tokens",
         "ep-size",
@@ -108,4 +111,48 @@ fn bench_moe_says_what_is_wrong_with_its_arguments() {
 fn nobody_reading_is_no_error() {
     let output = run_unread(BENCH, &short(&[]));
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
+}
+
+#[test]
+fn what_belongs_to_the_other_device_is_refused() {
+    assert_rejected(BENCH, &["--device", "tpu"], &["expected cpu, cuda or cuda:N"]);
+    assert_rejected(BENCH, &["--device", "cuda:x"], &["expected cpu, cuda or cuda:N"]);
+    assert_rejected(BENCH, &["--shape", "8x2"], &["--device cuda"]);
+    assert_rejected(BENCH, &["--only", "routed-order"], &["--device cuda"]);
+    assert_rejected(BENCH, &["--device", "cuda", "--shape", "8x9"], &["top_k is 9, expected 1 to 8"]);
+    assert_rejected(BENCH, &["--device", "cuda", "--shape", "8"], &["EXPERTSxTOP_K"]);
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn without_the_feature_a_cuda_device_is_refused() {
+    assert_rejected(BENCH, &["--device", "cuda"], &["--features cuda"]);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn bench_moe_measures_routing_and_order_on_cuda() {
+    if crate::devices::cuda().is_none() {
+        return;
+    }
+    assert_rejected(BENCH, &["--device", "cuda", "--only", "layer"], &["measured on the CPU only"]);
+    assert_rejected(BENCH, &["--device", "cuda", "--profile", "tiny"], &["--shape"]);
+    let short = ["--device", "cuda", "--shape", "32x4,60x4", "--num-tokens", "1,70", "--iters", "3", "--seconds", "0"];
+    let report = json_of(BENCH, &[&short[..], &["--output", "json"]].concat());
+    let metadata = &report["metadata"];
+    assert_eq!((&metadata["device"], &metadata["dtype"]), (&json!("cuda:0"), &json!("bf16")));
+    assert!(metadata["copy_gb_per_s"].as_f64() > Some(0.0), "{metadata}");
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2 * 2 * 3, "shapes x token counts x parts");
+    for (i, row) in rows.iter().enumerate() {
+        assert_eq!(row["part"], ["routing", "order", "routed-order"][i % 3], "{row}");
+        assert_eq!(row["num_experts"], [32, 60][i / 6], "{row}");
+        assert_eq!(row["num_tokens"], [1, 70][i / 3 % 2], "{row}");
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}"));
+        assert!(number("p10_us") <= number("median_us") && number("median_us") <= number("p90_us"), "{row}");
+        assert!(number("bytes") > 0.0 && number("floor_us") > 0.0, "{row}");
+        assert_eq!(row["candle"].is_object(), i % 3 == 0, "Candle composes the routing, {row}");
+    }
+    let table = stdout_of(BENCH, &[&short[..], &["--method", "Llama4", "--only", "routed-order"]].concat());
+    assert!(table.contains("Llama4") && table.contains("Copy bandwidth") && !table.contains("NaN"), "{table}");
 }
