@@ -17,11 +17,11 @@ __device__ __forceinline__ void route_and_count(const RoutingArguments& a, const
     const uint32_t lane = threadIdx.x % 32;
     const uint64_t end = span.end / a.top_k, valid = min(valid_tokens(a), end);
     uint64_t token = span.first / a.top_k;
-    T logits[N];
+    alignas(16) T logits[N];
     load_token<T, N>(a, token, valid, lane, logits);
     for (; token < valid; ++token) {
         // The next token's logits are on their way while this one is routed.
-        T next[N];
+        alignas(16) T next[N];
         load_token<T, N>(a, token + 1, valid, lane, next);
         const uint32_t id = route_token<T, N, kScore, kNarrow>(a, token, logits, lane);
         const uint32_t slot = static_cast<uint32_t>(token * a.top_k + lane);

@@ -20,7 +20,7 @@ __device__ __forceinline__ void route_row(const RoutingArguments& a) {
         write_padding(a, token, lane);
         return;
     }
-    T logits[N];
+    alignas(16) T logits[N];
     load_token<T, N>(a, token, a.num_tokens, lane, logits);
     route_token<T, N, kScore, kNarrow>(a, token, logits, lane);
 }
