@@ -97,12 +97,8 @@ __device__ __forceinline__ void keep_groups_any(const RoutingArguments& a, uint3
     const uint32_t size = a.num_experts / a.num_groups;
     for (uint32_t g = threadIdx.x; g < a.num_groups; g += kAnyThreads) {
         uint32_t first = kTaken, second = kTaken;
-        for (uint32_t i = 0; i < size; ++i) {
-            const uint32_t key = keys[g * size + i];
-            second = max(second, min(first, key));
-            first = max(first, key);
-        }
-        group_keys[g] = key_of(second <= kNanKey ? value_of(first) : __fadd_rn(value_of(first), value_of(second)));
+        for (uint32_t i = 0; i < size; ++i) keep_two_best(keys[g * size + i], first, second);
+        group_keys[g] = group_key_of(first, second);
     }
     __syncthreads();
     for (uint32_t g = threadIdx.x; g < a.num_groups; g += kAnyThreads) {

@@ -257,26 +257,31 @@ __device__ __forceinline__ Chosen choose_narrow(const RoutingArguments& a, const
     return chosen;
 }
 
+// The score of a group from the keys of its two best; NaN and missing experts do not count beside a number.
+__device__ __forceinline__ uint32_t group_key_of(uint32_t first, uint32_t second) {
+    return key_of(second <= kNanKey ? value_of(first) : __fadd_rn(value_of(first), value_of(second)));
+}
+
+__device__ __forceinline__ void keep_two_best(uint32_t key, uint32_t& first, uint32_t& second) {
+    second = max(second, min(first, key));
+    first = max(first, key);
+}
+
 // Groups that are a whole number of lanes, a power of two of them: takes the keys of groups that are not kept.
 template <int N>
-__device__ __forceinline__ void keep_groups(const RoutingArguments& a, uint32_t (&keys)[N], uint32_t lane) {
+__device__ __forceinline__ void keep_groups_of_lanes(const RoutingArguments& a, uint32_t (&keys)[N], uint32_t lane) {
     const uint32_t lanes = a.num_experts / a.num_groups / N;
     // The two best of the lane, then of the group.
     uint32_t first = kTaken, second = kTaken;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-        second = max(second, min(first, keys[i]));
-        first = max(first, keys[i]);
-    }
+    for (int i = 0; i < N; ++i) keep_two_best(keys[i], first, second);
     for (uint32_t d = 1; d < lanes; d *= 2) {
         const uint32_t other_first = __shfl_xor_sync(kAllLanes, first, d);
         const uint32_t other_second = __shfl_xor_sync(kAllLanes, second, d);
         second = max(min(first, other_first), max(second, other_second));
         first = max(first, other_first);
     }
-    // NaN and missing experts do not count beside a number.
-    const float sum = second <= kNanKey ? value_of(first) : __fadd_rn(value_of(first), value_of(second));
-    const uint32_t group_key = key_of(sum);
+    const uint32_t group_key = group_key_of(first, second);
     const uint32_t group = lane / lanes;
     uint32_t better = 0;
     for (uint32_t g = 0; g < a.num_groups; ++g) {
@@ -286,6 +291,50 @@ __device__ __forceinline__ void keep_groups(const RoutingArguments& a, uint32_t 
     if (better >= a.topk_group) {
 #pragma unroll
         for (int i = 0; i < N; ++i) keys[i] = kTaken;
+    }
+}
+
+// Any groups, up to 32 of them: the warp looks at one after the other, and lane g keeps the score of group g.
+template <int N>
+__device__ __forceinline__ void keep_any_groups(const RoutingArguments& a, uint32_t (&keys)[N], uint32_t lane) {
+    const uint32_t size = a.num_experts / a.num_groups;
+    uint32_t group_key = kTaken;
+    for (uint32_t g = 0; g < a.num_groups; ++g) {
+        uint32_t first = kTaken, second = kTaken;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            // Wraps far beyond `size` before the group.
+            if (lane * N + i - g * size < size) keep_two_best(keys[i], first, second);
+        }
+        const uint32_t best = __reduce_max_sync(kAllLanes, first);
+        const uint32_t owner = __ffs(__ballot_sync(kAllLanes, first == best)) - 1;
+        const uint32_t next = __reduce_max_sync(kAllLanes, lane == owner ? second : first);
+        if (lane == g) group_key = group_key_of(best, next);
+    }
+    uint32_t better = 0;
+    for (uint32_t g = 0; g < a.num_groups; ++g) {
+        const uint32_t other = __shfl_sync(kAllLanes, group_key, g);
+        better += (other > group_key) || (other == group_key && g < lane);
+    }
+    const uint32_t kept = __ballot_sync(kAllLanes, lane < a.num_groups && better < a.topk_group);
+    uint32_t group = lane * N / size, place = lane * N % size;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (group >= a.num_groups || !(kept >> group & 1)) keys[i] = kTaken;
+        if (++place == size) {
+            place = 0;
+            ++group;
+        }
+    }
+}
+
+template <int N>
+__device__ __forceinline__ void keep_groups(const RoutingArguments& a, uint32_t (&keys)[N], uint32_t lane) {
+    const uint32_t size = a.num_experts / a.num_groups, lanes = size / N;
+    if (a.num_experts == 32 * N && size % N == 0 && (lanes & (lanes - 1)) == 0) {
+        keep_groups_of_lanes<N>(a, keys, lane);
+    } else {
+        keep_any_groups<N>(a, keys, lane);
     }
 }
 

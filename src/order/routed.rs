@@ -33,8 +33,8 @@ impl RoutedOrder {
     /// Routes `router_logits` `[num_tokens, num_experts]` and orders the slots.
     ///
     /// The same as [`Router::route`] (or [`Router::route_padded`]), [`ExpertOrder::new`] (or [`ExpertOrder::with_map`]) and
-    /// [`ExpertOrder::tile_map`]; on CUDA one launch for small batches and two for large ones, for up to 1024 experts and
-    /// `top_k` up to 32.
+    /// [`ExpertOrder::tile_map`]; on CUDA one launch for small batches and two for large ones, for up to 1024 experts,
+    /// `top_k` up to 32 and up to 32 groups.
     ///
     /// ```
     /// use candle_core::{Device, Tensor};

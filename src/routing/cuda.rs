@@ -267,14 +267,9 @@ fn row_width(num_experts: usize, router: &Router) -> Option<usize> {
         return None;
     }
     let width = num_experts.div_ceil(32).next_power_of_two();
+    // Each lane keeps the score of one group.
     let groups = router.method.groups();
-    if groups.is_limit() {
-        // Groups must be whole lanes, a power of two of them, and fill the warp.
-        let size = num_experts / groups.num_groups;
-        let fits = num_experts == 32 * width && size.is_multiple_of(width) && (size / width).is_power_of_two();
-        return fits.then_some(width);
-    }
-    Some(width)
+    (!groups.is_limit() || groups.num_groups <= 32).then_some(width)
 }
 
 /// Bytes of shared memory of the general kernel: keys, groups, chosen logits.
