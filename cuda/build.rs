@@ -15,12 +15,13 @@ use std::process::{Command, exit};
 use std::thread;
 
 /// The kernels: room and file.
-const KERNELS: [(&str, &str); 5] = [
+const KERNELS: [(&str, &str); 6] = [
     ("routing", "topk"),
     ("routing", "backward"),
     ("order", "order"),
     ("order", "routed"),
     ("perfect_router", "logits"),
+    ("experts", "general"),
 ];
 
 /// Least compute capability that the kernels are written for.

@@ -22,6 +22,7 @@ pub(crate) enum Binary {
     Order,
     Routed,
     PerfectRouter,
+    Experts,
 }
 
 impl Binary {
@@ -37,6 +38,7 @@ impl Binary {
             Self::Order => built!("order_order"),
             Self::Routed => built!("order_routed"),
             Self::PerfectRouter => built!("perfect_router_logits"),
+            Self::Experts => built!("experts_general"),
         }
     }
 }

@@ -1,7 +1,9 @@
 //! A plain linear layer through the same dot products as the experts.
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{ExpertProjection, ExpertWeights, check_hidden, cpu};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 /// `hidden x weight^T + bias`, accumulated in float32 and rounded once to the dtype of `hidden`.
 ///
@@ -48,6 +50,14 @@ impl Linear {
         }
     }
 
+    /// The same on `device`.
+    ///
+    /// # Errors
+    /// What copying tensors there may fail with.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        self.0.to_device(device).map(Self)
+    }
+
     /// Columns of the weight.
     pub fn in_features(&self) -> usize {
         self.0.weights().in_features()
@@ -61,9 +71,13 @@ impl Linear {
     /// `hidden [num_tokens, in_features]` in f32, bf16 or f16 to `[num_tokens, out_features]` in the same dtype.
     ///
     /// # Errors
-    /// A shape or dtype that does not fit, or tensors that do not live on the CPU.
+    /// A shape or dtype that does not fit, or tensors that do not live on one device.
     pub fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
         check_hidden(hidden, None, self.in_features())?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = hidden.device() {
+            return cuda::linear(&self.0, hidden, device);
+        }
         cpu::linear(&self.0, hidden)
     }
 }

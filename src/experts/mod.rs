@@ -14,6 +14,8 @@
 
 mod activation;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod linear;
 mod simd;
 mod weights;
@@ -23,7 +25,7 @@ pub use linear::Linear;
 pub use weights::{ExpertWeights, FP8_BLOCK, MXFP4_BLOCK, fp8_row_scales};
 
 use crate::order::ExpertOrder;
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 const OP: &str = "experts";
 
@@ -66,6 +68,15 @@ impl ExpertProjection {
             }
         };
         Ok(Self { weights, bias })
+    }
+
+    /// The same on `device`.
+    ///
+    /// # Errors
+    /// What copying tensors there may fail with.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let bias = self.bias.as_ref().map(|bias| bias.to_device(device)).transpose()?;
+        Ok(Self { weights: self.weights.to_device(device)?, bias })
     }
 
     /// The matrices.
@@ -129,6 +140,15 @@ impl Experts {
         Ok(Self { gate_up, down, gate_up_rows, activation })
     }
 
+    /// The same on `device`.
+    ///
+    /// # Errors
+    /// What copying tensors there may fail with.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let (gate_up, down) = (self.gate_up.to_device(device)?, self.down.to_device(device)?);
+        Ok(Self { gate_up, down, ..self.clone() })
+    }
+
     /// Local experts.
     pub fn num_experts(&self) -> usize {
         self.down.weights.num_experts()
@@ -154,8 +174,11 @@ impl Experts {
     /// Applies the experts to the rows of `order`: `hidden` is `[num_tokens, hidden_size]` in f32, bf16 or f16; the result
     /// is f32 `[num_rows, hidden_size]`, a row per place of `order.sorted_slots` that is in use, not yet weighted.
     ///
+    /// On CUDA, where nothing waits to learn how many places are in use, there is a row for every slot, and those behind the
+    /// last place in use are 0. Sums are added up in another order there than on the CPU.
+    ///
     /// # Errors
-    /// Shapes, dtypes or a number of experts that do not fit, or tensors that do not live on the CPU.
+    /// Shapes, dtypes or a number of experts that do not fit, or tensors that do not live on one device.
     pub fn forward(&self, hidden: &Tensor, order: &ExpertOrder) -> Result<Tensor> {
         check_hidden(hidden, Some(order.num_tokens()), self.hidden_size())?;
         if order.local_experts().len() != self.num_experts() {
@@ -164,6 +187,10 @@ impl Experts {
                 order.local_experts().len(),
                 self.num_experts()
             )
+        }
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = hidden.device() {
+            return cuda::forward(self, hidden, order, device);
         }
         cpu::forward(self, hidden, order)
     }
@@ -183,6 +210,10 @@ pub fn weighted_sum(rows: &Tensor, topk_weights: &Tensor, order: &ExpertOrder) -
             topk_weights.shape(),
             [order.num_tokens(), order.top_k()]
         )
+    }
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = rows.device() {
+        return cuda::weighted_sum(rows, topk_weights, order, device);
     }
     cpu::weighted_sum(rows, topk_weights, order)
 }

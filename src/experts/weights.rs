@@ -148,6 +148,23 @@ impl ExpertWeights {
         Ok(Self { values: Values::Fp8 { values, scales }, num_experts, out_features, in_features })
     }
 
+    /// The same on `device`.
+    ///
+    /// # Errors
+    /// What copying tensors there may fail with.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let values = match &self.values {
+            Values::Dense(weight) => Values::Dense(weight.to_device(device)?),
+            Values::Mxfp4 { blocks, scales } => {
+                Values::Mxfp4 { blocks: blocks.to_device(device)?, scales: scales.to_device(device)? }
+            }
+            Values::Fp8 { values, scales } => {
+                Values::Fp8 { values: values.to_device(device)?, scales: scales.to_device(device)? }
+            }
+        };
+        Ok(Self { values, ..*self })
+    }
+
     /// Local experts.
     pub fn num_experts(&self) -> usize {
         self.num_experts

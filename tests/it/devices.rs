@@ -3,7 +3,7 @@
 //! CUDA, or fail if `CANDLE_MOE_REQUIRE_CUDA=1`.
 
 use candle_core::{Device, Result, Tensor};
-use candle_moe::order::{ExpertMap, ExpertOrder, OrderOptions, RoutedOrder};
+use candle_moe::order::{ExpertMap, ExpertOrder, NO_EXPERT, NO_SLOT, OrderOptions, RoutedOrder};
 use candle_moe::routing::{Router, Routing, RoutingMethod};
 use std::ops::Range;
 #[cfg(feature = "cuda")]
@@ -165,4 +165,17 @@ pub(crate) fn order(topk_ids: &Tensor, num_experts: usize, local: Range<usize>) 
 pub(crate) fn mapped(topk_ids: &Tensor, map: &ExpertMap, local: Range<usize>) -> ExpertOrder {
     let on = |device: &Device| ExpertOrder::with_map(&topk_ids.to_device(device)?, map, local.clone());
     everywhere(on, |a, b| assert_same_order(a, b, "mapped, on CUDA")).unwrap()
+}
+
+/// The same order on a device, made from its ids: those of the local experts, counted from the first.
+pub(crate) fn order_to(device: &Device, order: &ExpertOrder) -> ExpertOrder {
+    let offsets = order.expert_offsets.to_vec1::<u32>().unwrap();
+    let expert = |rank: u32| match rank {
+        NO_SLOT => NO_EXPERT,
+        rank => offsets.partition_point(|&offset| offset <= rank) as u32 - 1,
+    };
+    let ids: Vec<u32> = order.slot_rank.to_vec1::<u32>().unwrap().into_iter().map(expert).collect();
+    let ids = Tensor::from_vec(ids, (order.num_tokens(), order.top_k()), device).unwrap();
+    let num_local = order.expert_counts.dims()[0];
+    ExpertOrder::new(&ids, num_local, 0..num_local).unwrap()
 }

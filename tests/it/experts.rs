@@ -4,6 +4,7 @@
 //! be off by `(n + 2) * 2^-24` of the sum of magnitudes. Where that cannot reach over a rounding boundary, the rounded
 //! activation must be the very same number, so a missing or an extra rounding shows.
 
+use crate::devices;
 use crate::oracle::{self, Bounded, FLOATS, Matrix, Random};
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_moe::experts::{
@@ -146,16 +147,30 @@ impl Model {
         Self { experts, gate_up, down, case }
     }
 
-    /// Compares every row of the order; returns how far off the worst was, in parts of its bound.
+    /// Compares every row of the order, on every device; returns how far off the CPU's worst was, in parts of its bound.
     fn check(&self, hidden: &Tensor, order: &ExpertOrder) -> f64 {
-        let rows = self.experts.forward(hidden, order).unwrap();
+        if let Some(device) = devices::cuda() {
+            let (experts, there) = (self.experts.to_device(device).unwrap(), devices::order_to(device, order));
+            let rows = devices::to_host(&experts.forward(&hidden.to_device(device).unwrap(), &there).unwrap());
+            let num_slots = order.num_tokens() * order.top_k();
+            assert_eq!(rows.dims(), [num_slots, self.case.hidden_size]);
+            let offsets = order.expert_offsets.to_vec1::<u32>().unwrap();
+            let num_rows = offsets[offsets.len() - 1] as usize;
+            let rest = rows.narrow(0, num_rows, num_slots - num_rows).unwrap().flatten_all().unwrap();
+            assert!(rest.to_vec1::<f32>().unwrap().iter().all(|&value| value == 0.0), "rows behind the last place");
+            self.check_rows(&rows.narrow(0, 0, num_rows).unwrap(), hidden, order);
+        }
+        self.check_rows(&self.experts.forward(hidden, order).unwrap(), hidden, order)
+    }
+
+    fn check_rows(&self, rows: &Tensor, hidden: &Tensor, order: &ExpertOrder) -> f64 {
         assert_eq!(rows.dtype(), DType::F32);
         let tokens = oracle::rows_of(hidden);
         let offsets = order.expert_offsets.to_vec1::<u32>().unwrap();
         let slots = order.sorted_slots.to_vec1::<u32>().unwrap();
         let num_rows = offsets[offsets.len() - 1] as usize;
         assert_eq!(rows.dims(), [num_rows, self.case.hidden_size]);
-        let rows = if num_rows > 0 { oracle::rows_of(&rows) } else { Vec::new() };
+        let rows = if num_rows > 0 { oracle::rows_of(rows) } else { Vec::new() };
         let mut worst = 0f64;
         for (place, row) in rows.iter().enumerate() {
             let expert = offsets[1..].iter().filter(|&&end| end as usize <= place).count();
@@ -180,6 +195,15 @@ impl Model {
         }
         worst
     }
+}
+
+/// What a layer makes of `hidden` on every device, brought to the host.
+fn linear_everywhere(linear: &Linear, hidden: &Tensor) -> Vec<Tensor> {
+    let there = devices::cuda().map(|device| {
+        let (linear, hidden) = (linear.to_device(device).unwrap(), hidden.to_device(device).unwrap());
+        devices::to_host(&linear.forward(&hidden).unwrap())
+    });
+    std::iter::once(linear.forward(hidden).unwrap()).chain(there).collect()
 }
 
 fn order_of(ids: Vec<u32>, top_k: usize, num_experts: usize) -> ExpertOrder {
@@ -354,8 +378,8 @@ fn every_nibble_at_every_place_and_every_scale_decodes_exactly() {
     assert_eq!(weights.bytes_per_expert(), 255 * 17);
     let projection = ExpertProjection::new(weights, None).unwrap();
     let one_hot = Tensor::eye(32, DType::F32, &Device::Cpu).unwrap();
-    let products = oracle::rows_of(&Linear::from_projection(projection).unwrap().forward(&one_hot).unwrap());
-    for (i, row) in products.iter().enumerate() {
+    let found = linear_everywhere(&Linear::from_projection(projection).unwrap(), &one_hot);
+    for (i, row) in found.iter().flat_map(|found| oracle::rows_of(found).into_iter().enumerate()) {
         for (scale, &found) in row.iter().enumerate() {
             let expected = exact[scale * 32 + i];
             // 2^128 and more is beyond float32; infinity times the zeros beside it is NaN.
@@ -482,8 +506,8 @@ fn fp8_weights_and_scales_may_be_views() {
     let exact = decode_fp8(&rows, &scales.flatten_all().unwrap().to_vec1::<f32>().unwrap(), 200);
     let projection = ExpertProjection::new(ExpertWeights::fp8(values, scales).unwrap(), None).unwrap();
     let one_hot = Tensor::eye(200, DType::F32, &Device::Cpu).unwrap();
-    let products = oracle::rows_of(&Linear::from_projection(projection).unwrap().forward(&one_hot).unwrap());
-    for (i, row) in products.iter().enumerate() {
+    let found = linear_everywhere(&Linear::from_projection(projection).unwrap(), &one_hot);
+    for (i, row) in found.iter().flat_map(|found| oracle::rows_of(found).into_iter().enumerate()) {
         assert_eq!([f64::from(row[0]), f64::from(row[1])], [exact[i], exact[200 + i]], "column {i}");
     }
 }
@@ -650,17 +674,16 @@ fn the_linear_layer_equals_the_oracle_with_one_rounding() {
                     projection(&mut random, &format, (1, out_features, in_features), Some(DType::F32));
                 let projection = Linear::from_projection(projection).unwrap();
                 let hidden = hidden_states(&mut random, num_tokens, in_features, 1.0, dtype);
-                let found = projection.forward(&hidden).unwrap();
-                assert_eq!((found.dtype(), found.dims()), (dtype, &[num_tokens, out_features][..]));
-                if num_tokens == 0 {
-                    continue;
-                }
-                for (x, row) in oracle::rows_of(&hidden).iter().zip(oracle::rows_of(&found)) {
-                    let x: Vec<_> = x.iter().map(|&x| Bounded { value: x.into(), error: 0.0 }).collect();
-                    for (expected, found) in matrices[0].apply(&x).into_iter().zip(row) {
-                        let Bounded { value, error } = oracle::rounded(expected, dtype);
-                        let error = if dtype == DType::F32 { expected.error + error } else { error };
-                        assert!((f64::from(found) - value).abs() <= error, "{found}, not {value} +- {error}");
+                for found in linear_everywhere(&projection, &hidden) {
+                    assert_eq!((found.dtype(), found.dims()), (dtype, &[num_tokens, out_features][..]));
+                    let rows = if num_tokens > 0 { oracle::rows_of(&found) } else { Vec::new() };
+                    for (x, row) in oracle::rows_of(&hidden).iter().zip(rows) {
+                        let x: Vec<_> = x.iter().map(|&x| Bounded { value: x.into(), error: 0.0 }).collect();
+                        for (expected, found) in matrices[0].apply(&x).into_iter().zip(row) {
+                            let Bounded { value, error } = oracle::rounded(expected, dtype);
+                            let error = if dtype == DType::F32 { expected.error + error } else { error };
+                            assert!((f64::from(found) - value).abs() <= error, "{found}, not {value} +- {error}");
+                        }
                     }
                 }
             }
@@ -731,9 +754,17 @@ fn the_weighted_sum_adds_in_slot_order_and_skips_slots_outside_the_order() {
         }
         let rows = Tensor::from_vec(rows, (num_rows, hidden_size), &Device::Cpu).unwrap();
         let weights = Tensor::from_vec(weights, (num_tokens, top_k), &Device::Cpu).unwrap();
-        let sum = weighted_sum(&rows, &weights, &order).unwrap();
-        assert_eq!((sum.dtype(), sum.dims()), (DType::F32, &[num_tokens, hidden_size][..]));
-        assert_eq!(oracle::bits_of(&sum), expected.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+        let there = devices::cuda().map(|device| {
+            // A row for every slot, as the experts give them there.
+            let rest = Tensor::full(f32::NAN, (num_tokens * top_k - num_rows, hidden_size), &Device::Cpu).unwrap();
+            let rows = Tensor::cat(&[&rows, &rest], 0).unwrap().to_device(device).unwrap();
+            let (weights, order) = (weights.to_device(device).unwrap(), devices::order_to(device, &order));
+            devices::to_host(&weighted_sum(&rows, &weights, &order).unwrap())
+        });
+        for sum in std::iter::once(weighted_sum(&rows, &weights, &order).unwrap()).chain(there) {
+            assert_eq!((sum.dtype(), sum.dims()), (DType::F32, &[num_tokens, hidden_size][..]));
+            assert_eq!(oracle::bits_of(&sum), expected.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+        }
     }
 }
 

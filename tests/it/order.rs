@@ -36,23 +36,11 @@ fn check(topk_ids: &Tensor, num_experts: usize, local: Range<usize>) -> ExpertOr
     order
 }
 
-/// Ids, counted from the first local expert, whose order has the counts of `order`.
-fn placed_ids(order: &ExpertOrder) -> Tensor {
-    let offsets = vector(&order.expert_offsets);
-    let expert = |rank: u32| match rank {
-        NO_SLOT => NO_EXPERT,
-        rank => offsets.partition_point(|&offset| offset <= rank) as u32 - 1,
-    };
-    let ids: Vec<u32> = vector(&order.slot_rank).into_iter().map(expert).collect();
-    Tensor::from_vec(ids, (order.num_tokens(), order.top_k()), &Device::Cpu).unwrap()
-}
-
 /// Every place in exactly one tile, tiles in order, each inside its expert, the room fixed by the shapes alone.
 fn check_tiles(order: &ExpertOrder, tile_rows: usize) {
     let tiles = order.tile_map(tile_rows).unwrap();
     if let Some(device) = devices::cuda() {
-        let ids = placed_ids(order).to_device(device).unwrap();
-        let there = ExpertOrder::new(&ids, order.expert_counts.dims()[0], 0..order.expert_counts.dims()[0]).unwrap();
+        let there = devices::order_to(device, order);
         let there = there.tile_map(tile_rows).unwrap();
         let on_host = |tensor: &Tensor| vector(&devices::to_host(tensor));
         assert_eq!(on_host(&there.tile_experts), vector(&tiles.tile_experts));

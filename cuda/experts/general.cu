@@ -1,0 +1,218 @@
+// The experts' projections for weights of any format and any size, and the weighted sum that brings their rows home.
+//
+//     gate_up   h[place]    = round(activation(W1 x + b1)), of the token at each place of the order
+//     down      rows[place] = W2 h[place] + b2
+//     linear    out[token]  = round(W x + b), of one matrix and all tokens in their order
+//     home      sums[token] = sum over k of topk_weights[slot] * rows[slot_rank[slot]], in slot order
+//
+// A block has up to kTileRows places of one expert and a band of output features; a warp has one feature at a time, its
+// lanes side by side along the inputs, so that a weight is decoded once for all places of the tile. Made to be right for
+// every shape and not to be fast: faster kernels stand in front of it for the shapes that they take.
+
+#include <type_traits>
+
+#include "common/keys.cuh"
+#include "common/launch.cuh"
+
+namespace moe {
+
+constexpr uint32_t kTileRows = 16;
+constexpr uint32_t kThreads = 256;
+constexpr uint32_t kBand = 32;  // output features of a block
+constexpr uint32_t kNothing = 0xffffffffu;
+
+enum Kind { kGateUp, kDown, kLinear };
+enum GateUpRows : uint32_t { kConcatenated = 0, kInterleaved = 1 };
+enum Activation : uint32_t { kSilu = 0, kSwigluOss = 1 };
+
+struct ProjectionArguments {
+    const void* weights;            // [num_local, rows of the matrix, in_features], as the format holds it
+    const void* scales;             // of the format, or null
+    const float* bias;              // [num_local, rows of the matrix], or null
+    const void* input;              // gate_up, linear: [num_tokens, in_features]; down: [num_slots, in_features]
+    void* output;                   // [num_slots, out_features]; linear: [num_tokens, out_features]
+    const uint32_t* sorted_slots;
+    const uint32_t* expert_offsets;
+    const uint32_t* tile_experts;
+    const uint32_t* tile_starts;
+    uint32_t num_rows;              // linear: num_tokens
+    uint32_t top_k;
+    uint32_t in_features;
+    uint32_t out_features;          // gate_up: intermediate_size, half the rows of the matrix
+    uint32_t gate_up_rows;
+    uint32_t activation;
+    float alpha;
+    float limit;
+};
+
+// Formats: the weight at column k of a row of the matrix, which is row `row` of all local experts' matrices.
+template <typename T> struct Dense {
+    const T* weights;
+    __device__ Dense(const ProjectionArguments& a, uint64_t row)
+        : weights(static_cast<const T*>(a.weights) + row * a.in_features) {}
+    __device__ float at(uint32_t k) const { return to_float(weights[k]); }
+};
+
+// E2M1 in nibbles, low one first, with a power of two for 32 values.
+struct Mxfp4 {
+    const uint8_t* blocks;
+    const uint8_t* scales;
+    __device__ Mxfp4(const ProjectionArguments& a, uint64_t row)
+        : blocks(static_cast<const uint8_t*>(a.weights) + row * (a.in_features / 2)),
+          scales(static_cast<const uint8_t*>(a.scales) + row * (a.in_features / 32)) {}
+    __device__ float at(uint32_t k) const {
+        const uint32_t nibble = blocks[k / 2] >> (k % 2 * 4) & 15u, scale = scales[k / 32];
+        const uint32_t exponent = nibble >> 1 & 3u, mantissa = nibble & 1u;
+        // 0 and 0.5, or 1.m times a power of two.
+        const float magnitude =
+            exponent == 0 ? 0.5f * mantissa : __uint_as_float((exponent + 126u) << 23 | mantissa << 22);
+        const float power = __uint_as_float(scale == 0 ? 0x00400000u : scale << 23);
+        return (nibble & 8u ? -magnitude : magnitude) * power;
+    }
+};
+
+// E4M3 bytes with a float for 128 values of a row.
+struct Fp8 {
+    const uint8_t* values;
+    const float* scales;
+    __device__ Fp8(const ProjectionArguments& a, uint64_t row)
+        : values(static_cast<const uint8_t*>(a.weights) + row * a.in_features),
+          scales(static_cast<const float*>(a.scales) + row * ((a.in_features + 127) / 128)) {}
+    __device__ float at(uint32_t k) const {
+        const uint32_t bits = values[k], exponent = bits >> 3 & 15u, mantissa = bits & 7u;
+        const float magnitude =
+            exponent == 0 ? mantissa * 0.001953125f : __uint_as_float((exponent + 120u) << 23 | mantissa << 20);
+        return __fmul_rn(bits & 128u ? -magnitude : magnitude, scales[k / 128]);
+    }
+};
+
+__device__ __forceinline__ void keep(float* to, float value) { *to = value; }
+__device__ __forceinline__ void keep(__half* to, float value) { *to = __float2half_rn(value); }
+__device__ __forceinline__ void keep(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
+
+// src/experts/activation.rs; NaN in either input comes out as NaN.
+__device__ __forceinline__ float activate(const ProjectionArguments& a, float gate, float up) {
+    if (a.activation == kSilu) return gate / (1.0f + expf(-gate)) * up;
+    gate = gate > a.limit ? a.limit : gate;
+    up = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
+    return gate / (1.0f + expf(-a.alpha * gate)) * (up + 1.0f);
+}
+
+// The places of a block: rows of the input, by place of the tile.
+struct Tile {
+    uint32_t expert;
+    uint32_t first;  // place
+    uint32_t count;
+};
+
+template <Kind kKind>
+__device__ __forceinline__ Tile tile_of(const ProjectionArguments& a, uint32_t tile) {
+    if (kKind == kLinear) return {0, tile * kTileRows, min(kTileRows, a.num_rows - tile * kTileRows)};
+    const uint32_t expert = a.tile_experts[tile];
+    if (expert == kNothing) return {0, 0, 0};
+    const uint32_t first = a.tile_starts[tile];
+    return {expert, first, min(kTileRows, a.expert_offsets[expert + 1] - first)};
+}
+
+// The products of a row of the matrix with all inputs of the tile; lane t has that of input t, bias included.
+template <typename W, typename T>
+__device__ __forceinline__ float dot(const ProjectionArguments& a, uint32_t expert, uint32_t matrix_rows, uint32_t row,
+                                     const uint32_t* inputs, uint32_t lane) {
+    const uint64_t in_all = uint64_t(expert) * matrix_rows + row;
+    const W weights(a, in_all);
+    const T* const input = static_cast<const T*>(a.input);
+    float sums[kTileRows] = {};
+    for (uint32_t k = lane; k < a.in_features; k += 32) {
+        const float weight = weights.at(k);
+#pragma unroll
+        for (uint32_t t = 0; t < kTileRows; ++t) {
+            sums[t] = fmaf(weight, to_float(input[uint64_t(inputs[t]) * a.in_features + k]), sums[t]);
+        }
+    }
+    float mine = 0.0f;
+#pragma unroll
+    for (uint32_t t = 0; t < kTileRows; ++t) {
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) sums[t] += __shfl_xor_sync(kAllLanes, sums[t], d);
+        if (lane == t) mine = sums[t];
+    }
+    return mine + (a.bias == nullptr ? 0.0f : a.bias[in_all]);
+}
+
+template <typename W, typename T, Kind kKind>
+__device__ __forceinline__ void project(const ProjectionArguments& a) {
+    __shared__ uint32_t inputs[kTileRows];
+    const uint32_t num_bands = (a.out_features + kBand - 1) / kBand;
+    const Tile tile = tile_of<kKind>(a, blockIdx.x / num_bands);
+    if (tile.count == 0) return;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (threadIdx.x < kTileRows) {
+        // Rows that the tile lacks repeat its last one, and are not kept.
+        const uint32_t place = tile.first + min(threadIdx.x, tile.count - 1);
+        inputs[threadIdx.x] = kKind == kGateUp ? a.sorted_slots[place] / a.top_k : place;
+    }
+    __syncthreads();
+    const uint32_t first = blockIdx.x % num_bands * kBand;
+    for (uint32_t j = first + warp; j < min(first + kBand, a.out_features); j += kThreads / 32) {
+        const uint64_t to = uint64_t(tile.first + lane) * a.out_features + j;
+        if constexpr (kKind == kGateUp) {
+            const uint32_t matrix_rows = 2 * a.out_features;
+            const bool interleaved = a.gate_up_rows == kInterleaved;
+            const float gate = dot<W, T>(a, tile.expert, matrix_rows, interleaved ? 2 * j : j, inputs, lane);
+            const float up =
+                dot<W, T>(a, tile.expert, matrix_rows, interleaved ? 2 * j + 1 : a.out_features + j, inputs, lane);
+            if (lane < tile.count) keep(static_cast<T*>(a.output) + to, activate(a, gate, up));
+        } else {
+            const float out = dot<W, T>(a, tile.expert, a.out_features, j, inputs, lane);
+            using Out = std::conditional_t<kKind == kLinear, T, float>;
+            if (lane < tile.count) keep(static_cast<Out*>(a.output) + to, out);
+        }
+    }
+}
+
+struct HomeArguments {
+    const float* rows;          // [num_slots, hidden_size]
+    const float* topk_weights;  // [num_tokens, top_k]
+    const uint32_t* slot_rank;  // [num_slots]
+    float* sums;                // [num_tokens, hidden_size]
+    uint64_t num_tokens;
+    uint32_t top_k;
+    uint32_t hidden_size;
+};
+
+}  // namespace moe
+
+#define PROJECT(WEIGHTS, WEIGHTS_NAME, T, NAME, KIND, KIND_NAME)                                                  \
+    extern "C" __global__ void __launch_bounds__(moe::kThreads) KIND_NAME##_##WEIGHTS_NAME##_##NAME(              \
+        const __grid_constant__ moe::ProjectionArguments a) {                                                     \
+        moe::project<moe::WEIGHTS, T, moe::KIND>(a);                                                              \
+    }
+#define PROJECT_KINDS(WEIGHTS, WEIGHTS_NAME, T, NAME)          \
+    PROJECT(WEIGHTS, WEIGHTS_NAME, T, NAME, kGateUp, gate_up)  \
+    PROJECT(WEIGHTS, WEIGHTS_NAME, T, NAME, kDown, down)       \
+    PROJECT(WEIGHTS, WEIGHTS_NAME, T, NAME, kLinear, linear)
+#define PROJECT_FORMATS(T, NAME)                    \
+    PROJECT_KINDS(Dense<float>, f32, T, NAME)             \
+    PROJECT_KINDS(Dense<__half>, f16, T, NAME)            \
+    PROJECT_KINDS(Dense<__nv_bfloat16>, bf16, T, NAME)    \
+    PROJECT_KINDS(Mxfp4, mxfp4, T, NAME)                  \
+    PROJECT_KINDS(Fp8, fp8, T, NAME)
+
+PROJECT_FORMATS(float, f32)
+PROJECT_FORMATS(__half, f16)
+PROJECT_FORMATS(__nv_bfloat16, bf16)
+
+extern "C" __global__ void __launch_bounds__(256) home(const __grid_constant__ moe::HomeArguments a) {
+    const uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= a.num_tokens * a.hidden_size) return;
+    const uint64_t token = i / a.hidden_size;
+    float sum = 0.0f;
+    for (uint32_t k = 0; k < a.top_k; ++k) {
+        const uint64_t slot = token * a.top_k + k;
+        const uint32_t rank = a.slot_rank[slot];
+        if (rank != moe::kNothing) {
+            sum = __fadd_rn(sum, __fmul_rn(a.topk_weights[slot], a.rows[uint64_t(rank) * a.hidden_size + i % a.hidden_size]));
+        }
+    }
+    a.sums[i] = sum;
+}
