@@ -211,7 +211,8 @@ extern "C" __global__ void __launch_bounds__(256) home(const __grid_constant__ m
         const uint64_t slot = token * a.top_k + k;
         const uint32_t rank = a.slot_rank[slot];
         if (rank != moe::kNothing) {
-            sum = __fadd_rn(sum, __fmul_rn(a.topk_weights[slot], a.rows[uint64_t(rank) * a.hidden_size + i % a.hidden_size]));
+            const float value = a.rows[uint64_t(rank) * a.hidden_size + i % a.hidden_size];
+            sum = __fadd_rn(sum, __fmul_rn(a.topk_weights[slot], value));
         }
     }
     a.sums[i] = sum;

@@ -141,7 +141,8 @@ __device__ __forceinline__ uint32_t place_of(uint32_t e, uint32_t pitch) {
 
 // Sums up the rows: all of them in `totals`, those before row `first` in `base` too. Both are 0 before.
 template <int kWide, typename RowOf>
-__device__ __forceinline__ void sum_rows(const OrderShared& s, uint32_t pitch, uint32_t num_rows, uint32_t first, RowOf row_of) {
+__device__ __forceinline__ void sum_rows(
+    const OrderShared& s, uint32_t pitch, uint32_t num_rows, uint32_t first, RowOf row_of) {
     const uint32_t columns = pitch / kWide;
     if (columns == 0) return;
     const uint32_t groups = blockDim.x > columns ? blockDim.x / columns : 1;
@@ -257,8 +258,9 @@ __device__ __forceinline__ void write_experts(const OrderArguments& o, const Ord
         o.tile_experts[t] = expert;
         o.tile_starts[t] = start;
     }
-    const uint64_t num_slots = o.num_slots;
-    for (uint64_t i = uint64_t(s.offsets[o.num_local]) + thread; i < num_slots; i += num_threads) o.sorted_slots[i] = kNoSlot;
+    // In 64 bits, since the last step may lead beyond 32.
+    const uint64_t total = s.offsets[o.num_local];
+    for (uint64_t i = total + thread; i < o.num_slots; i += num_threads) o.sorted_slots[i] = kNoSlot;
 }
 
 // Zeroes the sums, sums up the rows, and makes offsets and places of them.

@@ -39,7 +39,8 @@ __device__ __forceinline__ void route_and_count(const RoutingArguments& a, const
 }  // namespace moe
 
 #define ROUTED(T, NAME, SCORE, SCORE_NAME, NARROW, N)                                                                     \
-    extern "C" __global__ void __launch_bounds__(512) routed_##NAME##_##SCORE_NAME##_##N(const __grid_constant__ moe::RoutedArguments a) { \
+    extern "C" __global__ void __launch_bounds__(512)                                                                     \
+        routed_##NAME##_##SCORE_NAME##_##N(const __grid_constant__ moe::RoutedArguments a) {                              \
         moe::allow_next_kernel();                                                                                         \
         moe::order_chunk(a.order, [&](uint16_t* counts) {                                                                 \
             moe::route_and_count<T, N, moe::SCORE, NARROW>(a.routing, a.order, counts);                                   \

@@ -129,12 +129,14 @@ __device__ __forceinline__ float weigh(int method, float factor, float logit, bo
 // One warp per token
 
 __device__ __forceinline__ float load_one(const float* at) { return __ldg(at); }
-__device__ __forceinline__ uint32_t load_one(const __half* at) { return __ldg(reinterpret_cast<const uint16_t*>(at)); }
-__device__ __forceinline__ uint32_t load_one(const __nv_bfloat16* at) { return __ldg(reinterpret_cast<const uint16_t*>(at)); }
+template <typename T>
+__device__ __forceinline__ uint32_t load_one(const T* at) { return __ldg(reinterpret_cast<const uint16_t*>(at)); }
 
 __device__ __forceinline__ void keep_one(float* to, float value) { *to = value; }
 template <typename T>
-__device__ __forceinline__ void keep_one(T* to, uint32_t bits) { *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(bits); }
+__device__ __forceinline__ void keep_one(T* to, uint32_t bits) {
+    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(bits);
+}
 
 // Words of type W into `out`, which they fill.
 template <typename W, typename T, int N>
@@ -396,13 +398,15 @@ __device__ __forceinline__ Chosen choose_wide(const RoutingArguments& a, const T
 
 // The logits that a lane owns of a token; nothing is read of padding.
 template <typename T, int N>
-__device__ __forceinline__ void load_token(const RoutingArguments& a, uint64_t token, uint64_t end, uint32_t lane, T (&logits)[N]) {
+__device__ __forceinline__ void load_token(
+    const RoutingArguments& a, uint64_t token, uint64_t end, uint32_t lane, T (&logits)[N]) {
     if (token < end) load_lane<T, N>(row_of<T>(a, token), a.stride_expert, a.num_experts, lane, logits);
 }
 
 // Routes one token whose logits were loaded: writes ids and weights, and returns the expert of this lane's slot.
 template <typename T, int N, int kScore, bool kNarrow>
-__device__ __forceinline__ uint32_t route_token(const RoutingArguments& a, uint64_t token, const T (&logits)[N], uint32_t lane) {
+__device__ __forceinline__ uint32_t route_token(
+    const RoutingArguments& a, uint64_t token, const T (&logits)[N], uint32_t lane) {
     Chosen chosen;
     if constexpr (kNarrow) {
         chosen = choose_narrow<T, N>(a, logits, lane);

@@ -15,7 +15,8 @@ const FP8_MAX_SCALE: f32 = (1u128 << 119) as f32;
 /// One matrix `[out_features, in_features]` per local expert.
 ///
 /// MXFP4 stays in 4 bits: value = `table[nibble] * 2^(scale - 127)`, table 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the same negated
-/// (bit 3 is the sign); with scale bytes 253 and 254 the largest values are beyond float32 and infinite. Byte `b` of a block holds elements `2b` (low nibble) and `2b + 1` (high nibble).
+/// (bit 3 is the sign); with scale bytes 253 and 254 the largest values are beyond float32 and infinite. Byte `b` of a block
+/// holds elements `2b` (low nibble) and `2b + 1` (high nibble).
 ///
 /// FP8 stays in 8 bits: weight = value * scale of its row and its block of [`FP8_BLOCK`] columns, rounded to float32 and
 /// then accumulated in float32 like the others.
@@ -96,8 +97,8 @@ impl ExpertWeights {
     }
 
     /// FP8 weights as DeepSeek-V3 publishes them: `values` F8E4M3, or its bits as u8 (which are not copied),
-    /// `[num_local_experts, out_features, in_features]`; `scales` f32 `[num_local_experts, out_features, in_features / 128 rounded up]`, which [`fp8_row_scales`] makes from published
-    /// ones. `in_features` may be any number.
+    /// `[num_local_experts, out_features, in_features]`; `scales` f32 `[num_local_experts, out_features, in_features / 128
+    /// rounded up]`, which [`fp8_row_scales`] makes from published ones. `in_features` may be any number.
     ///
     /// # Errors
     /// Other shapes or dtypes, a value that is NaN, a scale that is not finite or above 2^119 in magnitude (products could

@@ -130,10 +130,10 @@ struct Outputs {
 }
 
 impl Outputs {
-    fn new(buffer: &mut Buffer, spec: &OrderSpec, cut: Cut) -> Self {
+    fn new(buffer: &mut Buffer, spec: &OrderSpec, cut: Cut) -> Result<Self> {
         let (num_local, num_slots) = (spec.local_experts.len(), spec.num_slots());
-        let max_tiles = spec.max_tiles();
-        Self {
+        let max_tiles = checked_tiles(spec.max_tiles())?;
+        Ok(Self {
             expert_counts: buffer.section(num_local),
             expert_offsets: buffer.section(num_local + 1),
             sorted_slots: buffer.section(num_slots),
@@ -142,7 +142,7 @@ impl Outputs {
             tile_starts: buffer.section(max_tiles),
             chunk_counts: buffer.section(if cut.whole { 0 } else { cut.num_chunks * pitch(num_local) / 2 }),
             max_tiles,
-        }
+        })
     }
 
     fn order(&self, sections: &Sections, spec: OrderSpec) -> Result<(ExpertOrder, Option<TileMap>)> {
@@ -193,6 +193,15 @@ impl Outputs {
             whole: u32::from(cut.whole),
         }
     }
+}
+
+/// A number of tiles that kernels can count to, in steps of all their threads.
+fn checked_tiles(max_tiles: usize) -> Result<usize> {
+    const MOST: usize = u32::MAX as usize - (1 << 24);
+    if max_tiles > MOST {
+        bail!("{OP}: the tile map has {max_tiles} tiles, expected at most {MOST} on CUDA; choose more tile_rows")
+    }
+    Ok(max_tiles)
 }
 
 /// Counters of a row in memory: a row is read 16 bytes at a time.
@@ -253,7 +262,7 @@ pub(super) fn order(topk_ids: &Tensor, device: &CudaDevice, spec: OrderSpec) -> 
     let cut = Cut::new(spec.num_slots(), 1, 32, WHOLE_SLOTS_PER_WARP, pitch, properties(device)?);
     let launches = Launches::new(device, &spec, cut)?;
     let mut buffer = Buffer::default();
-    let outputs = Outputs::new(&mut buffer, &spec, cut);
+    let outputs = Outputs::new(&mut buffer, &spec, cut)?;
     let (storage, layout) = topk_ids.storage_and_layout();
     let stream = device.cuda_stream();
     let (ids, _ids) = slice_of::<u32>(&storage, OP, "topk_ids")?.device_ptr(&stream);
@@ -310,7 +319,7 @@ pub(super) fn route_and_order(
     let launches = Launches::new(device, &spec, cut)?;
     let mut buffer = Buffer::default();
     let topk_ids = buffer.section(routing::num_slots(layout, router)?);
-    let outputs = Outputs::new(&mut buffer, &spec, cut);
+    let outputs = Outputs::new(&mut buffer, &spec, cut)?;
     let mut weights = None;
     let write = |address: &dyn Fn(Section) -> u64| {
         let order = outputs.arguments(&spec, cut, launches.chunks_per_block, address);
@@ -343,6 +352,7 @@ pub(super) fn tile_map(
     tile_rows: usize,
     max_tiles: usize,
 ) -> Result<TileMap> {
+    let max_tiles = checked_tiles(max_tiles)?;
     let mut buffer = Buffer::default();
     let (tile_experts, tile_starts) = (buffer.section(max_tiles), buffer.section(max_tiles));
     let num_local = order.local_experts.len();

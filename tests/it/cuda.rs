@@ -336,6 +336,11 @@ fn bad_input_is_refused_as_on_the_cpu_and_the_device_still_works() {
     let ids = zeros(&[3, 1], DType::U32, device);
     let error = line(ExpertOrder::new(&ids, 100_000, 0..100_000).unwrap_err());
     assert!(error.contains("num_local_experts 100000") && error.contains("shared memory"), "{error}");
+    // More tiles than kernels count.
+    let options = OrderOptions { tile_rows: Some(1), ..Default::default() };
+    let many = logits_of_one_row(device, (u32::MAX as usize - 1) / 2);
+    let error = line(RoutedOrder::new(&router, &many, &options).unwrap_err());
+    assert!(error.contains("tiles") && error.contains("tile_rows"), "{error}");
     // Tensors on different devices.
     let logits = zeros(&[4, 8], DType::F32, device);
     let here = Tensor::new(3u32, &Device::Cpu).unwrap();
@@ -366,10 +371,13 @@ fn memory_that_is_not_there_is_a_clear_error_and_the_store_goes_on() {
     assert_eq!(store.statistics(), before);
     assert_eq!(address(&store.logits(&key, 4, device).unwrap()), address(&small));
     // Outputs that do not fit.
-    let row = Tensor::zeros((1, 8), DType::F32, device).unwrap();
-    let logits = row.broadcast_as((1 << 40, 8)).unwrap();
-    router(RoutingMethod::Renormalize, 8).route(&logits).unwrap_err();
+    router(RoutingMethod::Renormalize, 8).route(&logits_of_one_row(device, 1 << 40)).unwrap_err();
     assert_works(device);
+}
+
+/// `[num_tokens, 8]`, all of one row.
+fn logits_of_one_row(device: &Device, num_tokens: usize) -> Tensor {
+    Tensor::zeros((1, 8), DType::F32, device).unwrap().broadcast_as((num_tokens, 8)).unwrap()
 }
 
 fn assert_works(device: &Device) {
