@@ -8,27 +8,22 @@
 
 extern "C" __global__ void __launch_bounds__(512) order(const __grid_constant__ moe::OrderArguments o) {
     moe::allow_next_kernel();
-    moe::order_chunk(o, [&](uint16_t* counts) {
-        const moe::Span span = moe::warp_span(o);
-        const uint32_t lane = threadIdx.x % 32;
-        for (uint64_t i = span.first; i < span.end; i += 32) {
-            const bool in = i + lane < span.end;
-            const uint32_t slot = static_cast<uint32_t>(i + lane);
-            const uint32_t expert = in ? moe::local_expert(o, slot, o.topk_ids[slot]) : moe::kNobody;
-            const uint32_t before = moe::count_any(counts, expert, lane);
-            if (in) o.slot_rank[slot] = before;
+    moe::order_chunk(o, [&](const moe::Counters& c) {
+        const moe::Span span = moe::chunk_span(o, blockIdx.x);
+        for (uint32_t i = threadIdx.x; i < span.end - span.first; i += blockDim.x) {
+            const uint32_t slot = span.first + i;
+            c.mark(i, i, moe::local_expert(o, slot, o.topk_ids[slot]));
         }
     });
 }
 
 extern "C" __global__ void __launch_bounds__(512) place(const __grid_constant__ moe::OrderArguments o) {
+    MOE_DYNAMIC_SHARED(uint32_t, memory);
     moe::wait_for_previous_kernel();
-    // The threads of a chunk's block are those of this one.
-    const uint32_t chunk_slots = o.warp_slots * (blockDim.x / 32);
-    if (moe::pitch_of(o) >= 128) {
-        moe::place_chunks<8>(o, chunk_slots);
+    if (o.packed) {
+        moe::place_chunks<true>(o, memory);
     } else {
-        moe::place_chunks<2>(o, chunk_slots);
+        moe::place_chunks<false>(o, memory);
     }
 }
 
@@ -48,31 +43,22 @@ struct TileArguments {
 // Every block sums up the tiles for itself.
 extern "C" __global__ void __launch_bounds__(512) tiles(const moe::TileArguments a) {
     MOE_DYNAMIC_SHARED(uint32_t, memory);
-    uint32_t* const scratch = memory;            // [32]
-    uint32_t* const tile_offsets = memory + 32;  // [num_local + 1]
+    uint32_t* const scratch = memory;            // [64]
+    uint32_t* const tile_offsets = memory + 64;  // [num_local + 1]
     const uint32_t per_thread = (a.num_local + blockDim.x - 1) / blockDim.x;
     const uint32_t first = min(threadIdx.x * per_thread, a.num_local), end = min(first + per_thread, a.num_local);
     const auto tiles_of = [&](uint32_t e) {
-        const uint32_t count = a.expert_offsets[e + 1] - a.expert_offsets[e];
-        return count / a.tile_rows + (count % a.tile_rows != 0);
+        return moe::tiles_of(a.expert_offsets[e + 1] - a.expert_offsets[e], a.tile_rows, 32);
     };
-    uint32_t sum = 0;
+    uint32_t sum = 0, unused = 0;
     for (uint32_t e = first; e < end; ++e) sum += tiles_of(e);
-    sum = moe::block_exclusive_sum(sum, scratch);
+    moe::block_exclusive_sums(sum, unused, scratch);
     for (uint32_t e = first; e < end; ++e) {
         tile_offsets[e] = sum;
         sum += tiles_of(e);
     }
     if (end == a.num_local && (first < end || threadIdx.x == 0)) tile_offsets[end] = sum;
     __syncthreads();
-    const uint32_t num_tiles = tile_offsets[a.num_local];
-    for (uint32_t t = blockIdx.x * blockDim.x + threadIdx.x; t < a.max_tiles; t += gridDim.x * blockDim.x) {
-        uint32_t expert = moe::kNobody, start = moe::kNoSlot;
-        if (t < num_tiles) {
-            expert = moe::tile_expert(tile_offsets, a.num_local, t);
-            start = a.expert_offsets[expert] + (t - tile_offsets[expert]) * a.tile_rows;
-        }
-        a.tile_experts[t] = expert;
-        a.tile_starts[t] = start;
-    }
+    const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, num_threads = gridDim.x * blockDim.x;
+    moe::write_tiles(a, a.expert_offsets, tile_offsets, thread, num_threads);
 }

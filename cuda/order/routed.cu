@@ -1,7 +1,12 @@
-// Router logits to expert order in one launch (o.whole), or in two with `place` of order/order.cu behind it: the warp that
-// routes a token counts its slots, which go to different experts, at once. routing/topk.cuh and order/order.cuh say how.
+// Router logits to expert order in one launch (o.whole), or in two with `place` of order/order.cu behind it: the slots of a
+// token, which go to different experts, are marked as soon as it is routed. routing/topk.cuh, routing/merge.cuh and
+// order/order.cuh say how.
+//
+//     routed_row     one warp per token, for few tokens
+//     routed_merge   several tokens per warp
 
 #include "order/order.cuh"
+#include "routing/merge.cuh"
 #include "routing/topk.cuh"
 
 namespace moe {
@@ -11,39 +16,79 @@ struct RoutedArguments {
     OrderArguments order;
 };
 
+// The tokens of a block's chunk.
+struct Tokens {
+    uint32_t first, end;
+
+    __device__ __forceinline__ Tokens(const RoutingArguments& a, const OrderArguments& o)
+        : first(blockIdx.x * (o.chunk_words * 32)),
+          end(static_cast<uint32_t>(min(uint64_t(first) + o.chunk_words * 32, a.num_tokens))) {}
+};
+
+// Marks slot k of a token.
+__device__ __forceinline__ void mark_slot(
+    const OrderArguments& o, const Counters& c, const Tokens& tokens, uint32_t token, uint32_t k, uint32_t id) {
+    const uint32_t unit = token - tokens.first;
+    c.mark(unit, unit * o.top_k + k, local_expert(o, token * o.top_k + k, id));
+}
+
 template <typename T, int N, int kScore, bool kNarrow>
-__device__ __forceinline__ void route_and_count(const RoutingArguments& a, const OrderArguments& o, uint16_t* counts) {
-    const Span span = warp_span(o);
-    const uint32_t lane = threadIdx.x % 32;
-    const uint64_t end = span.end / a.top_k, valid = min(valid_tokens(a), end);
-    uint64_t token = span.first / a.top_k;
+__device__ __forceinline__ void mark_rows(const RoutingArguments& a, const OrderArguments& o, const Counters& c) {
+    const Tokens tokens(a, o);
+    const uint32_t lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const uint64_t valid = min(valid_tokens(a), uint64_t(tokens.end));
+    uint64_t token = uint64_t(tokens.first) + threadIdx.x / 32;
     alignas(16) T logits[N];
     load_token<T, N>(a, token, valid, lane, logits);
-    for (; token < valid; ++token) {
+    for (; token < tokens.end; token += warps) {
         // The next token's logits are on their way while this one is routed.
         alignas(16) T next[N];
-        load_token<T, N>(a, token + 1, valid, lane, next);
-        const uint32_t id = route_token<T, N, kScore, kNarrow>(a, token, logits, lane);
-        const uint32_t slot = static_cast<uint32_t>(token * a.top_k + lane);
-        const uint32_t before = count_distinct(counts, lane < a.top_k ? local_expert(o, slot, id) : kNobody);
-        if (lane < a.top_k) o.slot_rank[slot] = before;
+        load_token<T, N>(a, token + warps, valid, lane, next);
+        uint32_t id = kNoExpert;
+        if (token < valid) {
+            id = route_token<T, N, kScore, kNarrow>(a, token, logits, lane);
+        } else {
+            write_padding(a, token, lane);
+        }
+        if (lane < a.top_k) mark_slot(o, c, tokens, static_cast<uint32_t>(token), lane, id);
 #pragma unroll
         for (int i = 0; i < N; ++i) logits[i] = next[i];
     }
-    for (; token < end; ++token) {
-        write_padding(a, token, lane);
-        if (lane < a.top_k) o.slot_rank[token * a.top_k + lane] = kNoSlot;
+}
+
+template <typename T, int kLanes, int kChunks, int kKeep>
+__device__ __forceinline__ void mark_merged(const RoutingArguments& a, const OrderArguments& o, const Counters& c) {
+    const Tokens tokens(a, o);
+    const uint32_t sub = threadIdx.x % kLanes, step = blockDim.x / kLanes;
+    const uint64_t valid = min(valid_tokens(a), uint64_t(tokens.end));
+    const uint32_t passes = (tokens.end - tokens.first + step - 1) / step;
+    for (uint32_t pass = 0; pass < passes; ++pass) {
+        const uint64_t token = uint64_t(tokens.first) + pass * step + threadIdx.x / kLanes;
+        uint4 chunks[kChunks];
+        load_chunks<T, kLanes, kChunks>(a, token, token < valid, sub, chunks);
+        const uint32_t id = route_merged<T, kLanes, kChunks, kKeep>(a, token, tokens.end, token < valid, sub, chunks);
+        if (token < tokens.end && sub < a.top_k) mark_slot(o, c, tokens, static_cast<uint32_t>(token), sub, id);
     }
 }
 
 }  // namespace moe
 
-#define ROUTED(T, NAME, SCORE, SCORE_NAME, NARROW, N)                                                                     \
-    extern "C" __global__ void __launch_bounds__(512)                                                                     \
-        routed_##NAME##_##SCORE_NAME##_##N(const __grid_constant__ moe::RoutedArguments a) {                              \
-        moe::allow_next_kernel();                                                                                         \
-        moe::order_chunk(a.order, [&](uint16_t* counts) {                                                                 \
-            moe::route_and_count<T, N, moe::SCORE, NARROW>(a.routing, a.order, counts);                                   \
-        });                                                                                                               \
+#define ROUTED_ROW(T, NAME, SCORE, SCORE_NAME, NARROW, N)                                             \
+    extern "C" __global__ void __launch_bounds__(512)                                                 \
+        routed_row_##NAME##_##SCORE_NAME##_##N(const __grid_constant__ moe::RoutedArguments a) {      \
+        moe::allow_next_kernel();                                                                     \
+        moe::order_chunk(a.order, [&](const moe::Counters& c) {                                       \
+            moe::mark_rows<T, N, moe::SCORE, NARROW>(a.routing, a.order, c);                          \
+        });                                                                                           \
     }
-MOE_ROW_KERNELS(ROUTED)
+MOE_ROW_KERNELS(ROUTED_ROW)
+
+#define ROUTED_MERGE(T, NAME, LANES, CHUNKS, KEEP)                                                        \
+    extern "C" __global__ void __launch_bounds__(512)                                                     \
+        routed_merge_##NAME##_##LANES##_##CHUNKS##_##KEEP(const __grid_constant__ moe::RoutedArguments a) { \
+        moe::allow_next_kernel();                                                                         \
+        moe::order_chunk(a.order, [&](const moe::Counters& c) {                                           \
+            moe::mark_merged<T, LANES, CHUNKS, KEEP>(a.routing, a.order, c);                              \
+        });                                                                                               \
+    }
+MOE_MERGE_KERNELS(ROUTED_MERGE)

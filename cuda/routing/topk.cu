@@ -1,11 +1,14 @@
 // Top-k routing: router_logits [num_tokens, num_experts] to topk_ids and topk_weights [num_tokens, top_k].
 //
-// `row`: one warp per token; routing/topk.cuh says how, and why it is fast.
+// `row`: one warp per token, for few tokens; routing/topk.cuh says how, and why it is fast.
+//
+// `merge`: several tokens per warp, for many of them; routing/merge.cuh says how.
 //
 // `any`: one block per token, keys in shared memory, for any number of experts that fits there, any top_k and any groups.
 // It is made to be right and not to be fast.
 
 #include "common/launch.cuh"
+#include "routing/merge.cuh"
 #include "routing/topk.cuh"
 
 namespace moe {
@@ -23,6 +26,17 @@ __device__ __forceinline__ void route_row(const RoutingArguments& a) {
     alignas(16) T logits[N];
     load_token<T, N>(a, token, a.num_tokens, lane, logits);
     route_token<T, N, kScore, kNarrow>(a, token, logits, lane);
+}
+
+// Several tokens per warp.
+template <typename T, int kLanes, int kChunks, int kKeep>
+__device__ __forceinline__ void route_merge(const RoutingArguments& a) {
+    const uint64_t token = (uint64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
+    const uint32_t sub = threadIdx.x % kLanes;
+    const bool valid = token < valid_tokens(a);
+    uint4 chunks[kChunks];
+    load_chunks<T, kLanes, kChunks>(a, token, valid, sub, chunks);
+    route_merged<T, kLanes, kChunks, kKeep>(a, token, a.num_tokens, valid, sub, chunks);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -180,3 +194,10 @@ ANY_DTYPES(kRootSoftplus, root_softplus)
         moe::route_row<T, N, moe::SCORE, NARROW>(a);                                                                     \
     }
 MOE_ROW_KERNELS(ROW)
+
+#define MERGE(T, NAME, LANES, CHUNKS, KEEP)                                                                               \
+    extern "C" __global__ void __launch_bounds__(128) merge_##NAME##_##LANES##_##CHUNKS##_##KEEP(                       \
+        const moe::RoutingArguments a) {                                                                                  \
+        moe::route_merge<T, LANES, CHUNKS, KEEP>(a);                                                                      \
+    }
+MOE_MERGE_KERNELS(MERGE)

@@ -69,11 +69,13 @@ __device__ __forceinline__ float score_of(float logit) {
     return kScore == kSigmoid ? sigmoid(logit) : kScore == kRootSoftplus ? root_softplus(logit) : logit;
 }
 
-// The same bits in all lanes, and those of lane_sum() of the CPU.
+// The sum over each `width` lanes (a power of two), and the bits of lane_sum() of the CPU if all other values are 0.
 template <typename T>
-__device__ __forceinline__ T warp_sum(T v) {
+__device__ __forceinline__ T warp_sum(T v, uint32_t width = 32) {
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(kAllLanes, v, d);
+    for (uint32_t d = 16; d > 0; d /= 2) {
+        if (d < width) v += __shfl_xor_sync(kAllLanes, v, d);
+    }
     return v;
 }
 
@@ -83,35 +85,27 @@ __device__ __forceinline__ float warp_max_number(float v) {  // NaN does not cou
     return v;
 }
 
-// The weight of the logit in this lane. `in` says whether the lane holds one; `best` is the largest chosen logit by the
-// order of the choice (lane 0's); `denominator` belongs to Default alone.
-__device__ __forceinline__ float weigh(int method, float factor, float logit, bool in, float denominator) {
-    const float best = __shfl_sync(kAllLanes, logit, 0);
+// The weight of the logit in this lane; each `width` lanes (a power of two) weigh the slots of one token. `in` says whether
+// the lane holds a slot; `best` is the largest chosen logit by the order of the choice (the first lane's); `denominator`
+// belongs to Default alone.
+__device__ __forceinline__ float weigh(
+    int method, float factor, float logit, bool in, float denominator, uint32_t width) {
+    const float best = __shfl_sync(kAllLanes, logit, 0, width);
+    float s;
     switch (method) {
         case kDefault:
             return __fdiv_rn(share(logit, best), denominator);
         case kSigmoidAlone:
             return sigmoid_or_zero(logit);
-        case kSigmoidOverSum: {
-            const float s = in ? sigmoid_or_zero(logit) : 0.0f;
-            return __fmul_rn(__fdiv_rn(s, __fadd_rn(warp_sum(s), kEpsilon)), factor);
-        }
-        case kSigmoidRenorm:
-            if (best >= kSigmoidIsExp) {
-                const float s = in ? sigmoid_or_zero(logit) : 0.0f;
-                return __fdiv_rn(s, warp_sum(s));
-            }
-            // The quotient is a softmax.
-            [[fallthrough]];
-        default:
-        case kRenormalize: {
-            const float s = in ? share(logit, best) : 0.0f;
-            return __fdiv_rn(s, warp_sum(s));
-        }
+        case kSigmoidOverSum:
+            s = sigmoid_or_zero(logit);
+            break;
+        case kSigmoidRenorm:  // of small logits the quotient is a softmax
+            s = best >= kSigmoidIsExp ? sigmoid_or_zero(logit) : share(logit, best);
+            break;
         case kRootSoftplusOverSum: {
             // Chosen by score + bias, so the largest logit may be anywhere.
             const float top = warp_max_number(in ? logit : __uint_as_float(0x7fc00000u));
-            float s;
             if (top != top || top < kSigmoidIsExp) {
                 s = share(logit * 0.5f, top * 0.5f);
             } else if (top == kInf) {
@@ -119,10 +113,16 @@ __device__ __forceinline__ float weigh(int method, float factor, float logit, bo
             } else {
                 s = logit != logit ? 0.0f : root_softplus(logit);
             }
-            s = in ? s : 0.0f;
-            return __fmul_rn(__fdiv_rn(s, warp_sum(s)), factor);
+            break;
         }
+        default:
+            s = share(logit, best);
     }
+    s = in ? s : 0.0f;
+    float sum = warp_sum(s, width);
+    if (method == kSigmoidOverSum) sum = __fadd_rn(sum, kEpsilon);
+    const float weight = __fdiv_rn(s, sum);
+    return method == kSigmoidOverSum || method == kRootSoftplusOverSum ? __fmul_rn(weight, factor) : weight;
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -414,7 +414,9 @@ __device__ __forceinline__ uint32_t route_token(
         chosen = choose_wide<T, N, kScore>(a, row_of<T>(a, token), logits, lane);
     }
     const bool in = lane < a.top_k;
-    const float weight = weigh(a.weight, a.factor, chosen.logit, in, chosen.denominator);
+    // Adding zeros changes nothing, so that fewer lanes give the same sum.
+    const uint32_t width = a.top_k <= 4 ? 4 : a.top_k <= 8 ? 8 : 32;
+    const float weight = weigh(a.weight, a.factor, chosen.logit, in, chosen.denominator, width);
     if (in) {
         a.topk_ids[token * a.top_k + lane] = chosen.id;
         a.topk_weights[token * a.top_k + lane] = weight;

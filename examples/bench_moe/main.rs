@@ -64,7 +64,7 @@ struct Args {
     /// On CUDA: experts and slots per token, as 256x8; several separated by commas [default: those of many models]
     #[arg(long, value_name = "EXPERTSxTOP_K", value_delimiter = ',')]
     shape: Vec<Shape>,
-    /// On CUDA: how to route, as Renormalize or DeepSeekV3:num_groups=8:topk_group=4 [default: Renormalize, and
+    /// On CUDA: how to route, as Renormalize or DeepSeekV3:num_groups=8,topk_group=4 [default: Renormalize, and
     /// DeepSeekV3 beside it where no shape is given]
     #[arg(long, value_name = "NAME", value_parser = method)]
     method: Option<RoutingMethod>,

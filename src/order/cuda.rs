@@ -10,20 +10,17 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DeviceRepr};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, Tensor, bail};
 
-/// The most threads of a block, and the fewest.
+/// Threads of a block, at most.
 const MAX_THREADS: usize = 512;
-const MIN_THREADS: usize = 32;
-/// Bytes of counters, one for each warp and expert, that are worth having more warps.
-const MAX_COUNTERS: usize = 64 * 1024;
-/// Blocks of a cluster, at most.
-const CLUSTER: usize = 8;
-/// What a warp takes in one launch: up to here one block or one cluster is faster than two launches.
-const WHOLE_TOKENS_PER_WARP: usize = 2;
-const WHOLE_SLOTS_PER_WARP: usize = 64;
-/// Chunks of a large batch, for each multiprocessor, and chunks that a block places.
-const CHUNKS_PER_MULTIPROCESSOR: usize = 2;
-/// Slots of a chunk, at most: its counters have 16 bits.
-const MAX_CHUNK_SLOTS: usize = u16::MAX as usize;
+/// Units that a word of a mask has room for.
+const WORD_UNITS: usize = 32;
+/// Bytes of masks, counters and experts of a chunk, where a chunk of one word does not need more.
+const MAX_CHUNK_BYTES: usize = 96 * 1024;
+/// Up to here one launch of one block is faster than two.
+const WHOLE_TOKENS: usize = 32;
+const WHOLE_SLOTS: usize = 1024;
+/// Tokens up to which a warp for each token is faster than several tokens per warp.
+const ROW_TOKENS: usize = 16;
 /// Threads of the kernel that makes a tile map from offsets.
 const TILE_THREADS: u32 = 512;
 
@@ -48,10 +45,13 @@ struct Arguments {
     first_local: u32,
     num_local: u32,
     tile_rows: u32,
+    tile_shift: u32,
     max_tiles: u32,
-    warp_slots: u32,
+    unit_slots: u32,
+    chunk_words: u32,
     num_chunks: u32,
     chunks_per_block: u32,
+    packed: u32,
     whole: u32,
 }
 
@@ -82,37 +82,35 @@ unsafe impl DeviceRepr for RoutedArguments {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for TileArguments {}
 
-/// How slots are cut into the parts of warps and blocks.
+/// How units (tokens whose slots go to different experts, or single slots) are cut into chunks, one for each block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Cut {
-    threads: usize,
-    warp_slots: usize,
+    num_units: usize,
+    unit_slots: usize,
+    /// Words of a chunk's mask.
+    chunk_words: usize,
     num_chunks: usize,
-    /// One launch, of one block or one cluster.
+    /// One chunk, one launch.
     whole: bool,
 }
 
 impl Cut {
-    /// Cuts `num_units` units of `unit` slots. `whole_units` is what a warp takes in one launch at most; parts are made of
-    /// `grain` units.
-    fn new(num_units: usize, unit: usize, grain: usize, whole_units: usize, pitch: usize, device: Properties) -> Self {
-        let mut threads = MAX_THREADS;
-        while threads > MIN_THREADS && threads / 32 * pitch * size_of::<u16>() > MAX_COUNTERS {
-            threads /= 2;
+    /// Cuts `num_units` units of `unit_slots` slots; up to `whole_units` of them are not cut.
+    fn new(num_units: usize, unit_slots: usize, whole_units: usize, pitch: usize, device: Properties) -> Self {
+        let one = Self { num_units, unit_slots, chunk_words: 1, num_chunks: 1, whole: true };
+        let most = (MAX_CHUNK_BYTES / one.chunk_bytes(pitch).max(1)).max(1);
+        let words = num_units.div_ceil(WORD_UNITS).max(1);
+        if num_units <= whole_units && words <= most {
+            return Self { chunk_words: words, ..one };
         }
-        let warps = threads / 32;
-        let part = |blocks: usize| num_units.div_ceil(blocks * warps).max(1).next_multiple_of(grain);
-        let cluster = if device.has_clusters { CLUSTER } else { 1 };
-        for blocks in [1, 2, 4, CLUSTER] {
-            if blocks <= cluster && part(blocks) <= whole_units {
-                return Self { threads, warp_slots: part(blocks) * unit, num_chunks: blocks, whole: true };
-            }
-        }
-        let most = (MAX_CHUNK_SLOTS / warps / unit).max(1);
-        let most = if most > grain { most / grain * grain } else { most };
-        let units = part(device.num_multiprocessors * CHUNKS_PER_MULTIPROCESSOR).min(most);
-        let num_chunks = num_units.div_ceil(units * warps);
-        Self { threads, warp_slots: units * unit, num_chunks, whole: false }
+        let chunk_words = words.div_ceil(device.num_multiprocessors).min(most);
+        Self { chunk_words, num_chunks: words.div_ceil(chunk_words), whole: false, ..one }
+    }
+
+    /// Bytes of a chunk's masks, counters and experts.
+    fn chunk_bytes(&self, pitch: usize) -> usize {
+        let slots = self.chunk_words * WORD_UNITS * self.unit_slots;
+        self.chunk_words * pitch * (size_of::<u32>() + size_of::<u16>()) + slots * size_of::<u16>()
     }
 }
 
@@ -166,7 +164,15 @@ impl Outputs {
         Ok((order, tiles))
     }
 
-    fn arguments(&self, spec: &OrderSpec, cut: Cut, per_block: usize, address: &dyn Fn(Section) -> u64) -> Arguments {
+    fn arguments(
+        &self,
+        spec: &OrderSpec,
+        cut: Cut,
+        launches: &Launches,
+        address: &dyn Fn(Section) -> u64,
+    ) -> Arguments {
+        // More rows than slots are as many as slots.
+        let tile_rows = spec.tile_rows.map_or(0, |rows| rows.min(u32::MAX as usize) as u32);
         Arguments {
             topk_ids: 0,
             replica_offsets: 0,
@@ -184,12 +190,14 @@ impl Outputs {
             turn: spec.map.as_ref().map_or(0, |map| map.turn),
             first_local: spec.local_experts.start as u32,
             num_local: spec.local_experts.len() as u32,
-            // More rows than slots are as many as slots.
-            tile_rows: spec.tile_rows.map_or(0, |rows| rows.min(u32::MAX as usize) as u32),
+            tile_rows,
+            tile_shift: if tile_rows.is_power_of_two() { tile_rows.trailing_zeros() } else { u32::BITS },
             max_tiles: self.max_tiles as u32,
-            warp_slots: cut.warp_slots as u32,
+            unit_slots: cut.unit_slots as u32,
+            chunk_words: cut.chunk_words as u32,
             num_chunks: cut.num_chunks as u32,
-            chunks_per_block: per_block as u32,
+            chunks_per_block: launches.chunks_per_block as u32,
+            packed: u32::from(launches.packed),
             whole: u32::from(cut.whole),
         }
     }
@@ -215,25 +223,41 @@ struct Launches {
     first: Launch,
     second: Option<Launch>,
     chunks_per_block: usize,
+    /// Whether the sums of the rows that a thread adds up fit 16 bits.
+    packed: bool,
 }
 
 impl Launches {
-    fn new(device: &CudaDevice, spec: &OrderSpec, cut: Cut) -> Result<Self> {
-        let pitch = pitch(spec.local_experts.len());
-        // The block's row, four vectors of sums and offsets, the room for sums over the block.
-        let sums = pitch * size_of::<u16>() + (4 * pitch + 2 + 64) * size_of::<u32>();
-        let counters = cut.threads / 32 * pitch * size_of::<u16>();
-        let what = format!("num_local_experts {}", spec.local_experts.len());
-        let shared = checked_shared(device, OP, &what, sums + counters)?;
-        let mut first = Launch::new(cut.num_chunks, cut.threads as u32, shared);
+    /// `warp_units` is what a warp of the first launch takes at once.
+    fn new(device: &CudaDevice, spec: &OrderSpec, cut: Cut, warp_units: usize) -> Result<Self> {
+        let num_local = spec.local_experts.len();
+        let pitch = pitch(num_local);
+        let what = format!("num_local_experts {num_local}");
+        // Totals, offsets of slots and tiles, the room for sums over the block.
+        let offsets = (3 * pitch + 2 + 64) * size_of::<u32>();
+        let chunk = cut.chunk_bytes(pitch).next_multiple_of(size_of::<u32>());
+        let units = if cut.whole { cut.num_units } else { cut.chunk_words * WORD_UNITS };
+        let mut warps = units.div_ceil(warp_units);
         if cut.whole {
-            first.cluster = cut.num_chunks as u32;
-            return Ok(Self { first, second: None, chunks_per_block: 1 });
+            // A thread for each expert.
+            warps = warps.max(num_local.div_ceil(32));
         }
+        let threads = (32 * warps).clamp(32, MAX_THREADS);
+        let shared = checked_shared(device, OP, &what, chunk + if cut.whole { offsets } else { 0 })?;
+        let first = Launch::new(cut.num_chunks, threads as u32, shared);
+        if cut.whole {
+            return Ok(Self { first, second: None, chunks_per_block: 1, packed: false });
+        }
+        let columns = (pitch / 8).max(1);
+        let groups = (MAX_THREADS / columns).max(1);
+        let packed = cut.num_chunks.div_ceil(groups) * cut.chunk_words * WORD_UNITS <= u16::MAX as usize;
+        let sum = if packed { size_of::<u16>() } else { size_of::<u32>() };
+        let sums = 2 * groups * columns * 8 * sum;
         let chunks_per_block = cut.num_chunks.div_ceil(properties(device)?.num_multiprocessors);
-        let blocks = cut.num_chunks.div_ceil(chunks_per_block);
-        let second = Launch { starts_early: true, ..Launch::new(blocks, cut.threads as u32, sums) };
-        Ok(Self { first, second: Some(second), chunks_per_block })
+        let shared = checked_shared(device, OP, &what, sums + offsets + pitch * size_of::<u32>())?;
+        let second = Launch::new(cut.num_chunks.div_ceil(chunks_per_block), MAX_THREADS as u32, shared);
+        let second = Some(Launch { starts_early: true, ..second });
+        Ok(Self { first, second, chunks_per_block, packed })
     }
 }
 
@@ -259,15 +283,15 @@ fn with_map(
 pub(super) fn order(topk_ids: &Tensor, device: &CudaDevice, spec: OrderSpec) -> Result<(ExpertOrder, Option<TileMap>)> {
     let topk_ids = topk_ids.contiguous()?;
     let pitch = pitch(spec.local_experts.len());
-    let cut = Cut::new(spec.num_slots(), 1, 32, WHOLE_SLOTS_PER_WARP, pitch, properties(device)?);
-    let launches = Launches::new(device, &spec, cut)?;
+    let cut = Cut::new(spec.num_slots(), 1, WHOLE_SLOTS, pitch, properties(device)?);
+    let launches = Launches::new(device, &spec, cut, 32)?;
     let mut buffer = Buffer::default();
     let outputs = Outputs::new(&mut buffer, &spec, cut)?;
     let (storage, layout) = topk_ids.storage_and_layout();
     let stream = device.cuda_stream();
     let (ids, _ids) = slice_of::<u32>(&storage, OP, "topk_ids")?.device_ptr(&stream);
     let write = |address: &dyn Fn(Section) -> u64| {
-        let arguments = outputs.arguments(&spec, cut, launches.chunks_per_block, address);
+        let arguments = outputs.arguments(&spec, cut, &launches, address);
         with_map(&spec, device, arguments, |mut arguments| {
             arguments.topk_ids = ids + (layout.start_offset() * size_of::<u32>()) as u64;
             // SAFETY: `Arguments` is the parameter of both kernels; the ids are contiguous and the sections as long as the
@@ -295,7 +319,7 @@ pub(super) struct Routed {
 pub(super) fn fuses(router_logits: &Tensor, router: &Router) -> bool {
     match *router_logits.dims() {
         [num_tokens, num_experts] => {
-            num_tokens > 0 && routing::row_kernel(router_logits.dtype(), num_experts, router).is_some()
+            num_tokens > 0 && routing::row_kernel(router_logits.dtype(), num_experts, router, false).is_some()
         }
         _ => false,
     }
@@ -311,18 +335,18 @@ pub(super) fn route_and_order(
 ) -> Result<Routed> {
     let device = storage.device();
     let (num_tokens, num_experts) = (layout.dims()[0], layout.dims()[1]);
-    let Some(kernel) = routing::row_kernel(storage.dtype(), num_experts, router) else {
+    let Some(kernel) = routing::row_kernel(storage.dtype(), num_experts, router, num_tokens > ROW_TOKENS) else {
         bail!("{OP}: num_experts {num_experts} with top_k {} is not fused with routing", spec.top_k)
     };
     let pitch = pitch(spec.local_experts.len());
-    let cut = Cut::new(num_tokens, spec.top_k, 1, WHOLE_TOKENS_PER_WARP, pitch, properties(device)?);
-    let launches = Launches::new(device, &spec, cut)?;
+    let cut = Cut::new(num_tokens, spec.top_k, WHOLE_TOKENS, pitch, properties(device)?);
+    let launches = Launches::new(device, &spec, cut, kernel.warp_tokens)?;
     let mut buffer = Buffer::default();
     let topk_ids = buffer.section(routing::num_slots(layout, router)?);
     let outputs = Outputs::new(&mut buffer, &spec, cut)?;
     let mut weights = None;
     let write = |address: &dyn Fn(Section) -> u64| {
-        let order = outputs.arguments(&spec, cut, launches.chunks_per_block, address);
+        let order = outputs.arguments(&spec, cut, &launches, address);
         with_map(&spec, device, order, |mut order| {
             order.topk_ids = address(topk_ids);
             weights = Some(routing::write_weights(storage, layout, router, num_valid_tokens, |mut routing| {
@@ -331,7 +355,7 @@ pub(super) fn route_and_order(
                 // SAFETY: `RoutedArguments` and `Arguments` are the parameters of the kernels; `write_weights` and the
                 // sections cover what they read and write; `place` waits for the kernel before it by itself.
                 unsafe {
-                    launch(device, Binary::Routed, &format!("routed_{kernel}"), launches.first, arguments)?;
+                    launch(device, Binary::Routed, &format!("routed_{}", kernel.name), launches.first, arguments)?;
                     launches.second.map_or(Ok(()), |second| launch(device, Binary::Order, "place", second, order))
                 }
             })?);
@@ -357,7 +381,7 @@ pub(super) fn tile_map(
     let (tile_experts, tile_starts) = (buffer.section(max_tiles), buffer.section(max_tiles));
     let num_local = order.local_experts.len();
     let what = format!("num_local_experts {num_local}");
-    let shared = checked_shared(device, OP, &what, (32 + num_local + 1) * size_of::<u32>())?;
+    let shared = checked_shared(device, OP, &what, (64 + num_local + 1) * size_of::<u32>())?;
     let (storage, layout) = order.expert_offsets.storage_and_layout();
     let stream = device.cuda_stream();
     let (offsets, _offsets) = slice_of::<u32>(&storage, OP, "expert_offsets")?.device_ptr(&stream);
@@ -390,21 +414,21 @@ mod tests {
 
     const H100: Properties = Properties { num_multiprocessors: 132, max_shared: 232_448, has_clusters: true };
 
-    /// Every slot lies in the part of exactly one warp, parts are whole units, and counters hold a chunk.
+    /// Every unit lies in exactly one chunk, and counters hold a chunk.
     #[test]
-    fn cuts_cover_all_slots() {
-        for device in [H100, Properties { has_clusters: false, num_multiprocessors: 1, ..H100 }] {
-            for pitch in [8, 256, 4096, 16384] {
-                for (unit, grain) in [(1, 32), (1, 1), (8, 1), (22, 1), (4096, 1)] {
-                    for num_units in (1..300).chain([1023, 4224, 4225, 1 << 20, (1 << 32) / unit - 1]) {
-                        let cut = Cut::new(num_units, unit, grain, 64, pitch, device);
-                        let warps = cut.threads / 32;
-                        let chunk = warps * cut.warp_slots;
-                        assert!(cut.num_chunks * chunk >= num_units * unit, "{cut:?}");
-                        assert!(cut.whole || (cut.num_chunks - 1) * chunk < num_units * unit, "{cut:?}");
-                        assert!(cut.warp_slots.is_multiple_of(unit), "{cut:?}");
-                        assert!(chunk <= MAX_CHUNK_SLOTS || unit > 1000, "{cut:?}");
-                        assert!(!cut.whole || cut.num_chunks <= if device.has_clusters { CLUSTER } else { 1 });
+    fn cuts_cover_all_units() {
+        for device in [H100, Properties { num_multiprocessors: 1, ..H100 }] {
+            for pitch in [0, 8, 256, 4096, 16384] {
+                for (unit_slots, whole_units) in [(1, 1024), (8, 32), (32, 32)] {
+                    for num_units in (1..300).chain([1023, 1024, 1025, 4224, 4225, 1 << 20, (1 << 32) / unit_slots - 1])
+                    {
+                        let cut = Cut::new(num_units, unit_slots, whole_units, pitch, device);
+                        let chunk = cut.chunk_words * WORD_UNITS;
+                        assert!(cut.num_chunks * chunk >= num_units, "{cut:?}");
+                        assert!((cut.num_chunks - 1) * chunk < num_units, "{cut:?}");
+                        assert!(chunk <= u16::MAX as usize, "{cut:?}");
+                        assert!(cut.chunk_words == 1 || cut.chunk_bytes(pitch) <= MAX_CHUNK_BYTES, "{cut:?}");
+                        assert!(!cut.whole || cut.num_chunks == 1 && num_units <= whole_units, "{cut:?}");
                     }
                 }
             }

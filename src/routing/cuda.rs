@@ -17,6 +17,9 @@ const ROW_THREADS: u32 = 128;
 /// The most experts, and slots, that a warp keeps in registers.
 const MAX_ROW_EXPERTS: usize = 1024;
 const MAX_ROW_SLOTS: usize = 32;
+/// The most slots of the kernels that give a warp to several tokens, and the tokens from which on they are faster.
+const MAX_MERGE_SLOTS: usize = 8;
+const MERGE_TOKENS: usize = 512;
 /// Threads of a block of the kernels that give a block to each token.
 const ANY_THREADS: u32 = 256;
 /// Blocks that walk over the tokens in those kernels.
@@ -73,10 +76,10 @@ pub(super) fn route(
     let write = |address: &dyn Fn(Section) -> u64| {
         weights = Some(write_weights(storage, layout, router, num_valid_tokens, |mut arguments| {
             arguments.topk_ids = address(ids);
-            let (name, how) = match row_kernel(storage.dtype(), num_experts, router) {
-                Some(kernel) => {
-                    let blocks = num_tokens.div_ceil(ROW_THREADS as usize / 32);
-                    (format!("row_{kernel}"), Launch::new(blocks, ROW_THREADS, 0))
+            let (name, how) = match row_kernel(storage.dtype(), num_experts, router, num_tokens >= MERGE_TOKENS) {
+                Some(RowKernel { name, warp_tokens }) => {
+                    let blocks = num_tokens.div_ceil(ROW_THREADS as usize / 32 * warp_tokens);
+                    (name, Launch::new(blocks, ROW_THREADS, 0))
                 }
                 None => {
                     let shared = shared_of_any(device, num_experts, router)?;
@@ -256,9 +259,50 @@ fn kind(dtype: DType, router: &Router) -> String {
     format!("{}_{}", dtype.as_str(), parts(router.method).2)
 }
 
-/// Dtype, score and experts per lane in the names of the kernels that give a warp to each token, where they can.
-pub(crate) fn row_kernel(dtype: DType, num_experts: usize, router: &Router) -> Option<String> {
-    row_width(num_experts, router).map(|width| format!("{}_{width}", kind(dtype, router)))
+/// A kernel that keeps rows in registers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RowKernel {
+    pub(crate) name: String,
+    /// Tokens that a warp routes at once.
+    pub(crate) warp_tokens: usize,
+}
+
+/// The kernel that routes such rows, if they fit registers: of several tokens per warp if there are `many` tokens and it is
+/// one for them, else of one.
+pub(crate) fn row_kernel(dtype: DType, num_experts: usize, router: &Router, many: bool) -> Option<RowKernel> {
+    let merge = if many { merge_kernel(dtype, num_experts, router) } else { None };
+    merge.or_else(|| {
+        let width = row_width(num_experts, router)?;
+        Some(RowKernel { name: format!("row_{}_{width}", kind(dtype, router)), warp_tokens: 1 })
+    })
+}
+
+/// The kernel of several tokens per warp: for 16-bit logits that are compared themselves.
+fn merge_kernel(dtype: DType, num_experts: usize, router: &Router) -> Option<RowKernel> {
+    let compared = match router.method {
+        RoutingMethod::Renormalize | RoutingMethod::RenormalizeNaive => true,
+        RoutingMethod::Llama4 | RoutingMethod::SigmoidRenorm => true,
+        // Its denominator takes all logits.
+        RoutingMethod::Default => false,
+        RoutingMethod::DeepSeekV3 { .. } | RoutingMethod::MiniMax2 | RoutingMethod::DeepSeekV4 { .. } => false,
+    };
+    if !compared || !matches!(dtype, DType::F16 | DType::BF16) || router.top_k > MAX_MERGE_SLOTS {
+        return None;
+    }
+    let slots = if router.top_k <= 4 { 4 } else { 8 };
+    // Lanes of a token, and what each of them owns: 8 experts, some times.
+    let (lanes, chunks, slots) = match num_experts {
+        0..=32 if slots == 4 => (4, 1, 4),
+        0..=64 => (8, 1, slots),
+        65..=128 => (8, 2, slots),
+        129..=192 => (8, 3, slots),
+        193..=256 => (8, 4, slots),
+        257..=384 => (16, 3, 8),
+        385..=512 => (16, 4, 8),
+        _ => return None,
+    };
+    let name = format!("merge_{}_{lanes}_{chunks}_{slots}", dtype.as_str());
+    Some(RowKernel { name, warp_tokens: 32 / lanes })
 }
 
 /// The experts that each lane keeps, where a warp can keep a row.
