@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(512) order(const __grid_constant__ 
     });
 }
 
-extern "C" __global__ void __launch_bounds__(512) place(const __grid_constant__ moe::OrderArguments o) {
+extern "C" __global__ void __launch_bounds__(moe::kPlaceThreads) place(const __grid_constant__ moe::OrderArguments o) {
     MOE_DYNAMIC_SHARED(uint32_t, memory);
     moe::wait_for_previous_kernel();
     if (o.packed) {
@@ -59,6 +59,6 @@ extern "C" __global__ void __launch_bounds__(512) tiles(const moe::TileArguments
     }
     if (end == a.num_local && (first < end || threadIdx.x == 0)) tile_offsets[end] = sum;
     __syncthreads();
-    const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, num_threads = gridDim.x * blockDim.x;
-    moe::write_tiles(a, a.expert_offsets, tile_offsets, thread, num_threads);
+    moe::write_tiles(a, a.expert_offsets, tile_offsets, 0);
+    moe::clear_tiles(a, tile_offsets[a.num_local]);
 }

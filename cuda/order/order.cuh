@@ -43,15 +43,21 @@ struct OrderArguments {
     uint32_t tile_shift;   // tile_rows is 1 << tile_shift, if this is less than 32
     uint32_t max_tiles;
     uint32_t unit_slots;   // slots of a unit
+    uint32_t unit_inverse; // 2^32 / unit_slots, rounded up, if that is more than 1
     uint32_t chunk_words;  // W
     uint32_t num_chunks;
     uint32_t chunks_per_block;  // of `place`
-    uint32_t packed;            // 1: sums of the rows that a thread of `place` adds up fit 16 bits
+    uint32_t group_bits;        // `place` adds up rows in 1 << group_bits groups of threads
+    uint32_t column_bits;       // the least power of two that is not less than pitch / 8
+    uint32_t packed;            // 1: the sums of a group fit 16 bits
     uint32_t whole;             // 1: one chunk, one launch
 };
 
 // A row of counters, padded so that rows are read 16 bytes at a time.
 __device__ __forceinline__ uint32_t pitch_of(const OrderArguments& o) { return (o.num_local + 7) / 8 * 8; }
+
+// Tiles of an expert that one thread of `place` writes.
+constexpr uint32_t kOwnTiles = 4;
 
 // The local expert of a slot, or kNobody.
 __device__ __forceinline__ uint32_t local_expert(const OrderArguments& o, uint32_t slot, uint32_t id) {
@@ -120,14 +126,15 @@ __device__ __forceinline__ uint32_t tiles_of(uint32_t count, uint32_t tile_rows,
                            : count / tile_rows + (count % tile_rows != 0);
 }
 
-// From the slots of each expert, which `total_of` tells once, to offsets of slots and tiles. All threads call it; a barrier
-// stands before the end.
-template <typename TotalOf>
-__device__ __forceinline__ void scan_experts(const OrderArguments& o, const Offsets& s, TotalOf total_of) {
-    const uint32_t per_thread = (o.num_local + blockDim.x - 1) / blockDim.x;
+// From the slots of each expert, which `total_of` tells once, to offsets of slots and tiles; `visit` is told each expert's
+// total and offsets. Returns whether an expert has more than kOwnTiles tiles. All threads call it; a barrier stands at its end.
+template <typename TotalOf, typename Visit>
+__device__ __forceinline__ bool scan_experts(const OrderArguments& o, const Offsets& s, TotalOf total_of, Visit visit) {
+    const uint32_t per_thread = o.num_local <= blockDim.x ? 1 : (o.num_local + blockDim.x - 1) / blockDim.x;
     const uint32_t first = min(threadIdx.x * per_thread, o.num_local);
     const uint32_t end = min(first + per_thread, o.num_local);
     uint32_t slots = 0, tiles = 0;
+    bool many = false;
     for (uint32_t e = first; e < end; ++e) {
         const uint32_t total = total_of(e);
         s.totals[e] = total;
@@ -139,45 +146,57 @@ __device__ __forceinline__ void scan_experts(const OrderArguments& o, const Offs
         const uint32_t total = s.totals[e];
         s.offsets[e] = slots;
         s.tiles[e] = tiles;
+        visit(e, total, slots, tiles);
+        const uint32_t own = tiles_of(total, o.tile_rows, o.tile_shift);
+        many |= own > kOwnTiles;
         slots += total;
-        tiles += tiles_of(total, o.tile_rows, o.tile_shift);
+        tiles += own;
     }
     if (first < end && end == o.num_local) {
         s.offsets[end] = slots;
         s.tiles[end] = tiles;
     }
     if (o.num_local == 0 && threadIdx.x == 0) s.offsets[0] = s.tiles[0] = 0;
-    __syncthreads();
+    return __syncthreads_or(many) != 0;
 }
 
-// The tiles of all experts, a warp those of one, and the rest of the map.
+// One of the tiles of an expert.
+template <typename Arguments>
+__device__ __forceinline__ void write_tile(
+    const Arguments& a, uint32_t expert, uint32_t offset, uint32_t first, uint32_t tile) {
+    a.tile_experts[first + tile] = expert;
+    a.tile_starts[first + tile] = offset + tile * a.tile_rows;
+}
+
+// The tiles of all experts from the tile `from` of each on, a warp those of one.
 template <typename Arguments>
 __device__ __forceinline__ void write_tiles(
-    const Arguments& a, const uint32_t* offsets, const uint32_t* tiles, uint32_t thread, uint32_t num_threads) {
-    for (uint32_t e = thread / 32; e < a.num_local; e += num_threads / 32) {
+    const Arguments& a, const uint32_t* offsets, const uint32_t* tiles, uint32_t from) {
+    const uint32_t warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32, num_warps = gridDim.x * blockDim.x / 32;
+    for (uint32_t e = warp; e < a.num_local; e += num_warps) {
         const uint32_t first = tiles[e], count = tiles[e + 1] - first;
-        for (uint32_t i = threadIdx.x % 32; i < count; i += 32) {
-            a.tile_experts[first + i] = e;
-            a.tile_starts[first + i] = offsets[e] + i * a.tile_rows;
-        }
+        for (uint32_t i = from + threadIdx.x % 32; i < count; i += 32) write_tile(a, e, offsets[e], first, i);
     }
-    for (uint64_t t = uint64_t(tiles[a.num_local]) + thread; t < a.max_tiles; t += num_threads) {
+}
+
+// The tiles behind the last one.
+template <typename Arguments>
+__device__ __forceinline__ void clear_tiles(const Arguments& a, uint32_t num_tiles) {
+    const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+    for (uint64_t t = uint64_t(num_tiles) + thread; t < a.max_tiles; t += gridDim.x * blockDim.x) {
         a.tile_experts[t] = 0xffffffffu;
         a.tile_starts[t] = kNoSlot;
     }
 }
 
-// Counts, offsets, tiles, and the places behind the last slot: all blocks write their part.
-__device__ __forceinline__ void write_experts(const OrderArguments& o, const Offsets& s) {
-    const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, num_threads = gridDim.x * blockDim.x;
-    for (uint32_t e = thread; e <= o.num_local; e += num_threads) {
-        if (e < o.num_local) o.expert_counts[e] = s.totals[e];
-        o.expert_offsets[e] = s.offsets[e];
-    }
-    if (o.max_tiles > 0) write_tiles(o, s.offsets, s.tiles, thread, num_threads);
-    for (uint64_t i = uint64_t(s.offsets[o.num_local]) + thread; i < o.num_slots; i += num_threads) {
+// What stands behind the last offset, the last slot and the last tile.
+__device__ __forceinline__ void write_ends(const OrderArguments& o, const Offsets& s) {
+    const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, num_slots = s.offsets[o.num_local];
+    if (thread == 0) o.expert_offsets[o.num_local] = num_slots;
+    for (uint64_t i = uint64_t(num_slots) + thread; i < o.num_slots; i += gridDim.x * blockDim.x) {
         o.sorted_slots[i] = kNoSlot;
     }
+    clear_tiles(o, s.tiles[o.num_local]);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -218,19 +237,25 @@ __device__ __forceinline__ void finish_chunk(const OrderArguments& o, const Coun
     const auto each_slot = [&](auto write) {
         for (uint32_t i = threadIdx.x; i < span.end - span.first; i += blockDim.x) {
             const uint32_t expert = c.experts[i];
-            const uint32_t unit = o.unit_slots == 1 ? i : i / o.unit_slots;
+            const uint32_t unit = o.unit_slots == 1 ? i : __umulhi(i, o.unit_inverse);
             write(span.first + i, expert, expert != kNobody ? c.rank(unit, expert) : 0);
         }
     };
     if (o.whole) {
         const Offsets s(memory, c.pitch);
-        scan_experts(o, s, [&](uint32_t e) { return c.count(e, o.chunk_words); });
+        const auto count = [&](uint32_t e) { return c.count(e, o.chunk_words); };
+        scan_experts(o, s, count, [&](uint32_t e, uint32_t total, uint32_t offset, uint32_t tile) {
+            o.expert_counts[e] = total;
+            o.expert_offsets[e] = offset;
+            const uint32_t tiles = tiles_of(total, o.tile_rows, o.tile_shift);
+            for (uint32_t i = 0; i < tiles; ++i) write_tile(o, e, offset, tile, i);
+        });
         each_slot([&](uint32_t slot, uint32_t expert, uint32_t rank) {
             const uint32_t place = expert != kNobody ? s.offsets[expert] + rank : kNoSlot;
             o.slot_rank[slot] = place;
             if (expert != kNobody) o.sorted_slots[place] = slot;
         });
-        write_experts(o, s);
+        write_ends(o, s);
         return;
     }
     uint16_t* const row = o.chunk_counts + uint64_t(blockIdx.x) * c.pitch;
@@ -259,6 +284,10 @@ __device__ __forceinline__ void order_chunk(const OrderArguments& o, MarkAll mar
 // ------------------------------------------------------------------------------------------------------------------
 // The second launch
 
+constexpr uint32_t kPlaceThreads = 512;
+// Groups of threads that add up rows: each a warp, unless a row has many columns.
+constexpr int kMostGroups = 16;
+
 // Adds up 8 counts of 16 bits, in pairs or each for itself.
 template <bool kPacked>
 struct Sums {
@@ -272,23 +301,35 @@ struct Sums {
     }
 };
 
-// Sums up the rows of all chunks, and those before chunk `first`: a thread adds some rows of 8 experts, and leaves both sums
-// in shared memory, `totals` and `befores`, both of type Sum [groups, pitch].
+// Sums up the rows of all chunks, and those before chunk `first`. A group of threads adds some of the rows, 8 experts a
+// thread; where a row has fewer threads than a warp, a warp adds several rows at once. Both sums are left in shared memory,
+// of 16 or 32 bits, [groups, pitch].
 template <bool kPacked>
 __device__ __forceinline__ void sum_rows(
-    const OrderArguments& o, uint32_t pitch, uint32_t groups, uint32_t first, uint32_t* totals, uint32_t* befores) {
-    const uint32_t columns = pitch / 8;
-    for (uint32_t i = threadIdx.x; i < columns * groups; i += blockDim.x) {
-        const uint32_t column = i % columns, group = i / columns;
+    const OrderArguments& o, uint32_t pitch, uint32_t first, uint32_t* totals, uint32_t* befores) {
+    const uint32_t columns = pitch / 8, width = 1u << o.column_bits;
+    const uint32_t group_threads = kPlaceThreads >> o.group_bits, at_once = max(group_threads >> o.column_bits, 1u);
+    const uint32_t thread = threadIdx.x & (group_threads - 1), group = threadIdx.x / group_threads;
+    for (uint32_t column = thread & (width - 1); column < width; column += group_threads) {
+        const bool in = column < columns;
         Sums<kPacked> total, before;
         const uint16_t* const at = o.chunk_counts + column * 8;
+        const uint32_t first_row = (group * at_once) + (thread >> o.column_bits);
 #pragma unroll 8
-        for (uint32_t row = group; row < o.num_chunks; row += groups) {
+        for (uint32_t row = in ? first_row : o.num_chunks; row < o.num_chunks; row += at_once << o.group_bits) {
             const uint4 counts = *reinterpret_cast<const uint4*>(at + uint64_t(row) * pitch);
             total.add(counts);
             if (row < first) before.add(counts);
         }
-        const uint32_t to = i * Sums<kPacked>::kWords;
+        for (uint32_t d = width; d < 32; d *= 2) {
+#pragma unroll
+            for (int j = 0; j < Sums<kPacked>::kWords; ++j) {
+                total.words[j] += __shfl_xor_sync(kAllLanes, total.words[j], d);
+                before.words[j] += __shfl_xor_sync(kAllLanes, before.words[j], d);
+            }
+        }
+        if (!in || (thread >> o.column_bits) > 0) continue;
+        const uint32_t to = (group * columns + column) * Sums<kPacked>::kWords;
 #pragma unroll
         for (int j = 0; j < Sums<kPacked>::kWords; ++j) {
             totals[to + j] = total.words[j];
@@ -303,11 +344,10 @@ constexpr int kBatch = 4;
 template <bool kPacked>
 __device__ __forceinline__ void place_chunks(const OrderArguments& o, uint32_t* memory) {
     using Sum = std::conditional_t<kPacked, uint16_t, uint32_t>;
-    const uint32_t pitch = pitch_of(o), columns = max(pitch / 8, 1u);
-    const uint32_t groups = max(blockDim.x / columns, 1u);
+    const uint32_t pitch = pitch_of(o), groups = 1u << o.group_bits, sum_words = groups * pitch / 8 * Sums<kPacked>::kWords;
     uint32_t* const totals = memory;
-    uint32_t* const befores = totals + groups * columns * Sums<kPacked>::kWords;
-    const Offsets s(befores + groups * columns * Sums<kPacked>::kWords, pitch);
+    uint32_t* const befores = totals + sum_words;
+    const Offsets s(befores + sum_words, pitch);
     uint32_t* const base = s.end();  // [pitch]: the place of the chunk's first slot of each expert
     const uint32_t first = blockIdx.x * o.chunks_per_block;
     const uint32_t end = min(first + o.chunks_per_block, o.num_chunks);
@@ -324,19 +364,34 @@ __device__ __forceinline__ void place_chunks(const OrderArguments& o, uint32_t* 
     };
     load(uint64_t(span.first) + threadIdx.x);
 
-    sum_rows<kPacked>(o, pitch, groups, first, totals, befores);
+    sum_rows<kPacked>(o, pitch, first, totals, befores);
     __syncthreads();
     const auto sum_of = [&](const uint32_t* sums, uint32_t e) {
+        const Sum* const of_groups = reinterpret_cast<const Sum*>(sums) + e;
         uint32_t sum = 0;
-        for (uint32_t g = 0; g < groups; ++g) sum += reinterpret_cast<const Sum*>(sums)[g * pitch + e];
+        if (groups == kMostGroups) {
+#pragma unroll
+            for (int g = 0; g < kMostGroups; ++g) sum += of_groups[g * pitch];
+        } else {
+            for (uint32_t g = 0; g < groups; ++g) sum += of_groups[g * pitch];
+        }
         return sum;
     };
-    scan_experts(o, s, [&](uint32_t e) {
+    const auto total_of = [&](uint32_t e) {
         base[e] = sum_of(befores, e);
         return sum_of(totals, e);
-    });
-    for (uint32_t e = threadIdx.x; e < o.num_local; e += blockDim.x) base[e] += s.offsets[e];
-    __syncthreads();
+    };
+    const auto visit = [&](uint32_t e, uint32_t total, uint32_t offset, uint32_t tile) {
+        base[e] += offset;
+        // Each block writes the experts of a warp; the last block those that are left.
+        if (min(e / 32, gridDim.x - 1) == blockIdx.x) {
+            o.expert_counts[e] = total;
+            o.expert_offsets[e] = offset;
+            const uint32_t tiles = tiles_of(total, o.tile_rows, o.tile_shift);
+            for (uint32_t i = 0; i < min(tiles, kOwnTiles); ++i) write_tile(o, e, offset, tile, i);
+        }
+    };
+    const bool more_tiles = scan_experts(o, s, total_of, visit);
 
     for (uint32_t chunk = first; chunk < end; ++chunk) {
         for (uint64_t from = uint64_t(span.first) + threadIdx.x; from < span.end; from += kBatch * blockDim.x) {
@@ -358,7 +413,8 @@ __device__ __forceinline__ void place_chunks(const OrderArguments& o, uint32_t* 
         load(uint64_t(span.first) + threadIdx.x);
         __syncthreads();
     }
-    write_experts(o, s);
+    write_ends(o, s);
+    if (more_tiles) write_tiles(o, s.offsets, s.tiles, kOwnTiles);
 }
 
 }  // namespace moe

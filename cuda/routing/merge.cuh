@@ -75,44 +75,48 @@ __device__ __forceinline__ void load_chunks(
     }
 }
 
-// The keys of the 8 experts from `first` on; 0 for those that do not exist.
-template <typename T>
-__device__ __forceinline__ void keys_of_chunk(const uint4& chunk, uint32_t first, uint32_t num_experts, uint32_t (&keys)[8]) {
-    constexpr uint32_t kToNan = 0x7fff - Narrow<T>::kInfinity;  // lifts every NaN, and nothing else, to the sign bit
+// The keys of the 8 experts of a lane's i-th chunk, without the lane's bits of the expert: a lane has the same in all of its
+// keys. 16-bit arithmetic in pairs; a NaN is still above infinity or below minus infinity, see make_nan_equal().
+template <typename T, int kLanes>
+__device__ __forceinline__ void keys_of_chunk(
+    const uint4& chunk, int i, uint32_t sub, uint32_t num_experts, uint32_t (&keys)[8]) {
     const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-    uint32_t nan = 0;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        const uint32_t bits = j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16;
-        const uint32_t sign = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31);
-        // 0x8000 + magnitude, or 0x8000 - magnitude, above ~expert.
-        keys[j] = ((bits & 0x7fffffffu) ^ sign) - sign + (0x8000ffffu - first - j);
-        if (j % 2) nan |= (words[j / 2] & 0x7fff7fffu) + kToNan * 0x10001u;
+    for (int j = 0; j < 8; j += 2) {
+        const uint32_t bits = words[j / 2], negative = bits & 0x80008000u, one = negative >> 15;
+        // 0x8000 + magnitude, or 0x8000 - magnitude.
+        const uint32_t pair = (bits ^ ((negative - one) | 0x80008000u)) + one;
+        keys[j] = pair << 16 | (0xffffu - i * kLanes * 8 - j);
+        keys[j + 1] = (pair & 0xffff0000u) | (0xffffu - i * kLanes * 8 - (j + 1));
     }
-    if (nan & 0x80008000u) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const uint32_t magnitude = words[j / 2] >> (j % 2 * 16) & 0x7fffu;
-            if (magnitude > Narrow<T>::kInfinity) keys[j] = kNanKey << 16 | (0xffffu - first - j);
-        }
-    }
+    const uint32_t first = (i * kLanes + sub) * 8;
     if (first + 8 > num_experts) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) keys[j] = first + j < num_experts ? keys[j] : kTaken;
     }
 }
 
-// Routes the token of this group of lanes, whose chunks were loaded if it is valid: writes ids and weights of tokens below
-// `end`, of padding too, and returns the expert of lane `sub`'s slot. All lanes of the warp call it.
+// Gives every NaN of a chunk the bits whose key is kNanKey, and returns whether that changed one.
+template <typename T>
+__device__ __forceinline__ bool make_nan_equal(uint4& chunk) {
+    const auto made = [](uint32_t word) {
+        if ((word & 0x7fffu) > Narrow<T>::kInfinity) word |= 0xffffu;
+        if ((word >> 16 & 0x7fffu) > Narrow<T>::kInfinity) word |= 0xffff0000u;
+        return word;
+    };
+    const uint4 old = chunk;
+    chunk = make_uint4(made(old.x), made(old.y), made(old.z), made(old.w));
+    return chunk.x != old.x || chunk.y != old.y || chunk.z != old.z || chunk.w != old.w;
+}
+
+// The kKeep best of the token's row in all of its lanes, descending.
 template <typename T, int kLanes, int kChunks, int kKeep>
-__device__ __forceinline__ uint32_t route_merged(
-    const RoutingArguments& a, uint64_t token, uint64_t end, bool valid, uint32_t sub, const uint4 (&chunks)[kChunks]) {
-    static_assert(kKeep <= kLanes, "a lane weighs one slot");
-    uint32_t best[kKeep];
+__device__ __forceinline__ void best_of_row(
+    uint32_t num_experts, uint32_t sub, const uint4 (&chunks)[kChunks], uint32_t (&best)[kKeep]) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
         uint32_t keys[8], of_chunk[kKeep];
-        keys_of_chunk<T>(chunks[i], (i * kLanes + sub) * 8, a.num_experts, keys);
+        keys_of_chunk<T, kLanes>(chunks[i], i, sub, num_experts, keys);
         if (i == 0) {
             best_of_eight(keys, best);
         } else {
@@ -121,11 +125,35 @@ __device__ __forceinline__ uint32_t route_merged(
         }
     }
 #pragma unroll
+    for (int i = 0; i < kKeep; ++i) best[i] ^= sub * 8;
+#pragma unroll
     for (int d = 1; d < kLanes; d *= 2) {
         uint32_t other[kKeep];
 #pragma unroll
         for (int i = 0; i < kKeep; ++i) other[i] = __shfl_xor_sync(kAllLanes, best[i], d);
         merge_best<kKeep>(best, other);
+    }
+}
+
+// Routes the token of this group of lanes, whose chunks were loaded if it is valid: writes ids and weights of tokens below
+// `end`, of padding too, and returns the expert of lane `sub`'s slot. All lanes of the warp call it.
+template <typename T, int kLanes, int kChunks, int kKeep>
+__device__ __forceinline__ uint32_t route_merged(
+    const RoutingArguments& a, uint64_t token, uint64_t end, bool valid, uint32_t sub, uint4 (&chunks)[kChunks]) {
+    static_assert(kKeep <= kLanes, "a lane weighs one slot");
+    constexpr uint32_t kMost = (0x8000u + Narrow<T>::kInfinity) << 16 | 0xffffu;
+    constexpr uint32_t kLeast = (0x8000u - Narrow<T>::kInfinity) << 16;
+    uint32_t best[kKeep];
+    // Once more if a NaN is among the best, which hardly ever happens.
+#pragma unroll 1
+    for (bool again = true; again;) {
+        best_of_row<T, kLanes, kChunks, kKeep>(a.num_experts, sub, chunks, best);
+        bool changed = false;
+        if (__any_sync(kAllLanes, best[0] > kMost || best[kKeep - 1] < kLeast)) {
+#pragma unroll
+            for (int i = 0; i < kChunks; ++i) changed |= make_nan_equal<T>(chunks[i]);
+        }
+        again = __any_sync(kAllLanes, changed);
     }
     uint32_t mine = best[0];
 #pragma unroll

@@ -12,12 +12,10 @@ constexpr float kEpsilon = 1e-20f;
 // Below this logit, 1 + e^l is 1 in float32, and sigmoid(l) and softplus(l) are e^l.
 constexpr float kSigmoidIsExp = -20.0f;
 
-// e^x for x <= 0; NaN stays NaN.
+// e^x for x <= 0; NaN stays NaN. Without a branch, so that a lane's experts go side by side.
 __device__ __forceinline__ float exp_of(float x) {
     constexpr float kRound = 12582912.0f;
-    if (x < -104.0f) return 0.0f;
-    if (x != x) return x;
-    const float n = __fadd_rn(__fadd_rn(__fmul_rn(x, 1.44269504088896340736f), kRound), -kRound);
+    const float rounded = __fadd_rn(__fmul_rn(x, 1.44269504088896340736f), kRound), n = __fadd_rn(rounded, -kRound);
     const float r = __fadd_rn(__fadd_rn(x, -__fmul_rn(n, 0.6933594f)), -__fmul_rn(n, -2.1219444e-4f));
     float p = 1.9875691e-4f;
     p = __fadd_rn(__fmul_rn(p, r), 1.3981999e-3f);
@@ -26,21 +24,42 @@ __device__ __forceinline__ float exp_of(float x) {
     p = __fadd_rn(__fmul_rn(p, r), 1.6666666e-1f);
     p = __fadd_rn(__fmul_rn(p, r), 0.5000001f);
     const float e_r = __fadd_rn(__fadd_rn(__fmul_rn(p, __fmul_rn(r, r)), r), 1.0f);
-    const int i = static_cast<int>(n);
-    const auto power = [](int e) { return __uint_as_float(static_cast<uint32_t>(e + 127) << 23); };
-    return i >= -126 ? __fmul_rn(e_r, power(i)) : __fmul_rn(__fmul_rn(e_r, power(-64)), power(i + 64));
+    // 2^n in two steps, of which the first is exact: n, in the low bits of `rounded`, may be as low as -150.
+    const uint32_t power = (__float_as_uint(rounded) - __float_as_uint(kRound) + 64 + 127) << 23;
+    const float e = __fmul_rn(__fmul_rn(e_r, 5.42101086242752217e-20f), __uint_as_float(power));
+    return x < -104.0f ? 0.0f : e;
+}
+
+__device__ __forceinline__ float reciprocal_estimate(float v) {
+#ifdef CANDLE_MOE_EMULATOR
+    return 1.0f / v;
+#else
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+#endif
+}
+
+// a / b, correctly rounded, for 0 <= a <= b and b in 1..=4 with b a power of two where a is below 2^-25: neither the quotient
+// nor a remainder loses bits then, and the branch of the general division is not needed.
+__device__ __forceinline__ float divide_in_range(float a, float b) {
+    float r = reciprocal_estimate(b);
+    r = __fmaf_rn(r, __fmaf_rn(-b, r, 1.0f), r);
+    float q = __fmul_rn(a, r);
+    q = __fmaf_rn(r, __fmaf_rn(-b, q, a), q);
+    return __fmaf_rn(r, __fmaf_rn(-b, q, a), q);
 }
 
 __device__ __forceinline__ float sigmoid(float logit) {
     const float e = exp_of(-fabsf(logit));
-    return logit >= 0.0f ? __fdiv_rn(1.0f, __fadd_rn(1.0f, e)) : __fdiv_rn(e, __fadd_rn(1.0f, e));
+    return divide_in_range(logit >= 0.0f ? 1.0f : e, __fadd_rn(1.0f, e));
 }
 
 __device__ __forceinline__ float sigmoid_or_zero(float logit) { return logit != logit ? 0.0f : sigmoid(logit); }
 
 // ln(1 + y) for y in 0..1.
 __device__ __forceinline__ float ln_1p(float y) {
-    const float z = __fdiv_rn(y, __fadd_rn(2.0f, y));
+    const float z = divide_in_range(y, __fadd_rn(2.0f, y));
     const float square = __fmul_rn(z, z);
     float p = 1.0f / 15.0f;
     p = __fadd_rn(__fmul_rn(p, square), 1.0f / 13.0f);

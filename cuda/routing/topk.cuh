@@ -40,7 +40,7 @@ struct RoutingArguments {
     uint64_t num_tokens;
     uint32_t num_experts;
     uint32_t top_k;
-    const float* bias;          // [num_experts], or null
+    const float* bias;          // [num_experts], 16-byte aligned, or null
     const uint32_t* num_valid;  // one number, or null
     uint32_t* topk_ids;
     float* topk_weights;
@@ -286,6 +286,7 @@ __device__ __forceinline__ void keep_groups_of_lanes(const RoutingArguments& a, 
     const uint32_t group_key = group_key_of(first, second);
     const uint32_t group = lane / lanes;
     uint32_t better = 0;
+#pragma unroll 4
     for (uint32_t g = 0; g < a.num_groups; ++g) {
         const uint32_t other = __shfl_sync(kAllLanes, group_key, (g * lanes) & 31);
         better += (other > group_key) || (other == group_key && g < group);
@@ -340,34 +341,45 @@ __device__ __forceinline__ void keep_groups(const RoutingArguments& a, uint32_t 
     }
 }
 
-// Any other choice: 32-bit keys; the lane knows the place of its best.
+// The selection bias of the experts of a lane; 0 where there is none, which changes no key.
+template <int N>
+__device__ __forceinline__ void load_bias(const RoutingArguments& a, uint32_t lane, float (&bias)[N]) {
+    const bool has = a.bias != nullptr;
+    if (N >= 4 && has && lane * N + N <= a.num_experts) {
+        if constexpr (N >= 4) load_words<float4>(a.bias + lane * N, bias);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) bias[i] = has && lane * N + i < a.num_experts ? __ldg(a.bias + lane * N + i) : 0.0f;
+}
+
+// Any other choice: 32-bit keys.
 template <typename T, int N, int kScore>
 __device__ __forceinline__ Chosen choose_wide(const RoutingArguments& a, const T* row, const T (&logits)[N], uint32_t lane) {
+    alignas(16) float bias[N];
+    if (kScore != kLogit) load_bias<N>(a, lane, bias);
     uint32_t keys[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const uint32_t expert = lane * N + i;
-        keys[i] = kTaken;
-        if (expert < a.num_experts) {
-            float score = score_of<kScore>(to_float(logits[i]));
-            if (kScore != kLogit && a.bias != nullptr) score = __fadd_rn(score, __ldg(a.bias + expert));
-            keys[i] = key_of(score);
-        }
+        // Of experts that do not exist too: without a branch, all experts of the lane go side by side.
+        float score = score_of<kScore>(to_float(logits[i]));
+        if (kScore != kLogit) score = __fadd_rn(score, bias[i]);
+        keys[i] = lane * N + i < a.num_experts ? key_of(score) : kTaken;
     }
     if (kScore != kLogit && a.topk_group < a.num_groups) keep_groups<N>(a, keys, lane);
-    uint32_t head = keys[0], place = 0;
-    const auto find_head = [&] {
-        head = keys[0];
-        place = 0;
+    // As a tree, which is less deep than a chain.
+    const auto best_key = [&] {
+        uint32_t best[N];
 #pragma unroll
-        for (int i = 1; i < N; ++i) {
-            if (keys[i] > head) {  // a tie stays with the lower expert
-                head = keys[i];
-                place = i;
-            }
+        for (int i = 0; i < N; ++i) best[i] = keys[i];
+#pragma unroll
+        for (int d = N / 2; d > 0; d /= 2) {
+#pragma unroll
+            for (int i = 0; i < d; ++i) best[i] = max(best[i], best[i + d]);
         }
+        return best[0];
     };
-    find_head();
+    uint32_t head = best_key();
     Chosen chosen{0, 0.0f, 1.0f};
     if (a.weight == kDefault) {
         const float best = value_of(__reduce_max_sync(kAllLanes, head));
@@ -381,16 +393,19 @@ __device__ __forceinline__ Chosen choose_wide(const RoutingArguments& a, const T
     for (uint32_t k = 0; k < a.top_k; ++k) {
         const uint32_t winner = __reduce_max_sync(kAllLanes, head);
         const uint32_t owner = __ffs(__ballot_sync(kAllLanes, head == winner)) - 1;  // lower lanes own lower experts
+        // The lane's first expert with this key, a tie going to the lower one.
+        uint32_t place = 0;
+#pragma unroll
+        for (int i = N - 1; i > 0; --i) place = keys[i] == winner ? i : place;
+        if (N > 1 && keys[0] == winner) place = 0;
         const uint32_t id = __shfl_sync(kAllLanes, lane * N + place, owner);
         if (lane == k) {
             chosen.id = id;
             chosen.logit = value_of(winner);
         }
-        if (lane == owner) {
 #pragma unroll
-            for (int i = 0; i < N; ++i) keys[i] = i == place ? kTaken : keys[i];
-            find_head();
-        }
+        for (int i = 0; i < N; ++i) keys[i] = lane == owner && i == place ? kTaken : keys[i];
+        head = best_key();
     }
     if (kScore != kLogit && lane < a.top_k) chosen.logit = to_float(row[int64_t(chosen.id) * a.stride_expert]);
     return chosen;

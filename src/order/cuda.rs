@@ -16,9 +16,14 @@ const MAX_THREADS: usize = 512;
 const WORD_UNITS: usize = 32;
 /// Bytes of masks, counters and experts of a chunk, where a chunk of one word does not need more.
 const MAX_CHUNK_BYTES: usize = 96 * 1024;
+/// Groups of threads that add up the rows of chunks, at most, and the sums of all of them where one group does not need more.
+const MAX_GROUPS: usize = 16;
+const MAX_SUMS: usize = 16 * 1024;
 /// Up to here one launch of one block is faster than two.
 const WHOLE_TOKENS: usize = 32;
 const WHOLE_SLOTS: usize = 1024;
+/// Words of the masks of a chunk of slots, at least.
+const LEAST_SLOT_WORDS: usize = 8;
 /// Tokens up to which a warp for each token is faster than several tokens per warp.
 const ROW_TOKENS: usize = 16;
 /// Threads of the kernel that makes a tile map from offsets.
@@ -48,9 +53,12 @@ struct Arguments {
     tile_shift: u32,
     max_tiles: u32,
     unit_slots: u32,
+    unit_inverse: u32,
     chunk_words: u32,
     num_chunks: u32,
     chunks_per_block: u32,
+    group_bits: u32,
+    column_bits: u32,
     packed: u32,
     whole: u32,
 }
@@ -95,15 +103,22 @@ struct Cut {
 }
 
 impl Cut {
-    /// Cuts `num_units` units of `unit_slots` slots; up to `whole_units` of them are not cut.
-    fn new(num_units: usize, unit_slots: usize, whole_units: usize, pitch: usize, device: Properties) -> Self {
+    /// Cuts `num_units` units of `unit_slots` slots; up to `whole_units` of them are not cut, and chunks are not made smaller
+    /// than `least_words`.
+    fn new(
+        num_units: usize,
+        unit_slots: usize,
+        (whole_units, least_words): (usize, usize),
+        pitch: usize,
+        device: Properties,
+    ) -> Self {
         let one = Self { num_units, unit_slots, chunk_words: 1, num_chunks: 1, whole: true };
         let most = (MAX_CHUNK_BYTES / one.chunk_bytes(pitch).max(1)).max(1);
         let words = num_units.div_ceil(WORD_UNITS).max(1);
         if num_units <= whole_units && words <= most {
             return Self { chunk_words: words, ..one };
         }
-        let chunk_words = words.div_ceil(device.num_multiprocessors).min(most);
+        let chunk_words = words.div_ceil(device.num_multiprocessors).max(least_words).min(most);
         Self { chunk_words, num_chunks: words.div_ceil(chunk_words), whole: false, ..one }
     }
 
@@ -173,6 +188,7 @@ impl Outputs {
     ) -> Arguments {
         // More rows than slots are as many as slots.
         let tile_rows = spec.tile_rows.map_or(0, |rows| rows.min(u32::MAX as usize) as u32);
+        let num_local = spec.local_experts.len();
         Arguments {
             topk_ids: 0,
             replica_offsets: 0,
@@ -189,14 +205,17 @@ impl Outputs {
             num_experts: spec.num_experts as u32,
             turn: spec.map.as_ref().map_or(0, |map| map.turn),
             first_local: spec.local_experts.start as u32,
-            num_local: spec.local_experts.len() as u32,
+            num_local: num_local as u32,
             tile_rows,
             tile_shift: if tile_rows.is_power_of_two() { tile_rows.trailing_zeros() } else { u32::BITS },
             max_tiles: self.max_tiles as u32,
             unit_slots: cut.unit_slots as u32,
+            unit_inverse: (1u64 << 32).div_ceil(cut.unit_slots as u64) as u32,
             chunk_words: cut.chunk_words as u32,
             num_chunks: cut.num_chunks as u32,
             chunks_per_block: launches.chunks_per_block as u32,
+            group_bits: launches.groups.trailing_zeros(),
+            column_bits: (pitch(num_local) / 8).next_power_of_two().trailing_zeros(),
             packed: u32::from(launches.packed),
             whole: u32::from(cut.whole),
         }
@@ -223,7 +242,9 @@ struct Launches {
     first: Launch,
     second: Option<Launch>,
     chunks_per_block: usize,
-    /// Whether the sums of the rows that a thread adds up fit 16 bits.
+    /// Groups of threads that add up rows, a power of two.
+    groups: usize,
+    /// Whether the sums of a group fit 16 bits.
     packed: bool,
 }
 
@@ -246,18 +267,23 @@ impl Launches {
         let shared = checked_shared(device, OP, &what, chunk + if cut.whole { offsets } else { 0 })?;
         let first = Launch::new(cut.num_chunks, threads as u32, shared);
         if cut.whole {
-            return Ok(Self { first, second: None, chunks_per_block: 1, packed: false });
+            return Ok(Self { first, second: None, chunks_per_block: 1, groups: 1, packed: false });
         }
-        let columns = (pitch / 8).max(1);
-        let groups = (MAX_THREADS / columns).max(1);
-        let packed = cut.num_chunks.div_ceil(groups) * cut.chunk_words * WORD_UNITS <= u16::MAX as usize;
+        let mut groups = MAX_GROUPS;
+        while groups > 1 && groups * pitch > MAX_SUMS {
+            groups /= 2;
+        }
+        // Rows go round the groups, a few at once where they are short.
+        let at_once = (MAX_THREADS / groups / (pitch / 8).next_power_of_two()).max(1);
+        let rows = cut.num_chunks.div_ceil(groups * at_once) * at_once;
+        let packed = rows * cut.chunk_words * WORD_UNITS <= u16::MAX as usize;
         let sum = if packed { size_of::<u16>() } else { size_of::<u32>() };
-        let sums = 2 * groups * columns * 8 * sum;
+        let sums = 2 * groups * pitch * sum;
         let chunks_per_block = cut.num_chunks.div_ceil(properties(device)?.num_multiprocessors);
         let shared = checked_shared(device, OP, &what, sums + offsets + pitch * size_of::<u32>())?;
         let second = Launch::new(cut.num_chunks.div_ceil(chunks_per_block), MAX_THREADS as u32, shared);
         let second = Some(Launch { starts_early: true, ..second });
-        Ok(Self { first, second, chunks_per_block, packed })
+        Ok(Self { first, second, chunks_per_block, groups, packed })
     }
 }
 
@@ -283,7 +309,7 @@ fn with_map(
 pub(super) fn order(topk_ids: &Tensor, device: &CudaDevice, spec: OrderSpec) -> Result<(ExpertOrder, Option<TileMap>)> {
     let topk_ids = topk_ids.contiguous()?;
     let pitch = pitch(spec.local_experts.len());
-    let cut = Cut::new(spec.num_slots(), 1, WHOLE_SLOTS, pitch, properties(device)?);
+    let cut = Cut::new(spec.num_slots(), 1, (WHOLE_SLOTS, LEAST_SLOT_WORDS), pitch, properties(device)?);
     let launches = Launches::new(device, &spec, cut, 32)?;
     let mut buffer = Buffer::default();
     let outputs = Outputs::new(&mut buffer, &spec, cut)?;
@@ -339,7 +365,7 @@ pub(super) fn route_and_order(
         bail!("{OP}: num_experts {num_experts} with top_k {} is not fused with routing", spec.top_k)
     };
     let pitch = pitch(spec.local_experts.len());
-    let cut = Cut::new(num_tokens, spec.top_k, WHOLE_TOKENS, pitch, properties(device)?);
+    let cut = Cut::new(num_tokens, spec.top_k, (WHOLE_TOKENS, 1), pitch, properties(device)?);
     let launches = Launches::new(device, &spec, cut, kernel.warp_tokens)?;
     let mut buffer = Buffer::default();
     let topk_ids = buffer.section(routing::num_slots(layout, router)?);
@@ -419,16 +445,16 @@ mod tests {
     fn cuts_cover_all_units() {
         for device in [H100, Properties { num_multiprocessors: 1, ..H100 }] {
             for pitch in [0, 8, 256, 4096, 16384] {
-                for (unit_slots, whole_units) in [(1, 1024), (8, 32), (32, 32)] {
+                for (unit_slots, limits) in [(1, (1024, 8)), (8, (32, 1)), (32, (32, 1))] {
                     for num_units in (1..300).chain([1023, 1024, 1025, 4224, 4225, 1 << 20, (1 << 32) / unit_slots - 1])
                     {
-                        let cut = Cut::new(num_units, unit_slots, whole_units, pitch, device);
+                        let cut = Cut::new(num_units, unit_slots, limits, pitch, device);
                         let chunk = cut.chunk_words * WORD_UNITS;
                         assert!(cut.num_chunks * chunk >= num_units, "{cut:?}");
                         assert!((cut.num_chunks - 1) * chunk < num_units, "{cut:?}");
                         assert!(chunk <= u16::MAX as usize, "{cut:?}");
                         assert!(cut.chunk_words == 1 || cut.chunk_bytes(pitch) <= MAX_CHUNK_BYTES, "{cut:?}");
-                        assert!(!cut.whole || cut.num_chunks == 1 && num_units <= whole_units, "{cut:?}");
+                        assert!(!cut.whole || cut.num_chunks == 1 && num_units <= limits.0, "{cut:?}");
                     }
                 }
             }

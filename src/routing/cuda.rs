@@ -19,7 +19,7 @@ const MAX_ROW_EXPERTS: usize = 1024;
 const MAX_ROW_SLOTS: usize = 32;
 /// The most slots of the kernels that give a warp to several tokens, and the tokens from which on they are faster.
 const MAX_MERGE_SLOTS: usize = 8;
-const MERGE_TOKENS: usize = 512;
+const MERGE_TOKENS: usize = 256;
 /// Threads of a block of the kernels that give a block to each token.
 const ANY_THREADS: u32 = 256;
 /// Blocks that walk over the tokens in those kernels.
@@ -267,11 +267,12 @@ pub(crate) struct RowKernel {
     pub(crate) warp_tokens: usize,
 }
 
-/// The kernel that routes such rows, if they fit registers: of several tokens per warp if there are `many` tokens and it is
-/// one for them, else of one.
+/// The kernel that routes such rows, if they fit registers: of several tokens per warp where that is faster, which depends on
+/// whether there are `many` tokens, else of one.
 pub(crate) fn row_kernel(dtype: DType, num_experts: usize, router: &Router, many: bool) -> Option<RowKernel> {
-    let merge = if many { merge_kernel(dtype, num_experts, router) } else { None };
-    merge.or_else(|| {
+    let merge = merge_kernel(dtype, num_experts, router);
+    // Lists of one chunk in 4 lanes are merged sooner than a warp is reduced a few times.
+    merge.filter(|kernel| many || kernel.warp_tokens == 8).or_else(|| {
         let width = row_width(num_experts, router)?;
         Some(RowKernel { name: format!("row_{}_{width}", kind(dtype, router)), warp_tokens: 1 })
     })
