@@ -18,13 +18,7 @@ extern "C" __global__ void __launch_bounds__(512) order(const __grid_constant__ 
 }
 
 extern "C" __global__ void __launch_bounds__(moe::kPlaceThreads) place(const __grid_constant__ moe::OrderArguments o) {
-    MOE_DYNAMIC_SHARED(uint32_t, memory);
-    moe::wait_for_previous_kernel();
-    if (o.packed) {
-        moe::place_chunks<true>(o, memory);
-    } else {
-        moe::place_chunks<false>(o, memory);
-    }
+    moe::place_chunk(o);
 }
 
 namespace moe {
@@ -43,16 +37,20 @@ struct TileArguments {
 // Every block sums up the tiles for itself.
 extern "C" __global__ void __launch_bounds__(512) tiles(const moe::TileArguments a) {
     MOE_DYNAMIC_SHARED(uint32_t, memory);
-    uint32_t* const scratch = memory;            // [64]
-    uint32_t* const tile_offsets = memory + 64;  // [num_local + 1]
+    uint32_t* const scratch = memory;            // [32]
+    uint32_t* const tile_offsets = memory + 32;  // [num_local + 1]
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t per_thread = (a.num_local + blockDim.x - 1) / blockDim.x;
     const uint32_t first = min(threadIdx.x * per_thread, a.num_local), end = min(first + per_thread, a.num_local);
     const auto tiles_of = [&](uint32_t e) {
         return moe::tiles_of(a.expert_offsets[e + 1] - a.expert_offsets[e], a.tile_rows, 32);
     };
-    uint32_t sum = 0, unused = 0;
+    uint32_t sum = 0;
     for (uint32_t e = first; e < end; ++e) sum += tiles_of(e);
-    moe::block_exclusive_sums(sum, unused, scratch);
+    const uint32_t up_to = moe::warp_inclusive_sum(sum, lane);
+    if (lane == 31) scratch[warp] = up_to;
+    __syncthreads();
+    sum = up_to - sum + __reduce_add_sync(moe::kAllLanes, lane < warp ? scratch[lane] : 0);
     for (uint32_t e = first; e < end; ++e) {
         tile_offsets[e] = sum;
         sum += tiles_of(e);

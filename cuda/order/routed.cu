@@ -21,7 +21,7 @@ struct Tokens {
     uint32_t first, end;
 
     __device__ __forceinline__ Tokens(const RoutingArguments& a, const OrderArguments& o)
-        : first(blockIdx.x * (o.chunk_words * 32)),
+        : first(static_cast<uint32_t>(min(uint64_t(blockIdx.x) * o.chunk_words * 32, a.num_tokens))),
           end(static_cast<uint32_t>(min(uint64_t(first) + o.chunk_words * 32, a.num_tokens))) {}
 };
 

@@ -174,16 +174,17 @@ __device__ __forceinline__ uint32_t route_merged(
 // A kernel for each dtype, number of lanes that share a token, 8s of experts that a lane owns, and slots that are kept:
 // KERNEL(type, its name, lanes, chunks, slots). The widths are those of src/routing/cuda.rs.
 #define MOE_MERGE_KERNELS_OF(KERNEL, T, NAME) \
-    KERNEL(T, NAME, 4, 1, 4)                  \
-    KERNEL(T, NAME, 8, 1, 4)                  \
-    KERNEL(T, NAME, 8, 2, 4)                  \
-    KERNEL(T, NAME, 8, 3, 4)                  \
-    KERNEL(T, NAME, 8, 4, 4)                  \
-    KERNEL(T, NAME, 8, 1, 8)                  \
-    KERNEL(T, NAME, 8, 2, 8)                  \
-    KERNEL(T, NAME, 8, 3, 8)                  \
-    KERNEL(T, NAME, 8, 4, 8)                  \
-    KERNEL(T, NAME, 16, 3, 8)                 \
+    KERNEL(T, NAME, 4, 1, 4) \
+    KERNEL(T, NAME, 4, 2, 4) \
+    KERNEL(T, NAME, 4, 3, 4) \
+    KERNEL(T, NAME, 4, 4, 4) \
+    KERNEL(T, NAME, 8, 3, 4) \
+    KERNEL(T, NAME, 8, 4, 4) \
+    KERNEL(T, NAME, 8, 1, 8) \
+    KERNEL(T, NAME, 8, 2, 8) \
+    KERNEL(T, NAME, 8, 3, 8) \
+    KERNEL(T, NAME, 8, 4, 8) \
+    KERNEL(T, NAME, 16, 3, 8) \
     KERNEL(T, NAME, 16, 4, 8)
 
 #define MOE_MERGE_KERNELS(KERNEL)              \

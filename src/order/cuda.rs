@@ -16,9 +16,12 @@ const MAX_THREADS: usize = 512;
 const WORD_UNITS: usize = 32;
 /// Bytes of masks, counters and experts of a chunk, where a chunk of one word does not need more.
 const MAX_CHUNK_BYTES: usize = 96 * 1024;
-/// Groups of threads that add up the rows of chunks, at most, and the sums of all of them where one group does not need more.
-const MAX_GROUPS: usize = 16;
-const MAX_SUMS: usize = 16 * 1024;
+/// Words of a chunk's masks, at most: a cluster's counters have 16 bits.
+const MAX_CHUNK_WORDS: usize = 256;
+/// Chunks of a cluster, at most, a power of two.
+const MAX_CLUSTER: usize = 4;
+/// Groups of threads that share the rows of counts, at most.
+const MAX_GROUPS: usize = 8;
 /// Up to here one launch of one block is faster than two.
 const WHOLE_TOKENS: usize = 32;
 const WHOLE_SLOTS: usize = 1024;
@@ -36,7 +39,7 @@ struct Arguments {
     topk_ids: u64,
     replica_offsets: u64,
     replicas: u64,
-    chunk_counts: u64,
+    row_counts: u64,
     expert_counts: u64,
     expert_offsets: u64,
     sorted_slots: u64,
@@ -55,11 +58,9 @@ struct Arguments {
     unit_slots: u32,
     unit_inverse: u32,
     chunk_words: u32,
-    num_chunks: u32,
-    chunks_per_block: u32,
-    group_bits: u32,
-    column_bits: u32,
-    packed: u32,
+    row_chunks: u32,
+    num_rows: u32,
+    row_groups: u32,
     whole: u32,
 }
 
@@ -98,6 +99,8 @@ struct Cut {
     /// Words of a chunk's mask.
     chunk_words: usize,
     num_chunks: usize,
+    /// Chunks of a cluster.
+    row_chunks: usize,
     /// One chunk, one launch.
     whole: bool,
 }
@@ -112,14 +115,20 @@ impl Cut {
         pitch: usize,
         device: Properties,
     ) -> Self {
-        let one = Self { num_units, unit_slots, chunk_words: 1, num_chunks: 1, whole: true };
-        let most = (MAX_CHUNK_BYTES / one.chunk_bytes(pitch).max(1)).max(1);
+        let one = Self { num_units, unit_slots, chunk_words: 1, num_chunks: 1, row_chunks: 1, whole: true };
+        let most = (MAX_CHUNK_BYTES / one.chunk_bytes(pitch)).clamp(1, MAX_CHUNK_WORDS);
         let words = num_units.div_ceil(WORD_UNITS).max(1);
         if num_units <= whole_units && words <= most {
             return Self { chunk_words: words, ..one };
         }
         let chunk_words = words.div_ceil(device.num_multiprocessors).max(least_words).min(most);
-        Self { chunk_words, num_chunks: words.div_ceil(chunk_words), whole: false, ..one }
+        let num_chunks = words.div_ceil(chunk_words);
+        let row_chunks = if device.has_clusters { num_chunks.next_power_of_two().min(MAX_CLUSTER) } else { 1 };
+        Self { chunk_words, num_chunks, row_chunks, whole: false, ..one }
+    }
+
+    fn num_rows(&self) -> usize {
+        self.num_chunks.div_ceil(self.row_chunks)
     }
 
     /// Bytes of a chunk's masks, counters and experts.
@@ -138,7 +147,7 @@ struct Outputs {
     slot_rank: Section,
     tile_experts: Section,
     tile_starts: Section,
-    chunk_counts: Section,
+    row_counts: Section,
     max_tiles: usize,
 }
 
@@ -153,7 +162,7 @@ impl Outputs {
             slot_rank: buffer.section(num_slots),
             tile_experts: buffer.section(max_tiles),
             tile_starts: buffer.section(max_tiles),
-            chunk_counts: buffer.section(if cut.whole { 0 } else { cut.num_chunks * pitch(num_local) / 2 }),
+            row_counts: buffer.section(if cut.whole { 0 } else { cut.num_rows() * pitch(num_local) / 2 }),
             max_tiles,
         })
     }
@@ -179,13 +188,7 @@ impl Outputs {
         Ok((order, tiles))
     }
 
-    fn arguments(
-        &self,
-        spec: &OrderSpec,
-        cut: Cut,
-        launches: &Launches,
-        address: &dyn Fn(Section) -> u64,
-    ) -> Arguments {
+    fn arguments(&self, spec: &OrderSpec, cut: Cut, address: &dyn Fn(Section) -> u64) -> Arguments {
         // More rows than slots are as many as slots.
         let tile_rows = spec.tile_rows.map_or(0, |rows| rows.min(u32::MAX as usize) as u32);
         let num_local = spec.local_experts.len();
@@ -193,7 +196,7 @@ impl Outputs {
             topk_ids: 0,
             replica_offsets: 0,
             replicas: 0,
-            chunk_counts: address(self.chunk_counts),
+            row_counts: address(self.row_counts),
             expert_counts: address(self.expert_counts),
             expert_offsets: address(self.expert_offsets),
             sorted_slots: address(self.sorted_slots),
@@ -212,11 +215,9 @@ impl Outputs {
             unit_slots: cut.unit_slots as u32,
             unit_inverse: (1u64 << 32).div_ceil(cut.unit_slots as u64) as u32,
             chunk_words: cut.chunk_words as u32,
-            num_chunks: cut.num_chunks as u32,
-            chunks_per_block: launches.chunks_per_block as u32,
-            group_bits: launches.groups.trailing_zeros(),
-            column_bits: (pitch(num_local) / 8).next_power_of_two().trailing_zeros(),
-            packed: u32::from(launches.packed),
+            row_chunks: cut.row_chunks as u32,
+            num_rows: cut.num_rows() as u32,
+            row_groups: row_groups(pitch(num_local)) as u32,
             whole: u32::from(cut.whole),
         }
     }
@@ -236,16 +237,16 @@ fn pitch(num_local: usize) -> usize {
     num_local.next_multiple_of(8)
 }
 
+/// Groups of threads that share the rows of counts: a thread adds up two experts.
+fn row_groups(pitch: usize) -> usize {
+    (MAX_THREADS / (pitch / 2).max(1)).clamp(1, MAX_GROUPS)
+}
+
 /// The launches of an order: how the first one is made, and the second one if there is one.
 #[derive(Debug, Clone, Copy)]
 struct Launches {
     first: Launch,
     second: Option<Launch>,
-    chunks_per_block: usize,
-    /// Groups of threads that add up rows, a power of two.
-    groups: usize,
-    /// Whether the sums of a group fit 16 bits.
-    packed: bool,
 }
 
 impl Launches {
@@ -254,8 +255,9 @@ impl Launches {
         let num_local = spec.local_experts.len();
         let pitch = pitch(num_local);
         let what = format!("num_local_experts {num_local}");
+        let words = |words: usize| words * size_of::<u32>();
         // Totals, offsets of slots and tiles, the room for sums over the block.
-        let offsets = (3 * pitch + 2 + 64) * size_of::<u32>();
+        let offsets = words(3 * pitch + 2 + 64);
         let chunk = cut.chunk_bytes(pitch).next_multiple_of(size_of::<u32>());
         let units = if cut.whole { cut.num_units } else { cut.chunk_words * WORD_UNITS };
         let mut warps = units.div_ceil(warp_units);
@@ -264,26 +266,18 @@ impl Launches {
             warps = warps.max(num_local.div_ceil(32));
         }
         let threads = (32 * warps).clamp(32, MAX_THREADS);
-        let shared = checked_shared(device, OP, &what, chunk + if cut.whole { offsets } else { 0 })?;
-        let first = Launch::new(cut.num_chunks, threads as u32, shared);
+        // Behind the chunk's own: offsets, or the counts of the chunk and those before it.
+        let shared = checked_shared(device, OP, &what, chunk + if cut.whole { offsets } else { words(2 * pitch) })?;
+        let first = Launch::new(cut.num_rows() * cut.row_chunks, threads as u32, shared);
+        let first = Launch { cluster: cut.row_chunks as u32, ..first };
         if cut.whole {
-            return Ok(Self { first, second: None, chunks_per_block: 1, groups: 1, packed: false });
+            return Ok(Self { first, second: None });
         }
-        let mut groups = MAX_GROUPS;
-        while groups > 1 && groups * pitch > MAX_SUMS {
-            groups /= 2;
-        }
-        // Rows go round the groups, a few at once where they are short.
-        let at_once = (MAX_THREADS / groups / (pitch / 8).next_power_of_two()).max(1);
-        let rows = cut.num_chunks.div_ceil(groups * at_once) * at_once;
-        let packed = rows * cut.chunk_words * WORD_UNITS <= u16::MAX as usize;
-        let sum = if packed { size_of::<u16>() } else { size_of::<u32>() };
-        let sums = 2 * groups * pitch * sum;
-        let chunks_per_block = cut.num_chunks.div_ceil(properties(device)?.num_multiprocessors);
-        let shared = checked_shared(device, OP, &what, sums + offsets + pitch * size_of::<u32>())?;
-        let second = Launch::new(cut.num_chunks.div_ceil(chunks_per_block), MAX_THREADS as u32, shared);
-        let second = Some(Launch { starts_early: true, ..second });
-        Ok(Self { first, second, chunks_per_block, groups, packed })
+        // Two sums of each group, the offsets, and the place of each expert's first slot.
+        let shared = words(2 * row_groups(pitch) * pitch) + offsets + words(pitch);
+        let shared = checked_shared(device, OP, &what, shared)?;
+        let second = Launch { starts_early: true, ..Launch::new(cut.num_chunks, MAX_THREADS as u32, shared) };
+        Ok(Self { first, second: Some(second) })
     }
 }
 
@@ -317,7 +311,7 @@ pub(super) fn order(topk_ids: &Tensor, device: &CudaDevice, spec: OrderSpec) -> 
     let stream = device.cuda_stream();
     let (ids, _ids) = slice_of::<u32>(&storage, OP, "topk_ids")?.device_ptr(&stream);
     let write = |address: &dyn Fn(Section) -> u64| {
-        let arguments = outputs.arguments(&spec, cut, &launches, address);
+        let arguments = outputs.arguments(&spec, cut, address);
         with_map(&spec, device, arguments, |mut arguments| {
             arguments.topk_ids = ids + (layout.start_offset() * size_of::<u32>()) as u64;
             // SAFETY: `Arguments` is the parameter of both kernels; the ids are contiguous and the sections as long as the
@@ -372,7 +366,7 @@ pub(super) fn route_and_order(
     let outputs = Outputs::new(&mut buffer, &spec, cut)?;
     let mut weights = None;
     let write = |address: &dyn Fn(Section) -> u64| {
-        let order = outputs.arguments(&spec, cut, &launches, address);
+        let order = outputs.arguments(&spec, cut, address);
         with_map(&spec, device, order, |mut order| {
             order.topk_ids = address(topk_ids);
             weights = Some(routing::write_weights(storage, layout, router, num_valid_tokens, |mut routing| {
@@ -407,7 +401,7 @@ pub(super) fn tile_map(
     let (tile_experts, tile_starts) = (buffer.section(max_tiles), buffer.section(max_tiles));
     let num_local = order.local_experts.len();
     let what = format!("num_local_experts {num_local}");
-    let shared = checked_shared(device, OP, &what, (64 + num_local + 1) * size_of::<u32>())?;
+    let shared = checked_shared(device, OP, &what, (32 + num_local + 1) * size_of::<u32>())?;
     let (storage, layout) = order.expert_offsets.storage_and_layout();
     let stream = device.cuda_stream();
     let (offsets, _offsets) = slice_of::<u32>(&storage, OP, "expert_offsets")?.device_ptr(&stream);
@@ -452,7 +446,7 @@ mod tests {
                         let chunk = cut.chunk_words * WORD_UNITS;
                         assert!(cut.num_chunks * chunk >= num_units, "{cut:?}");
                         assert!((cut.num_chunks - 1) * chunk < num_units, "{cut:?}");
-                        assert!(chunk <= u16::MAX as usize, "{cut:?}");
+                        assert!(chunk * cut.row_chunks <= u16::MAX as usize, "{cut:?}");
                         assert!(cut.chunk_words == 1 || cut.chunk_bytes(pitch) <= MAX_CHUNK_BYTES, "{cut:?}");
                         assert!(!cut.whole || cut.num_chunks == 1 && num_units <= limits.0, "{cut:?}");
                     }

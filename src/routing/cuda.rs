@@ -271,8 +271,8 @@ pub(crate) struct RowKernel {
 /// whether there are `many` tokens, else of one.
 pub(crate) fn row_kernel(dtype: DType, num_experts: usize, router: &Router, many: bool) -> Option<RowKernel> {
     let merge = merge_kernel(dtype, num_experts, router);
-    // Lists of one chunk in 4 lanes are merged sooner than a warp is reduced a few times.
-    merge.filter(|kernel| many || kernel.warp_tokens == 8).or_else(|| {
+    // Short lists in 4 lanes are merged sooner than a warp is reduced a few times.
+    merge.filter(|kernel| many || kernel.warp_tokens == 8 && num_experts <= 64).or_else(|| {
         let width = row_width(num_experts, router)?;
         Some(RowKernel { name: format!("row_{}_{width}", kind(dtype, router)), warp_tokens: 1 })
     })
@@ -292,14 +292,12 @@ fn merge_kernel(dtype: DType, num_experts: usize, router: &Router) -> Option<Row
     }
     let slots = if router.top_k <= 4 { 4 } else { 8 };
     // Lanes of a token, and what each of them owns: 8 experts, some times.
-    let (lanes, chunks, slots) = match num_experts {
-        0..=32 if slots == 4 => (4, 1, 4),
-        0..=64 => (8, 1, slots),
-        65..=128 => (8, 2, slots),
-        129..=192 => (8, 3, slots),
-        193..=256 => (8, 4, slots),
-        257..=384 => (16, 3, 8),
-        385..=512 => (16, 4, 8),
+    let chunks_of = |lanes: usize| num_experts.div_ceil(8 * lanes);
+    let (lanes, chunks, slots) = match (num_experts, slots) {
+        (0..=128, 4) => (4, chunks_of(4), 4),
+        (129..=256, 4) => (8, chunks_of(8), 4),
+        (0..=256, _) => (8, chunks_of(8), 8),
+        (257..=512, _) => (16, chunks_of(16), 8),
         _ => return None,
     };
     let name = format!("merge_{}_{lanes}_{chunks}_{slots}", dtype.as_str());
