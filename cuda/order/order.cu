@@ -18,7 +18,12 @@ extern "C" __global__ void __launch_bounds__(512) order(const __grid_constant__ 
 }
 
 extern "C" __global__ void __launch_bounds__(moe::kPlaceThreads) place(const __grid_constant__ moe::OrderArguments o) {
-    moe::place_chunk(o);
+    MOE_DYNAMIC_SHARED(uint32_t, memory);
+    if (o.packed) {
+        moe::place_chunks<true>(o, memory);
+    } else {
+        moe::place_chunks<false>(o, memory);
+    }
 }
 
 namespace moe {

@@ -1,16 +1,18 @@
 // Expert order: topk_ids [num_slots] to the slots of each local expert side by side, in slot order, and the way back.
 //
-// A chunk is what one block orders: up to 32 * W units, a unit being a token whose slots go to different experts, or one
+// A chunk is what one block orders: some units, up to 32 * W, a unit being a token whose slots go to different experts, or one
 // slot. Nothing depends on the order in which threads come:
 //
 //     masks[w][e]    bit b is set if unit 32 * w + b has a slot of expert e
 //     rank           of a slot among those of its expert in the chunk: the bits below its own, counted
-//     between chunks a cluster of blocks sums up its chunks in shared memory, and leaves one row of counts
+//     between chunks one row of counts for each chunk, summed up in chunk order
 //
-// Small batches are one chunk and take one launch. Large ones take two: the first leaves rows, and ranks in the cluster, in
-// device memory, and every block of the second, `place`, sums up all rows: about 32 where there are clusters, read from the
-// L2 cache with all loads under way at once, which costs less than a third launch to sum them once.
+// Small batches are one chunk and take one launch. Large ones take two: the first leaves rows and ranks in device memory, and
+// every block of the second, `place`, sums up all rows: at most as many as there are multiprocessors, read from the L2 cache
+// with all loads under way at once, which costs less than a third launch to sum them once.
 #pragma once
+
+#include <type_traits>
 
 #include "common/keys.cuh"
 #include "common/launch.cuh"
@@ -24,11 +26,11 @@ struct OrderArguments {
     const uint32_t* topk_ids;         // [num_slots]
     const uint32_t* replica_offsets;  // [num_experts + 1], or null: the id is the physical expert
     const uint32_t* replicas;         // physical experts, by expert
-    uint16_t* row_counts;             // [num_rows, pitch], for two launches
+    uint16_t* chunk_counts;           // [num_chunks, pitch], for two launches
     uint32_t* expert_counts;          // [num_local]
     uint32_t* expert_offsets;         // [num_local + 1]
     uint32_t* sorted_slots;           // [num_slots]
-    uint32_t* slot_rank;              // [num_slots]; between two launches local expert << 16 | rank in the row
+    uint32_t* slot_rank;              // [num_slots]; between two launches local expert << 16 | rank in the chunk
     uint32_t* tile_experts;           // [max_tiles]
     uint32_t* tile_starts;            // [max_tiles]
     uint32_t num_slots;
@@ -42,14 +44,17 @@ struct OrderArguments {
     uint32_t max_tiles;
     uint32_t unit_slots;   // slots of a unit
     uint32_t unit_inverse; // 2^32 / unit_slots, rounded up, if that is more than 1
+    uint32_t chunk_units;
     uint32_t chunk_words;  // W
-    uint32_t row_chunks;   // chunks of a cluster, which leaves a row of counts
-    uint32_t num_rows;
-    uint32_t row_groups;   // groups of threads of `place` that share the rows
-    uint32_t whole;        // 1: one chunk, one launch
+    uint32_t num_chunks;
+    uint32_t chunks_per_block;  // of `place`
+    uint32_t group_bits;        // `place` adds up rows in 1 << group_bits groups of threads
+    uint32_t column_bits;       // the least power of two that is not less than pitch / 8
+    uint32_t packed;            // 1: the sums of a group fit 16 bits
+    uint32_t whole;             // 1: one chunk, one launch
 };
 
-// The counters of a row.
+// A row of counters, padded so that rows are read 16 bytes at a time.
 __device__ __forceinline__ uint32_t pitch_of(const OrderArguments& o) { return (o.num_local + 7) / 8 * 8; }
 
 // Tiles of an expert that one thread of `place` writes.
@@ -73,7 +78,7 @@ struct Span {
 };
 
 __device__ __forceinline__ Span chunk_span(const OrderArguments& o, uint32_t chunk) {
-    const uint64_t slots = uint64_t(o.chunk_words) * 32 * o.unit_slots;
+    const uint64_t slots = uint64_t(o.chunk_units) * o.unit_slots;
     const auto clamped = [&](uint64_t slot) { return static_cast<uint32_t>(slot < o.num_slots ? slot : o.num_slots); };
     return {clamped(chunk * slots), clamped((chunk + 1) * slots)};
 }
@@ -122,7 +127,7 @@ __device__ __forceinline__ bool scan_experts(const OrderArguments& o, const Offs
     if (works) {
         for (uint32_t e = first; e < end; ++e) {
             total = total_of(e);
-            s.totals[e] = total;
+            if (per_thread > 1) s.totals[e] = total;
             slots += total;
             tiles += tiles_of(total, o.tile_rows, o.tile_shift);
         }
@@ -255,23 +260,12 @@ __device__ __forceinline__ void finish_chunk(const OrderArguments& o, const Coun
         write_ends(o, s);
         return;
     }
-    // This chunk's counts, for the others of the cluster, and what they have before this one.
-    uint32_t* const counts = memory;
-    uint32_t* const before = counts + c.pitch;
-    for (uint32_t e = threadIdx.x; e < c.pitch; e += blockDim.x) counts[e] = c.count(e, o.chunk_words);
-    cluster_sync();
-    const uint32_t rank = cluster_rank(), size = cluster_size();
-    uint16_t* const row = o.row_counts + uint64_t(blockIdx.x / size) * c.pitch;
+    uint16_t* const row = o.chunk_counts + uint64_t(blockIdx.x) * c.pitch;
     for (uint32_t e = threadIdx.x; e < c.pitch; e += blockDim.x) {
-        uint32_t sum = 0;
-        for (uint32_t r = 0; r < rank; ++r) sum += in_block(counts, r)[e];
-        before[e] = sum;
-        if (rank + 1 == size) row[e] = static_cast<uint16_t>(sum + counts[e]);
+        row[e] = static_cast<uint16_t>(c.count(e, o.chunk_words));
     }
-    cluster_sync();  // a block must not leave while others read its counts
-    each_slot([&](uint32_t slot, uint32_t expert, uint32_t rank) {
-        o.slot_rank[slot] = expert << 16 | (expert != kNobody ? before[expert] + rank : 0);
-    });
+    __syncthreads();
+    each_slot([&](uint32_t slot, uint32_t expert, uint32_t rank) { o.slot_rank[slot] = expert << 16 | rank; });
 }
 
 // Orders the block's chunk; `mark_all` marks every slot of it.
@@ -285,7 +279,7 @@ __device__ __forceinline__ void order_chunk(const OrderArguments& o, MarkAll mar
     __syncthreads();
     mark_all(c);
     __syncthreads();
-    const uint32_t chunk_slots = o.chunk_words * 32 * o.unit_slots;
+    const uint32_t chunk_slots = o.chunk_units * o.unit_slots;
     finish_chunk(o, c, memory + counters + (counters + chunk_slots + 1) / 2);
 }
 
@@ -293,56 +287,74 @@ __device__ __forceinline__ void order_chunk(const OrderArguments& o, MarkAll mar
 // The second launch
 
 constexpr uint32_t kPlaceThreads = 512;
-// Slots that a thread of `place` has under way.
-constexpr int kBatch = 4;
+// Groups of threads that add up rows: each a warp, unless a row has many columns.
+constexpr int kMostGroups = 16;
 
-// Sums up all rows, and those before row `before_row`, two experts a thread: [groups, pitch] each, since groups of threads
-// share the rows.
-struct RowSums {
-    uint32_t* totals;
-    uint32_t* befores;
-    uint32_t pitch, groups;
+// Adds up 8 counts of 16 bits, in pairs or each for itself.
+template <bool kPacked>
+struct Sums {
+    static constexpr int kWords = kPacked ? 4 : 8;
+    uint32_t words[kWords] = {};
 
-    __device__ __forceinline__ void sum(const OrderArguments& o, uint32_t before_row, uint32_t group, uint32_t column) const {
-        uint2 total = make_uint2(0, 0), before = make_uint2(0, 0);
-        const uint32_t* const at = reinterpret_cast<const uint32_t*>(o.row_counts) + column;
-#pragma unroll 8
-        for (uint32_t row = group; row < o.num_rows; row += groups) {
-            const uint32_t pair = at[uint64_t(row) * (pitch / 2)];
-            const uint32_t low = pair & 0xffffu, high = pair >> 16;
-            total.x += low;
-            total.y += high;
-            if (row < before_row) {
-                before.x += low;
-                before.y += high;
-            }
-        }
-        const uint32_t to = group * (pitch / 2) + column;
-        reinterpret_cast<uint2*>(totals)[to] = total;
-        reinterpret_cast<uint2*>(befores)[to] = before;
-    }
-
-    __device__ __forceinline__ uint32_t of_groups(const uint32_t* sums, uint32_t expert) const {
-        uint32_t sum = 0;
-#pragma unroll 8
-        for (uint32_t g = 0; g < groups; ++g) sum += sums[g * pitch + expert];
-        return sum;
+    __device__ __forceinline__ void add(const uint4& counts) {
+        const uint32_t pairs[4] = {counts.x, counts.y, counts.z, counts.w};
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) words[i] += kPacked ? pairs[i] : pairs[i / 2] >> (i % 2 * 16) & 0xffffu;
     }
 };
 
-// Places the slots of chunk blockIdx.x.
-__device__ __forceinline__ void place_chunk(const OrderArguments& o) {
-    MOE_DYNAMIC_SHARED(uint32_t, memory);
-    const uint32_t pitch = pitch_of(o), columns = pitch / 2, row = blockIdx.x / o.row_chunks;
-    const RowSums sums{memory, memory + o.row_groups * pitch, pitch, o.row_groups};
-    const Offsets s(sums.befores + o.row_groups * pitch, pitch);
-    uint32_t* const base = s.end();  // [pitch]: the place of the row's first slot of each expert
-    const Span span = chunk_span(o, blockIdx.x);
-    uint32_t group = 0, column = threadIdx.x;
-    if (o.row_groups > 1 && columns > 0) {
-        group = threadIdx.x / columns;
-        column = threadIdx.x - group * columns;
+// Sums up the rows of all chunks, and those before chunk `first`. A group of threads adds some of the rows, 8 experts a
+// thread; where a row has fewer threads than a warp, a warp adds several rows at once. Both sums are left in shared memory,
+// of 16 or 32 bits, [groups, pitch].
+template <bool kPacked>
+__device__ __forceinline__ void sum_rows(
+    const OrderArguments& o, uint32_t pitch, uint32_t first, uint32_t* totals, uint32_t* befores) {
+    const uint32_t columns = pitch / 8, width = 1u << o.column_bits;
+    const uint32_t group_threads = kPlaceThreads >> o.group_bits, at_once = max(group_threads >> o.column_bits, 1u);
+    const uint32_t thread = threadIdx.x & (group_threads - 1), group = threadIdx.x / group_threads;
+    for (uint32_t column = thread & (width - 1); column < width; column += group_threads) {
+        const bool in = column < columns;
+        Sums<kPacked> total, before;
+        const uint16_t* const at = o.chunk_counts + column * 8;
+        const uint32_t first_row = (group * at_once) + (thread >> o.column_bits);
+#pragma unroll 8
+        for (uint32_t row = in ? first_row : o.num_chunks; row < o.num_chunks; row += at_once << o.group_bits) {
+            const uint4 counts = *reinterpret_cast<const uint4*>(at + uint64_t(row) * pitch);
+            total.add(counts);
+            if (row < first) before.add(counts);
+        }
+        for (uint32_t d = width; d < 32; d *= 2) {
+#pragma unroll
+            for (int j = 0; j < Sums<kPacked>::kWords; ++j) {
+                total.words[j] += __shfl_xor_sync(kAllLanes, total.words[j], d);
+                before.words[j] += __shfl_xor_sync(kAllLanes, before.words[j], d);
+            }
+        }
+        if (!in || (thread >> o.column_bits) > 0) continue;
+        const uint32_t to = (group * columns + column) * Sums<kPacked>::kWords;
+#pragma unroll
+        for (int j = 0; j < Sums<kPacked>::kWords; ++j) {
+            totals[to + j] = total.words[j];
+            befores[to + j] = before.words[j];
+        }
     }
+}
+
+// Slots that a thread of `place` has under way.
+constexpr int kBatch = 4;
+
+template <bool kPacked>
+__device__ __forceinline__ void place_chunks(const OrderArguments& o, uint32_t* memory) {
+    using Sum = std::conditional_t<kPacked, uint16_t, uint32_t>;
+    const uint32_t pitch = pitch_of(o), groups = 1u << o.group_bits, sum_words = groups * pitch / 8 * Sums<kPacked>::kWords;
+    uint32_t* const totals = memory;
+    uint32_t* const befores = totals + sum_words;
+    const Offsets s(befores + sum_words, pitch);
+    uint32_t* const base = s.end();  // [pitch]: the place of the chunk's first slot of each expert
+    const uint32_t first = blockIdx.x * o.chunks_per_block;
+    const uint32_t end = min(first + o.chunks_per_block, o.num_chunks);
+
+    Span span = chunk_span(o, first);
     wait_for_previous_kernel();
 
     // The first slots are on their way while the rows are summed up.
@@ -350,18 +362,31 @@ __device__ __forceinline__ void place_chunk(const OrderArguments& o) {
     const auto load = [&](uint64_t from) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            const uint64_t slot = from + i * kPlaceThreads;
+            const uint64_t slot = from + i * blockDim.x;
             batch[i] = slot < span.end ? o.slot_rank[slot] : kNoSlot;
         }
     };
     load(uint64_t(span.first) + threadIdx.x);
-    if (group < o.row_groups) {
-        for (; column < columns; column += kPlaceThreads) sums.sum(o, row, group, column);
-    }
+
+    sum_rows<kPacked>(o, pitch, first, totals, befores);
     __syncthreads();
-    const auto total_of = [&](uint32_t e) { return sums.of_groups(sums.totals, e); };
+    const auto sum_of = [&](const uint32_t* sums, uint32_t e) {
+        const Sum* const of_groups = reinterpret_cast<const Sum*>(sums) + e;
+        uint32_t sum = 0;
+        if (groups == kMostGroups) {
+#pragma unroll
+            for (int g = 0; g < kMostGroups; ++g) sum += of_groups[g * pitch];
+        } else {
+            for (uint32_t g = 0; g < groups; ++g) sum += of_groups[g * pitch];
+        }
+        return sum;
+    };
+    const auto total_of = [&](uint32_t e) {
+        base[e] = sum_of(befores, e);
+        return sum_of(totals, e);
+    };
     const auto visit = [&](uint32_t e, uint32_t total, uint32_t offset, uint32_t tile) {
-        base[e] = offset + sums.of_groups(sums.befores, e);
+        base[e] += offset;
         // Each block writes the experts of a warp; the last block those that are left.
         if (min(e / 32, gridDim.x - 1) == blockIdx.x) {
             o.expert_counts[e] = total;
@@ -372,16 +397,25 @@ __device__ __forceinline__ void place_chunk(const OrderArguments& o) {
     };
     const bool more_tiles = scan_experts(o, s, total_of, visit);
 
-    for (uint64_t from = uint64_t(span.first) + threadIdx.x; from < span.end; from += kBatch * kPlaceThreads) {
+    for (uint32_t chunk = first; chunk < end; ++chunk) {
+        for (uint64_t from = uint64_t(span.first) + threadIdx.x; from < span.end; from += kBatch * blockDim.x) {
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const uint64_t slot = from + i * kPlaceThreads;
-            const uint32_t expert = batch[i] >> 16;
-            const uint32_t place = expert != kNobody ? base[expert] + (batch[i] & 0xffffu) : kNoSlot;
-            if (slot < span.end) o.slot_rank[slot] = place;
-            if (expert != kNobody) o.sorted_slots[place] = static_cast<uint32_t>(slot);
+            for (int i = 0; i < kBatch; ++i) {
+                const uint64_t slot = from + i * blockDim.x;
+                const uint32_t expert = batch[i] >> 16;
+                const uint32_t place = expert != kNobody ? base[expert] + (batch[i] & 0xffffu) : kNoSlot;
+                if (slot < span.end) o.slot_rank[slot] = place;
+                if (expert != kNobody) o.sorted_slots[place] = static_cast<uint32_t>(slot);
+            }
+            load(from + kBatch * blockDim.x);
         }
-        load(from + kBatch * kPlaceThreads);
+        if (chunk + 1 == end) break;
+        __syncthreads();
+        const uint16_t* const row = o.chunk_counts + uint64_t(chunk) * pitch;
+        for (uint32_t e = threadIdx.x; e < o.num_local; e += blockDim.x) base[e] += row[e];
+        span = chunk_span(o, chunk + 1);
+        load(uint64_t(span.first) + threadIdx.x);
+        __syncthreads();
     }
     write_ends(o, s);
     if (more_tiles) write_tiles(o, s.offsets, s.tiles, kOwnTiles);

@@ -2,8 +2,8 @@
 // token, which go to different experts, are marked as soon as it is routed. routing/topk.cuh, routing/merge.cuh and
 // order/order.cuh say how.
 //
-//     routed_row     one warp per token, for few tokens
-//     routed_merge   several tokens per warp
+//     routed_row     one warp per token, for no more tokens than a block has warps
+//     routed_merge   several tokens per warp, for any number of tokens
 
 #include "order/order.cuh"
 #include "routing/merge.cuh"
@@ -21,8 +21,8 @@ struct Tokens {
     uint32_t first, end;
 
     __device__ __forceinline__ Tokens(const RoutingArguments& a, const OrderArguments& o)
-        : first(static_cast<uint32_t>(min(uint64_t(blockIdx.x) * o.chunk_words * 32, a.num_tokens))),
-          end(static_cast<uint32_t>(min(uint64_t(first) + o.chunk_words * 32, a.num_tokens))) {}
+        : first(blockIdx.x * o.chunk_units),
+          end(static_cast<uint32_t>(min(uint64_t(first) + o.chunk_units, a.num_tokens))) {}
 };
 
 // Marks slot k of a token.
@@ -32,28 +32,21 @@ __device__ __forceinline__ void mark_slot(
     c.mark(unit, unit * o.top_k + k, local_expert(o, token * o.top_k + k, id));
 }
 
+// A warp has at most one token.
 template <typename T, int N, int kScore, bool kNarrow>
 __device__ __forceinline__ void mark_rows(const RoutingArguments& a, const OrderArguments& o, const Counters& c) {
     const Tokens tokens(a, o);
-    const uint32_t lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const uint64_t valid = min(valid_tokens(a), uint64_t(tokens.end));
-    uint64_t token = uint64_t(tokens.first) + threadIdx.x / 32;
-    alignas(16) T logits[N];
-    load_token<T, N>(a, token, valid, lane, logits);
-    for (; token < tokens.end; token += warps) {
-        // The next token's logits are on their way while this one is routed.
-        alignas(16) T next[N];
-        load_token<T, N>(a, token + warps, valid, lane, next);
-        uint32_t id = kNoExpert;
-        if (token < valid) {
-            id = route_token<T, N, kScore, kNarrow>(a, token, logits, lane);
-        } else {
-            write_padding(a, token, lane);
-        }
-        if (lane < a.top_k) mark_slot(o, c, tokens, static_cast<uint32_t>(token), lane, id);
-#pragma unroll
-        for (int i = 0; i < N; ++i) logits[i] = next[i];
+    const uint32_t lane = threadIdx.x % 32, token = tokens.first + threadIdx.x / 32;
+    if (token >= tokens.end) return;
+    uint32_t id = kNoExpert;
+    if (token < valid_tokens(a)) {
+        alignas(16) T logits[N];
+        load_lane<T, N>(row_of<T>(a, token), a.stride_expert, a.num_experts, lane, logits);
+        id = route_token<T, N, kScore, kNarrow>(a, token, logits, lane);
+    } else {
+        write_padding(a, token, lane);
     }
+    if (lane < a.top_k) mark_slot(o, c, tokens, token, lane, id);
 }
 
 template <typename T, int kLanes, int kChunks, int kKeep>

@@ -24,7 +24,7 @@ __device__ __forceinline__ void route_row(const RoutingArguments& a) {
         return;
     }
     alignas(16) T logits[N];
-    load_token<T, N>(a, token, a.num_tokens, lane, logits);
+    load_lane<T, N>(row_of<T>(a, token), a.stride_expert, a.num_experts, lane, logits);
     route_token<T, N, kScore, kNarrow>(a, token, logits, lane);
 }
 

@@ -10,8 +10,9 @@
 // 2. The maximum over the warp is one instruction, redux.sync. For 16-bit logits that are compared themselves, key and
 //    expert share 32 bits (key << 16 | ~expert), so that one reduction finds the winner, tie included, and the winner's
 //    logit is read off its key.
-// 3. A lane keeps up to 8 such keys sorted, so that a winner leaves by shifting the lane's list; otherwise only the lane
-//    that lost its best looks for a new one.
+// 3. A lane keeps up to 8 such keys sorted, so that a winner leaves by shifting the lane's list. Otherwise the top_k-th best of
+//    the lanes' bests bounds the row's top_k-th best from below: the few keys that reach it are brought together, one in
+//    each lane, and each counts those before it.
 // 4. Lane k keeps the k-th winner: exponentials, sum and stores are done once, by all lanes side by side.
 //
 // Padding: tokens from *num_valid on get ids of ~0 and weights of 0, and their logits are not read.
@@ -49,9 +50,12 @@ struct RoutingArguments {
     float factor;
     uint32_t num_groups;
     uint32_t topk_group;
+    uint32_t many;  // 1: more tokens than the device has warps, so that instructions count and not their delay
 };
 
 constexpr uint32_t kNoExpert = 0xffffffffu;
+// Warps of a block that gives a warp to each token, at most.
+constexpr int kMostWarps = 16;
 
 __device__ __forceinline__ uint64_t valid_tokens(const RoutingArguments& a) {
     if (a.num_valid == nullptr) return a.num_tokens;
@@ -199,6 +203,56 @@ __device__ __forceinline__ void sort_keys(uint32_t (&k)[N]) {
     }
 }
 
+// The key and the expert of the lane's slot, if no more keys than lanes reach the bound; false and nothing otherwise. Lanes
+// from top_k on are told nothing.
+template <int N>
+__device__ __forceinline__ bool choose_by_bound(
+    const uint32_t (&keys)[N], uint32_t lane, uint32_t top_k, uint32_t& key, uint32_t& expert) {
+    __shared__ uint2 rooms[kMostWarps][32];
+    uint2* const room = rooms[threadIdx.x / 32];
+    uint32_t head = keys[0];
+#pragma unroll
+    for (int i = 1; i < N; ++i) head = max(head, keys[i]);
+    uint32_t bound = 0;
+    for (uint32_t k = 0; k < top_k; ++k) {
+        bound = __reduce_max_sync(kAllLanes, head);
+        head = head == bound ? kTaken : head;  // of all lanes that have it, which makes the bound lower and not wrong
+    }
+    bound = max(bound, 1u);
+    uint32_t count = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) count += keys[i] >= bound;
+    const uint32_t total = __reduce_add_sync(kAllLanes, count);
+    if (total > 32 || total < top_k) return false;
+    uint32_t place = count;
+#pragma unroll
+    for (uint32_t d = 1; d < 32; d *= 2) {
+        const uint32_t lower = __shfl_up_sync(kAllLanes, place, d);
+        if (lane >= d) place += lower;
+    }
+    place -= count;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (keys[i] >= bound) room[place++] = make_uint2(keys[i], lane * N + i);
+    }
+    __syncwarp();
+    // In the order of experts: a tie goes to the lower place.
+    const uint2 mine = room[min(lane, total - 1)];
+    uint32_t better = 0;
+#pragma unroll 4
+    for (uint32_t i = 0; i < total; ++i) {
+        const uint32_t other = room[i].x;
+        better += other > mine.x || (other == mine.x && i < lane);
+    }
+    __syncwarp();
+    if (lane < total) room[better] = mine;
+    __syncwarp();
+    key = room[lane].x;
+    expert = room[lane].y;
+    __syncwarp();
+    return true;
+}
+
 struct Chosen {
     uint32_t id;   // of this lane's slot
     float logit;   // of this lane's slot
@@ -234,8 +288,10 @@ __device__ __forceinline__ Chosen choose_narrow(const RoutingArguments& a, const
         }
         chosen.denominator = static_cast<float>(warp_sum(sum));
     }
-    uint32_t mine = 0;
-    for (uint32_t k = 0; k < a.top_k; ++k) {
+    uint32_t mine = 0, unused;
+    const bool chosen_by_bound = !kSorted && a.many && choose_by_bound<N>(keys, lane, a.top_k, mine, unused);
+#pragma unroll 1
+    for (uint32_t k = 0; k < a.top_k && !chosen_by_bound; ++k) {
         const uint32_t winner = __reduce_max_sync(kAllLanes, head);
         if (lane == k) mine = winner;
         if constexpr (kSorted) {
@@ -390,7 +446,11 @@ __device__ __forceinline__ Chosen choose_wide(const RoutingArguments& a, const T
         }
         chosen.denominator = static_cast<float>(warp_sum(sum));
     }
-    for (uint32_t k = 0; k < a.top_k; ++k) {
+    uint32_t key = 0;
+    const bool chosen_by_bound = N > 1 && a.many && choose_by_bound<N>(keys, lane, a.top_k, key, chosen.id);
+    if (chosen_by_bound) chosen.logit = value_of(key);
+#pragma unroll 1
+    for (uint32_t k = 0; k < a.top_k && !chosen_by_bound; ++k) {
         const uint32_t winner = __reduce_max_sync(kAllLanes, head);
         const uint32_t owner = __ffs(__ballot_sync(kAllLanes, head == winner)) - 1;  // lower lanes own lower experts
         // The lane's first expert with this key, a tie going to the lower one.
@@ -409,13 +469,6 @@ __device__ __forceinline__ Chosen choose_wide(const RoutingArguments& a, const T
     }
     if (kScore != kLogit && lane < a.top_k) chosen.logit = to_float(row[int64_t(chosen.id) * a.stride_expert]);
     return chosen;
-}
-
-// The logits that a lane owns of a token; nothing is read of padding.
-template <typename T, int N>
-__device__ __forceinline__ void load_token(
-    const RoutingArguments& a, uint64_t token, uint64_t end, uint32_t lane, T (&logits)[N]) {
-    if (token < end) load_lane<T, N>(row_of<T>(a, token), a.stride_expert, a.num_experts, lane, logits);
 }
 
 // Routes one token whose logits were loaded: writes ids and weights, and returns the expert of this lane's slot.

@@ -5,30 +5,31 @@ use crate::cuda::{
     Binary, Buffer, Launch, Properties, Section, Sections, checked_shared, launch, properties, slice_of,
 };
 use crate::routing::Router;
-use crate::routing::cuda as routing;
+use crate::routing::cuda::{self as routing, RowKernel};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DeviceRepr};
-use candle_core::{CudaDevice, CudaStorage, Layout, Result, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 
 /// Threads of a block, at most.
 const MAX_THREADS: usize = 512;
 /// Units that a word of a mask has room for.
 const WORD_UNITS: usize = 32;
 /// Bytes of masks, counters and experts of a chunk, where a chunk of one word does not need more.
-const MAX_CHUNK_BYTES: usize = 96 * 1024;
-/// Words of a chunk's masks, at most: a cluster's counters have 16 bits.
-const MAX_CHUNK_WORDS: usize = 256;
-/// Chunks of a cluster, at most, a power of two.
-const MAX_CLUSTER: usize = 4;
-/// Groups of threads that share the rows of counts, at most.
-const MAX_GROUPS: usize = 8;
+const MAX_CHUNK_BYTES: usize = 160 * 1024;
+/// Groups of threads that add up the rows of chunks, at most, and the sums of all of them where one group does not need more.
+const MAX_GROUPS: usize = 16;
+const MAX_SUMS: usize = 16 * 1024;
 /// Up to here one launch of one block is faster than two.
-const WHOLE_TOKENS: usize = 32;
 const WHOLE_SLOTS: usize = 1024;
-/// Words of the masks of a chunk of slots, at least.
-const LEAST_SLOT_WORDS: usize = 8;
-/// Tokens up to which a warp for each token is faster than several tokens per warp.
-const ROW_TOKENS: usize = 16;
+/// The same for tokens, for each that a warp routes at once: those that a block routes at once.
+const WHOLE_TOKENS: usize = MAX_THREADS / 32;
+/// Slots, and tokens, of a chunk, at least: smaller chunks are more rows of counts.
+const LEAST_SLOTS: usize = 256;
+const LEAST_TOKENS: usize = 32;
+/// Words of a chunk's masks, at most.
+const MAX_CHUNK_WORDS: usize = 256;
+/// Tokens up to which a warp for each token is faster than several tokens per warp: those that a block routes at once.
+const ROW_TOKENS: usize = MAX_THREADS / 32;
 /// Threads of the kernel that makes a tile map from offsets.
 const TILE_THREADS: u32 = 512;
 
@@ -39,7 +40,7 @@ struct Arguments {
     topk_ids: u64,
     replica_offsets: u64,
     replicas: u64,
-    row_counts: u64,
+    chunk_counts: u64,
     expert_counts: u64,
     expert_offsets: u64,
     sorted_slots: u64,
@@ -57,10 +58,13 @@ struct Arguments {
     max_tiles: u32,
     unit_slots: u32,
     unit_inverse: u32,
+    chunk_units: u32,
     chunk_words: u32,
-    row_chunks: u32,
-    num_rows: u32,
-    row_groups: u32,
+    num_chunks: u32,
+    chunks_per_block: u32,
+    group_bits: u32,
+    column_bits: u32,
+    packed: u32,
     whole: u32,
 }
 
@@ -94,47 +98,44 @@ unsafe impl DeviceRepr for TileArguments {}
 /// How units (tokens whose slots go to different experts, or single slots) are cut into chunks, one for each block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Cut {
-    num_units: usize,
     unit_slots: usize,
-    /// Words of a chunk's mask.
-    chunk_words: usize,
+    chunk_units: usize,
     num_chunks: usize,
-    /// Chunks of a cluster.
-    row_chunks: usize,
     /// One chunk, one launch.
     whole: bool,
 }
 
 impl Cut {
     /// Cuts `num_units` units of `unit_slots` slots; up to `whole_units` of them are not cut, and chunks are not made smaller
-    /// than `least_words`.
+    /// than `least_units`.
     fn new(
         num_units: usize,
         unit_slots: usize,
-        (whole_units, least_words): (usize, usize),
+        (whole_units, least_units): (usize, usize),
         pitch: usize,
         device: Properties,
     ) -> Self {
-        let one = Self { num_units, unit_slots, chunk_words: 1, num_chunks: 1, row_chunks: 1, whole: true };
-        let most = (MAX_CHUNK_BYTES / one.chunk_bytes(pitch)).clamp(1, MAX_CHUNK_WORDS);
-        let words = num_units.div_ceil(WORD_UNITS).max(1);
-        if num_units <= whole_units && words <= most {
-            return Self { chunk_words: words, ..one };
+        let one = Self { unit_slots, chunk_units: WORD_UNITS, num_chunks: 1, whole: true };
+        let most = (MAX_CHUNK_BYTES / one.chunk_bytes(pitch)).clamp(1, MAX_CHUNK_WORDS) * WORD_UNITS;
+        if num_units <= whole_units.min(most) {
+            return Self { chunk_units: num_units.max(1), ..one };
         }
-        let chunk_words = words.div_ceil(device.num_multiprocessors).max(least_words).min(most);
-        let num_chunks = words.div_ceil(chunk_words);
-        let row_chunks = if device.has_clusters { num_chunks.next_power_of_two().min(MAX_CLUSTER) } else { 1 };
-        Self { chunk_words, num_chunks, row_chunks, whole: false, ..one }
+        let units = num_units.div_ceil(device.num_multiprocessors).max(least_units);
+        // Whole words, once there is more than one.
+        let units = if units > WORD_UNITS { units.next_multiple_of(WORD_UNITS) } else { units };
+        let chunk_units = units.min(most);
+        Self { chunk_units, num_chunks: num_units.div_ceil(chunk_units), whole: false, ..one }
     }
 
-    fn num_rows(&self) -> usize {
-        self.num_chunks.div_ceil(self.row_chunks)
+    /// Words of a chunk's masks.
+    fn chunk_words(&self) -> usize {
+        self.chunk_units.div_ceil(WORD_UNITS)
     }
 
     /// Bytes of a chunk's masks, counters and experts.
     fn chunk_bytes(&self, pitch: usize) -> usize {
-        let slots = self.chunk_words * WORD_UNITS * self.unit_slots;
-        self.chunk_words * pitch * (size_of::<u32>() + size_of::<u16>()) + slots * size_of::<u16>()
+        let slots = self.chunk_units * self.unit_slots;
+        self.chunk_words() * pitch * (size_of::<u32>() + size_of::<u16>()) + slots * size_of::<u16>()
     }
 }
 
@@ -147,7 +148,7 @@ struct Outputs {
     slot_rank: Section,
     tile_experts: Section,
     tile_starts: Section,
-    row_counts: Section,
+    chunk_counts: Section,
     max_tiles: usize,
 }
 
@@ -162,7 +163,7 @@ impl Outputs {
             slot_rank: buffer.section(num_slots),
             tile_experts: buffer.section(max_tiles),
             tile_starts: buffer.section(max_tiles),
-            row_counts: buffer.section(if cut.whole { 0 } else { cut.num_rows() * pitch(num_local) / 2 }),
+            chunk_counts: buffer.section(if cut.whole { 0 } else { cut.num_chunks * pitch(num_local) / 2 }),
             max_tiles,
         })
     }
@@ -188,7 +189,13 @@ impl Outputs {
         Ok((order, tiles))
     }
 
-    fn arguments(&self, spec: &OrderSpec, cut: Cut, address: &dyn Fn(Section) -> u64) -> Arguments {
+    fn arguments(
+        &self,
+        spec: &OrderSpec,
+        cut: Cut,
+        launches: &Launches,
+        address: &dyn Fn(Section) -> u64,
+    ) -> Arguments {
         // More rows than slots are as many as slots.
         let tile_rows = spec.tile_rows.map_or(0, |rows| rows.min(u32::MAX as usize) as u32);
         let num_local = spec.local_experts.len();
@@ -196,7 +203,7 @@ impl Outputs {
             topk_ids: 0,
             replica_offsets: 0,
             replicas: 0,
-            row_counts: address(self.row_counts),
+            chunk_counts: address(self.chunk_counts),
             expert_counts: address(self.expert_counts),
             expert_offsets: address(self.expert_offsets),
             sorted_slots: address(self.sorted_slots),
@@ -214,10 +221,13 @@ impl Outputs {
             max_tiles: self.max_tiles as u32,
             unit_slots: cut.unit_slots as u32,
             unit_inverse: (1u64 << 32).div_ceil(cut.unit_slots as u64) as u32,
-            chunk_words: cut.chunk_words as u32,
-            row_chunks: cut.row_chunks as u32,
-            num_rows: cut.num_rows() as u32,
-            row_groups: row_groups(pitch(num_local)) as u32,
+            chunk_units: cut.chunk_units as u32,
+            chunk_words: cut.chunk_words() as u32,
+            num_chunks: cut.num_chunks as u32,
+            chunks_per_block: launches.chunks_per_block as u32,
+            group_bits: launches.groups.trailing_zeros(),
+            column_bits: (pitch(num_local) / 8).next_power_of_two().trailing_zeros(),
+            packed: u32::from(launches.packed),
             whole: u32::from(cut.whole),
         }
     }
@@ -237,16 +247,16 @@ fn pitch(num_local: usize) -> usize {
     num_local.next_multiple_of(8)
 }
 
-/// Groups of threads that share the rows of counts: a thread adds up two experts.
-fn row_groups(pitch: usize) -> usize {
-    (MAX_THREADS / (pitch / 2).max(1)).clamp(1, MAX_GROUPS)
-}
-
 /// The launches of an order: how the first one is made, and the second one if there is one.
 #[derive(Debug, Clone, Copy)]
 struct Launches {
     first: Launch,
     second: Option<Launch>,
+    chunks_per_block: usize,
+    /// Groups of threads that add up rows, a power of two.
+    groups: usize,
+    /// Whether the sums of a group fit 16 bits.
+    packed: bool,
 }
 
 impl Launches {
@@ -255,29 +265,35 @@ impl Launches {
         let num_local = spec.local_experts.len();
         let pitch = pitch(num_local);
         let what = format!("num_local_experts {num_local}");
-        let words = |words: usize| words * size_of::<u32>();
         // Totals, offsets of slots and tiles, the room for sums over the block.
-        let offsets = words(3 * pitch + 2 + 64);
+        let offsets = (3 * pitch + 2 + 64) * size_of::<u32>();
         let chunk = cut.chunk_bytes(pitch).next_multiple_of(size_of::<u32>());
-        let units = if cut.whole { cut.num_units } else { cut.chunk_words * WORD_UNITS };
-        let mut warps = units.div_ceil(warp_units);
+        let mut warps = cut.chunk_units.div_ceil(warp_units);
         if cut.whole {
             // A thread for each expert.
             warps = warps.max(num_local.div_ceil(32));
         }
         let threads = (32 * warps).clamp(32, MAX_THREADS);
-        // Behind the chunk's own: offsets, or the counts of the chunk and those before it.
-        let shared = checked_shared(device, OP, &what, chunk + if cut.whole { offsets } else { words(2 * pitch) })?;
-        let first = Launch::new(cut.num_rows() * cut.row_chunks, threads as u32, shared);
-        let first = Launch { cluster: cut.row_chunks as u32, ..first };
+        let shared = checked_shared(device, OP, &what, chunk + if cut.whole { offsets } else { 0 })?;
+        let first = Launch::new(cut.num_chunks, threads as u32, shared);
         if cut.whole {
-            return Ok(Self { first, second: None });
+            return Ok(Self { first, second: None, chunks_per_block: 1, groups: 1, packed: false });
         }
-        // Two sums of each group, the offsets, and the place of each expert's first slot.
-        let shared = words(2 * row_groups(pitch) * pitch) + offsets + words(pitch);
-        let shared = checked_shared(device, OP, &what, shared)?;
-        let second = Launch { starts_early: true, ..Launch::new(cut.num_chunks, MAX_THREADS as u32, shared) };
-        Ok(Self { first, second: Some(second) })
+        let mut groups = MAX_GROUPS;
+        while groups > 1 && groups * pitch > MAX_SUMS {
+            groups /= 2;
+        }
+        // Rows go round the groups, a few at once where they are short.
+        let at_once = (MAX_THREADS / groups / (pitch / 8).next_power_of_two()).max(1);
+        let rows = cut.num_chunks.div_ceil(groups * at_once) * at_once;
+        let packed = rows * cut.chunk_units <= u16::MAX as usize;
+        let sum = if packed { size_of::<u16>() } else { size_of::<u32>() };
+        let sums = 2 * groups * pitch * sum;
+        let chunks_per_block = cut.num_chunks.div_ceil(properties(device)?.num_multiprocessors);
+        let shared = checked_shared(device, OP, &what, sums + offsets + pitch * size_of::<u32>())?;
+        let second = Launch::new(cut.num_chunks.div_ceil(chunks_per_block), MAX_THREADS as u32, shared);
+        let second = Some(Launch { starts_early: true, ..second });
+        Ok(Self { first, second, chunks_per_block, groups, packed })
     }
 }
 
@@ -303,7 +319,7 @@ fn with_map(
 pub(super) fn order(topk_ids: &Tensor, device: &CudaDevice, spec: OrderSpec) -> Result<(ExpertOrder, Option<TileMap>)> {
     let topk_ids = topk_ids.contiguous()?;
     let pitch = pitch(spec.local_experts.len());
-    let cut = Cut::new(spec.num_slots(), 1, (WHOLE_SLOTS, LEAST_SLOT_WORDS), pitch, properties(device)?);
+    let cut = Cut::new(spec.num_slots(), 1, (WHOLE_SLOTS, LEAST_SLOTS), pitch, properties(device)?);
     let launches = Launches::new(device, &spec, cut, 32)?;
     let mut buffer = Buffer::default();
     let outputs = Outputs::new(&mut buffer, &spec, cut)?;
@@ -311,7 +327,7 @@ pub(super) fn order(topk_ids: &Tensor, device: &CudaDevice, spec: OrderSpec) -> 
     let stream = device.cuda_stream();
     let (ids, _ids) = slice_of::<u32>(&storage, OP, "topk_ids")?.device_ptr(&stream);
     let write = |address: &dyn Fn(Section) -> u64| {
-        let arguments = outputs.arguments(&spec, cut, address);
+        let arguments = outputs.arguments(&spec, cut, &launches, address);
         with_map(&spec, device, arguments, |mut arguments| {
             arguments.topk_ids = ids + (layout.start_offset() * size_of::<u32>()) as u64;
             // SAFETY: `Arguments` is the parameter of both kernels; the ids are contiguous and the sections as long as the
@@ -335,12 +351,22 @@ pub(super) struct Routed {
     pub(super) tiles: Option<TileMap>,
 }
 
+/// The fused kernel for logits of this shape, where there is one that is faster than routing and order in turn.
+fn fused_kernel(dtype: DType, num_tokens: usize, num_experts: usize, router: &Router) -> Option<RowKernel> {
+    let kernel = routing::row_kernel(dtype, num_experts, router, num_tokens > ROW_TOKENS)?;
+    // A warp for each token wants all multiprocessors, and a block of the order would be one of few.
+    (num_tokens > 0 && (kernel.warp_tokens > 1 || num_tokens <= ROW_TOKENS)).then_some(kernel)
+}
+
+/// Refuses what cannot be ordered, before anything is routed for it.
+pub(super) fn check(spec: &OrderSpec) -> Result<()> {
+    checked_tiles(spec.max_tiles()).map(drop)
+}
+
 /// Whether the fused kernels take logits of this shape.
 pub(super) fn fuses(router_logits: &Tensor, router: &Router) -> bool {
     match *router_logits.dims() {
-        [num_tokens, num_experts] => {
-            num_tokens > 0 && routing::row_kernel(router_logits.dtype(), num_experts, router, false).is_some()
-        }
+        [num_tokens, num_experts] => fused_kernel(router_logits.dtype(), num_tokens, num_experts, router).is_some(),
         _ => false,
     }
 }
@@ -355,18 +381,19 @@ pub(super) fn route_and_order(
 ) -> Result<Routed> {
     let device = storage.device();
     let (num_tokens, num_experts) = (layout.dims()[0], layout.dims()[1]);
-    let Some(kernel) = routing::row_kernel(storage.dtype(), num_experts, router, num_tokens > ROW_TOKENS) else {
+    let Some(kernel) = fused_kernel(storage.dtype(), num_tokens, num_experts, router) else {
         bail!("{OP}: num_experts {num_experts} with top_k {} is not fused with routing", spec.top_k)
     };
     let pitch = pitch(spec.local_experts.len());
-    let cut = Cut::new(num_tokens, spec.top_k, (WHOLE_TOKENS, 1), pitch, properties(device)?);
+    let limits = (WHOLE_TOKENS * kernel.warp_tokens, LEAST_TOKENS);
+    let cut = Cut::new(num_tokens, spec.top_k, limits, pitch, properties(device)?);
     let launches = Launches::new(device, &spec, cut, kernel.warp_tokens)?;
     let mut buffer = Buffer::default();
     let topk_ids = buffer.section(routing::num_slots(layout, router)?);
     let outputs = Outputs::new(&mut buffer, &spec, cut)?;
     let mut weights = None;
     let write = |address: &dyn Fn(Section) -> u64| {
-        let order = outputs.arguments(&spec, cut, address);
+        let order = outputs.arguments(&spec, cut, &launches, address);
         with_map(&spec, device, order, |mut order| {
             order.topk_ids = address(topk_ids);
             weights = Some(routing::write_weights(storage, layout, router, num_valid_tokens, |mut routing| {
@@ -401,7 +428,7 @@ pub(super) fn tile_map(
     let (tile_experts, tile_starts) = (buffer.section(max_tiles), buffer.section(max_tiles));
     let num_local = order.local_experts.len();
     let what = format!("num_local_experts {num_local}");
-    let shared = checked_shared(device, OP, &what, (32 + num_local + 1) * size_of::<u32>())?;
+    let shared = checked_shared(device, OP, &what, (64 + num_local + 1) * size_of::<u32>())?;
     let (storage, layout) = order.expert_offsets.storage_and_layout();
     let stream = device.cuda_stream();
     let (offsets, _offsets) = slice_of::<u32>(&storage, OP, "expert_offsets")?.device_ptr(&stream);
@@ -439,15 +466,14 @@ mod tests {
     fn cuts_cover_all_units() {
         for device in [H100, Properties { num_multiprocessors: 1, ..H100 }] {
             for pitch in [0, 8, 256, 4096, 16384] {
-                for (unit_slots, limits) in [(1, (1024, 8)), (8, (32, 1)), (32, (32, 1))] {
+                for (unit_slots, limits) in [(1, (1024, 256)), (8, (64, 32)), (32, (16, 8))] {
                     for num_units in (1..300).chain([1023, 1024, 1025, 4224, 4225, 1 << 20, (1 << 32) / unit_slots - 1])
                     {
                         let cut = Cut::new(num_units, unit_slots, limits, pitch, device);
-                        let chunk = cut.chunk_words * WORD_UNITS;
-                        assert!(cut.num_chunks * chunk >= num_units, "{cut:?}");
-                        assert!((cut.num_chunks - 1) * chunk < num_units, "{cut:?}");
-                        assert!(chunk * cut.row_chunks <= u16::MAX as usize, "{cut:?}");
-                        assert!(cut.chunk_words == 1 || cut.chunk_bytes(pitch) <= MAX_CHUNK_BYTES, "{cut:?}");
+                        assert!(cut.num_chunks * cut.chunk_units >= num_units, "{cut:?}");
+                        assert!((cut.num_chunks - 1) * cut.chunk_units < num_units, "{cut:?}");
+                        assert!(cut.chunk_units <= u16::MAX as usize, "{cut:?}");
+                        assert!(cut.chunk_words() == 1 || cut.chunk_bytes(pitch) <= MAX_CHUNK_BYTES, "{cut:?}");
                         assert!(!cut.whole || cut.num_chunks == 1 && num_units <= limits.0, "{cut:?}");
                     }
                 }

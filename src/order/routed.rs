@@ -33,8 +33,12 @@ impl RoutedOrder {
     /// Routes `router_logits` `[num_tokens, num_experts]` and orders the slots.
     ///
     /// The same as [`Router::route`] (or [`Router::route_padded`]), [`ExpertOrder::new`] (or [`ExpertOrder::with_map`]) and
-    /// [`ExpertOrder::tile_map`]; on CUDA one launch for small batches and two for large ones, for up to 1024 experts,
-    /// `top_k` up to 32 and up to 32 groups.
+    /// [`ExpertOrder::tile_map`]. On CUDA it takes one launch for up to 16 tokens of up to 1024 experts, `top_k` up to 32 and
+    /// up to 32 groups; where f16 or bf16 logits are compared themselves, which [`RoutingMethod::Default`] does not, with
+    /// `top_k` up to 8 and up to 512 experts, one launch for up to 32 to 128 tokens and two for more. Everything else is
+    /// routed and ordered in turn.
+    ///
+    /// [`RoutingMethod::Default`]: crate::routing::RoutingMethod::Default
     ///
     /// ```
     /// use candle_core::{Device, Tensor};
@@ -76,6 +80,7 @@ impl RoutedOrder {
     #[cfg(feature = "cuda")]
     fn on_cuda(router: &Router, logits: &Tensor, options: &OrderOptions, spec: OrderSpec) -> Result<Self> {
         use std::sync::{Arc, OnceLock};
+        super::cuda::check(&spec)?;
         if !super::cuda::fuses(logits, router) {
             return Self::separately(router, logits, options, spec);
         }

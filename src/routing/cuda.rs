@@ -20,6 +20,8 @@ const MAX_ROW_SLOTS: usize = 32;
 /// The most slots of the kernels that give a warp to several tokens, and the tokens from which on they are faster.
 const MAX_MERGE_SLOTS: usize = 8;
 const MERGE_TOKENS: usize = 256;
+/// Tokens from which on a warp for each token counts its instructions, and not their delay.
+const MANY_TOKENS: usize = 1024;
 /// Threads of a block of the kernels that give a block to each token.
 const ANY_THREADS: u32 = 256;
 /// Blocks that walk over the tokens in those kernels.
@@ -44,6 +46,7 @@ pub(crate) struct Arguments {
     factor: f32,
     num_groups: u32,
     topk_group: u32,
+    many: u32,
 }
 
 // SAFETY: plain numbers and device addresses, in the C layout of the kernel's parameter.
@@ -159,6 +162,7 @@ pub(crate) fn write_weights(
             factor: router.method.routed_scaling_factor(),
             num_groups: groups.num_groups as u32,
             topk_group: groups.topk_group as u32,
+            many: u32::from(layout.dims()[0] >= MANY_TOKENS),
         })?;
     }
     Ok(CudaStorage::wrap_cuda_slice(weights, device.clone()))

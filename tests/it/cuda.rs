@@ -9,6 +9,9 @@ use candle_core::{CudaDevice, DType, Device, Storage, Tensor, Var};
 use candle_moe::order::{ExpertOrder, NO_EXPERT, OrderOptions, RoutedOrder};
 use candle_moe::perfect_router::{Hotspot, Imbalance, PerfectRouterKey, PerfectRouterStore, Plan};
 use candle_moe::routing::{ExpertGroups, Router, RoutingMethod};
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::{LazyLock, Mutex, mpsc};
+use std::thread;
 
 fn router(method: RoutingMethod, top_k: usize) -> Router {
     Router::new(method, top_k).unwrap()
@@ -19,7 +22,8 @@ fn deepseek(top_k: usize) -> Router {
     router(RoutingMethod::DeepSeekV3 { groups, routed_scaling_factor: 2.5 }, top_k)
 }
 
-/// Token counts around every threshold of the launches: rows of a block, one block, clusters of 2, 4 and 8, chunks.
+/// Token counts around every threshold of the launches: warps of a block, one launch and two, a warp for each token and
+/// several tokens per warp, chunks of 32 tokens for each multiprocessor.
 fn token_counts() -> impl Iterator<Item = usize> {
     let around = [64, 127, 128, 255, 256, 257, 511, 512, 513, 1024, 2112, 4224, 8448].into_iter();
     (0..=34).chain(around.flat_map(|n| [n - 1, n, n + 1]))
@@ -29,11 +33,20 @@ fn token_counts() -> impl Iterator<Item = usize> {
 fn any_number_of_tokens_is_routed_and_ordered() {
     let Some(device) = devices::cuda() else { return };
     let random = &mut Random(42);
-    for (num_experts, top_k, most) in [(128, 4, 9000), (60, 6, 1100), (256, 8, 600)] {
+    let renormalize = |top_k| router(RoutingMethod::Renormalize, top_k);
+    for (num_experts, router, most) in [
+        (128, renormalize(4), 9000),
+        (32, renormalize(4), 300),
+        (60, renormalize(6), 1100),
+        (200, renormalize(3), 300),
+        (256, renormalize(8), 600),
+        (500, renormalize(8), 300),
+        (600, renormalize(12), 1030),
+        (256, deepseek(8), 1030),
+    ] {
         let all: Vec<f32> = random.units(most * num_experts, 5.0);
         let all = oracle::floats(&all, &[most, num_experts], DType::BF16).0;
         let on_device = all.to_device(device).unwrap();
-        let router = router(RoutingMethod::Renormalize, top_k);
         for num_tokens in token_counts().filter(|n| *n <= most) {
             let context = format!("{num_tokens} tokens of {num_experts} experts");
             let first = |tensor: &Tensor| tensor.narrow(0, 0, num_tokens).unwrap();
@@ -246,8 +259,29 @@ fn captured<T>(device: &Device, f: impl FnOnce() -> T) -> (CudaGraph, T) {
     (stream.end_capture(flags).unwrap().unwrap(), result)
 }
 
+/// Runs `f` on a thread that never ends, and waits for it. A driver was seen to crash when a thread that had captured ended
+/// while other threads worked.
+fn on_lasting_thread(f: impl FnOnce() + Send + 'static) {
+    type Work = Box<dyn FnOnce() + Send>;
+    static WORK: LazyLock<Mutex<mpsc::Sender<Work>>> = LazyLock::new(|| {
+        let (sender, receiver) = mpsc::channel::<Work>();
+        thread::spawn(move || receiver.into_iter().for_each(|work| work()));
+        Mutex::new(sender)
+    });
+    let (done, result) = mpsc::channel();
+    let work: Work = Box::new(move || drop(done.send(panic::catch_unwind(AssertUnwindSafe(f)))));
+    WORK.lock().unwrap().send(work).unwrap();
+    if let Err(panicked) = result.recv().unwrap() {
+        panic::resume_unwind(panicked);
+    }
+}
+
 #[test]
 fn a_captured_graph_routes_whatever_its_inputs_hold() {
+    on_lasting_thread(replay_routing);
+}
+
+fn replay_routing() {
     let Some(device) = devices::cuda() else { return };
     let random = &mut Random(46);
     for num_tokens in [1, 40, 200, 700] {
@@ -278,6 +312,10 @@ fn a_captured_graph_routes_whatever_its_inputs_hold() {
 
 #[test]
 fn a_captured_graph_replays_perfect_routing_from_a_reserved_address() {
+    on_lasting_thread(replay_perfect_routing);
+}
+
+fn replay_perfect_routing() {
     let Some(device) = devices::cuda() else { return };
     let (store, plan) = (PerfectRouterStore::new(), Plan::new(256, 8, 8, 3).unwrap());
     let plan = plan.with_groups(ExpertGroups { num_groups: 8, topk_group: 4 }).unwrap();
