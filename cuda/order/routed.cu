@@ -3,10 +3,12 @@
 // order/order.cuh say how.
 //
 //     routed_row     one warp per token, for no more tokens than a block has warps
-//     routed_merge   several tokens per warp, for any number of tokens
+//     routed_merge, routed_threshold
+//                    several tokens per warp, for any number of tokens
 
 #include "order/order.cuh"
 #include "routing/merge.cuh"
+#include "routing/threshold.cuh"
 #include "routing/topk.cuh"
 
 namespace moe {
@@ -49,17 +51,18 @@ __device__ __forceinline__ void mark_rows(const RoutingArguments& a, const Order
     if (lane < a.top_k) mark_slot(o, c, tokens, token, lane, id);
 }
 
-template <typename T, int kLanes, int kChunks, int kKeep>
-__device__ __forceinline__ void mark_merged(const RoutingArguments& a, const OrderArguments& o, const Counters& c) {
+// kLanes lanes share a token; `route`, called by all lanes of a warp, writes the slots of a token below `end`, or those of
+// padding if it is not valid, and returns the expert of lane `sub`'s slot: route(token, end, valid, sub).
+template <int kLanes, typename Route>
+__device__ __forceinline__ void mark_shared(
+    const RoutingArguments& a, const OrderArguments& o, const Counters& c, Route route) {
     const Tokens tokens(a, o);
     const uint32_t sub = threadIdx.x % kLanes, step = blockDim.x / kLanes;
     const uint64_t valid = min(valid_tokens(a), uint64_t(tokens.end));
     const uint32_t passes = (tokens.end - tokens.first + step - 1) / step;
     for (uint32_t pass = 0; pass < passes; ++pass) {
         const uint64_t token = uint64_t(tokens.first) + pass * step + threadIdx.x / kLanes;
-        uint4 chunks[kChunks];
-        load_chunks<T, kLanes, kChunks>(a, token, token < valid, sub, chunks);
-        const uint32_t id = route_merged<T, kLanes, kChunks, kKeep>(a, token, tokens.end, token < valid, sub, chunks);
+        const uint32_t id = route(token, tokens.end, token < valid, sub);
         if (token < tokens.end && sub < a.top_k) mark_slot(o, c, tokens, static_cast<uint32_t>(token), sub, id);
     }
 }
@@ -76,12 +79,21 @@ __device__ __forceinline__ void mark_merged(const RoutingArguments& a, const Ord
     }
 MOE_ROW_KERNELS(ROUTED_ROW)
 
-#define ROUTED_MERGE(T, NAME, LANES, CHUNKS, KEEP)                                                        \
-    extern "C" __global__ void __launch_bounds__(512)                                                     \
-        routed_merge_##NAME##_##LANES##_##CHUNKS##_##KEEP(const __grid_constant__ moe::RoutedArguments a) { \
-        moe::allow_next_kernel();                                                                         \
-        moe::order_chunk(a.order, [&](const moe::Counters& c) {                                           \
-            moe::mark_merged<T, LANES, CHUNKS, KEEP>(a.routing, a.order, c);                              \
-        });                                                                                               \
+#define ROUTED_SHARED(NAME, LANES, ROUTE)                                                                             \
+    extern "C" __global__ void __launch_bounds__(512) NAME(const __grid_constant__ moe::RoutedArguments a) {         \
+        moe::allow_next_kernel();                                                                                     \
+        moe::order_chunk(a.order, [&](const moe::Counters& c) {                                                       \
+            moe::mark_shared<LANES>(                                                                                  \
+                a.routing, a.order, c, [&](uint64_t token, uint64_t end, bool valid, uint32_t sub) {                  \
+                    return ROUTE(a.routing, token, end, valid, sub);                                                  \
+                });                                                                                                   \
+        });                                                                                                           \
     }
+#define ROUTED_MERGE(T, NAME, LANES, CHUNKS, KEEP) \
+    ROUTED_SHARED(routed_merge_##NAME##_##LANES##_##CHUNKS##_##KEEP, LANES, (moe::route_merged<T, LANES, CHUNKS, KEEP>))
+#define ROUTED_THRESHOLD(T, NAME, SCORE, SCORE_NAME, LANES, CHUNKS)                 \
+    ROUTED_SHARED(                                                                  \
+        routed_threshold_##NAME##_##SCORE_NAME##_##LANES##_##CHUNKS, LANES,         \
+        (moe::route_by_threshold<T, moe::SCORE, LANES, CHUNKS>))
 MOE_MERGE_KERNELS(ROUTED_MERGE)
+MOE_THRESHOLD_KERNELS_OF_FOUR(ROUTED_THRESHOLD)

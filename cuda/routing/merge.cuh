@@ -15,19 +15,24 @@
 
 namespace moe {
 
+// Sorts a list that falls and then rises, or the other way round.
+template <int K>
+__device__ __forceinline__ void sort_bitonic(uint32_t (&keys)[K]) {
+#pragma unroll
+    for (int d = K / 2; d > 0; d /= 2) {
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+            if ((i & d) == 0) order_pair(keys[i], keys[i + d]);
+        }
+    }
+}
+
 // Merges two descending lists into the best of both, descending.
 template <int K>
 __device__ __forceinline__ void merge_best(uint32_t (&best)[K], const uint32_t (&other)[K]) {
 #pragma unroll
     for (int i = 0; i < K; ++i) best[i] = max(best[i], other[K - 1 - i]);
-    // What is left is bitonic.
-#pragma unroll
-    for (int d = K / 2; d > 0; d /= 2) {
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-            if ((i & d) == 0) order_pair(best[i], best[i + d]);
-        }
-    }
+    sort_bitonic<K>(best);
 }
 
 // The best of 8 keys, descending.
@@ -135,12 +140,14 @@ __device__ __forceinline__ void best_of_row(
     }
 }
 
-// Routes the token of this group of lanes, whose chunks were loaded if it is valid: writes ids and weights of tokens below
-// `end`, of padding too, and returns the expert of lane `sub`'s slot. All lanes of the warp call it.
+// Routes the token of this group of lanes: writes ids and weights of tokens below `end`, those of padding if it is not
+// valid, and returns the expert of lane `sub`'s slot. All lanes of the warp call it.
 template <typename T, int kLanes, int kChunks, int kKeep>
 __device__ __forceinline__ uint32_t route_merged(
-    const RoutingArguments& a, uint64_t token, uint64_t end, bool valid, uint32_t sub, uint4 (&chunks)[kChunks]) {
+    const RoutingArguments& a, uint64_t token, uint64_t end, bool valid, uint32_t sub) {
     static_assert(kKeep <= kLanes, "a lane weighs one slot");
+    uint4 chunks[kChunks];
+    load_chunks<T, kLanes, kChunks>(a, token, valid, sub, chunks);
     constexpr uint32_t kMost = (0x8000u + Narrow<T>::kInfinity) << 16 | 0xffffu;
     constexpr uint32_t kLeast = (0x8000u - Narrow<T>::kInfinity) << 16;
     uint32_t best[kKeep];

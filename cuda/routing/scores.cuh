@@ -12,8 +12,20 @@ constexpr float kEpsilon = 1e-20f;
 // Below this logit, 1 + e^l is 1 in float32, and sigmoid(l) and softplus(l) are e^l.
 constexpr float kSigmoidIsExp = -20.0f;
 
+// The larger of two, NaN if one is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+#ifdef CANDLE_MOE_EMULATOR
+    return a != a || a > b ? a : b;
+#else
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+    return larger;
+#endif
+}
+
 // e^x for x <= 0; NaN stays NaN. Without a branch, so that a lane's experts go side by side.
 __device__ __forceinline__ float exp_of(float x) {
+    x = max_or_nan(x, -104.0f);  // e^-104 is 0
     constexpr float kRound = 12582912.0f;
     const float rounded = __fadd_rn(__fmul_rn(x, 1.44269504088896340736f), kRound), n = __fadd_rn(rounded, -kRound);
     const float r = __fadd_rn(__fadd_rn(x, -__fmul_rn(n, 0.6933594f)), -__fmul_rn(n, -2.1219444e-4f));
@@ -26,8 +38,7 @@ __device__ __forceinline__ float exp_of(float x) {
     const float e_r = __fadd_rn(__fadd_rn(__fmul_rn(p, __fmul_rn(r, r)), r), 1.0f);
     // 2^n in two steps, of which the first is exact: n, in the low bits of `rounded`, may be as low as -150.
     const uint32_t power = (__float_as_uint(rounded) - __float_as_uint(kRound) + 64 + 127) << 23;
-    const float e = __fmul_rn(__fmul_rn(e_r, 5.42101086242752217e-20f), __uint_as_float(power));
-    return x < -104.0f ? 0.0f : e;
+    return __fmul_rn(__fmul_rn(e_r, 5.42101086242752217e-20f), __uint_as_float(power));
 }
 
 __device__ __forceinline__ float reciprocal_estimate(float v) {

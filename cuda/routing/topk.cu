@@ -2,13 +2,14 @@
 //
 // `row`: one warp per token, for few tokens; routing/topk.cuh says how, and why it is fast.
 //
-// `merge`: several tokens per warp, for many of them; routing/merge.cuh says how.
+// `merge` and `threshold`: several tokens per warp, where there are many; routing/merge.cuh and routing/threshold.cuh say how.
 //
 // `any`: one block per token, keys in shared memory, for any number of experts that fits there, any top_k and any groups.
 // It is made to be right and not to be fast.
 
 #include "common/launch.cuh"
 #include "routing/merge.cuh"
+#include "routing/threshold.cuh"
 #include "routing/topk.cuh"
 
 namespace moe {
@@ -28,15 +29,11 @@ __device__ __forceinline__ void route_row(const RoutingArguments& a) {
     route_token<T, N, kScore, kNarrow>(a, token, logits, lane);
 }
 
-// Several tokens per warp.
-template <typename T, int kLanes, int kChunks, int kKeep>
-__device__ __forceinline__ void route_merge(const RoutingArguments& a) {
+// kLanes lanes share a token; `route` is as in order/routed.cu.
+template <int kLanes, typename Route>
+__device__ __forceinline__ void route_shared(const RoutingArguments& a, Route route) {
     const uint64_t token = (uint64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
-    const uint32_t sub = threadIdx.x % kLanes;
-    const bool valid = token < valid_tokens(a);
-    uint4 chunks[kChunks];
-    load_chunks<T, kLanes, kChunks>(a, token, valid, sub, chunks);
-    route_merged<T, kLanes, kChunks, kKeep>(a, token, a.num_tokens, valid, sub, chunks);
+    route(token, a.num_tokens, token < valid_tokens(a), threadIdx.x % kLanes);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -195,9 +192,17 @@ ANY_DTYPES(kRootSoftplus, root_softplus)
     }
 MOE_ROW_KERNELS(ROW)
 
-#define MERGE(T, NAME, LANES, CHUNKS, KEEP)                                                                               \
-    extern "C" __global__ void __launch_bounds__(128) merge_##NAME##_##LANES##_##CHUNKS##_##KEEP(                       \
-        const moe::RoutingArguments a) {                                                                                  \
-        moe::route_merge<T, LANES, CHUNKS, KEEP>(a);                                                                      \
+#define SHARED(NAME, LANES, ROUTE)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(128) NAME(const moe::RoutingArguments a) {                         \
+        moe::route_shared<LANES>(a, [&](uint64_t token, uint64_t end, bool valid, uint32_t sub) {                   \
+            ROUTE(a, token, end, valid, sub);                                                                       \
+        });                                                                                                         \
     }
+#define MERGE(T, NAME, LANES, CHUNKS, KEEP) \
+    SHARED(merge_##NAME##_##LANES##_##CHUNKS##_##KEEP, LANES, (moe::route_merged<T, LANES, CHUNKS, KEEP>))
+#define THRESHOLD(T, NAME, SCORE, SCORE_NAME, LANES, CHUNKS)        \
+    SHARED(                                                         \
+        threshold_##NAME##_##SCORE_NAME##_##LANES##_##CHUNKS, LANES, \
+        (moe::route_by_threshold<T, moe::SCORE, LANES, CHUNKS>))
 MOE_MERGE_KERNELS(MERGE)
+MOE_THRESHOLD_KERNELS(THRESHOLD)

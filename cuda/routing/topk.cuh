@@ -50,6 +50,7 @@ struct RoutingArguments {
     float factor;
     uint32_t num_groups;
     uint32_t topk_group;
+    uint32_t group_bits;  // experts of a group, if they are a power of two: their logarithm
     uint32_t many;  // 1: more tokens than the device has warps, so that instructions count and not their delay
 };
 
@@ -83,9 +84,12 @@ __device__ __forceinline__ T warp_sum(T v, uint32_t width = 32) {
     return v;
 }
 
-__device__ __forceinline__ float warp_max_number(float v) {  // NaN does not count
+// The largest of each `width` lanes; NaN does not count.
+__device__ __forceinline__ float warp_max_number(float v, uint32_t width = 32) {
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, d));
+    for (uint32_t d = 16; d > 0; d /= 2) {
+        if (d < width) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, d));
+    }
     return v;
 }
 
@@ -109,7 +113,7 @@ __device__ __forceinline__ float weigh(
             break;
         case kRootSoftplusOverSum: {
             // Chosen by score + bias, so the largest logit may be anywhere.
-            const float top = warp_max_number(in ? logit : __uint_as_float(0x7fc00000u));
+            const float top = warp_max_number(in ? logit : __uint_as_float(0x7fc00000u), width);
             if (top != top || top < kSigmoidIsExp) {
                 s = share(logit * 0.5f, top * 0.5f);
             } else if (top == kInf) {

@@ -5,7 +5,7 @@ use crate::cuda::{
     Binary, Buffer, Launch, Properties, Section, Sections, checked_shared, launch, properties, slice_of,
 };
 use crate::routing::Router;
-use crate::routing::cuda::{self as routing, RowKernel};
+use crate::routing::cuda::{self as routing, Place, RowKernel};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DeviceRepr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
@@ -28,8 +28,6 @@ const LEAST_SLOTS: usize = 256;
 const LEAST_TOKENS: usize = 32;
 /// Words of a chunk's masks, at most.
 const MAX_CHUNK_WORDS: usize = 256;
-/// Tokens up to which a warp for each token is faster than several tokens per warp: those that a block routes at once.
-const ROW_TOKENS: usize = MAX_THREADS / 32;
 /// Threads of the kernel that makes a tile map from offsets.
 const TILE_THREADS: u32 = 512;
 
@@ -353,9 +351,10 @@ pub(super) struct Routed {
 
 /// The fused kernel for logits of this shape, where there is one that is faster than routing and order in turn.
 fn fused_kernel(dtype: DType, num_tokens: usize, num_experts: usize, router: &Router) -> Option<RowKernel> {
-    let kernel = routing::row_kernel(dtype, num_experts, router, num_tokens > ROW_TOKENS)?;
-    // A warp for each token wants all multiprocessors, and a block of the order would be one of few.
-    (num_tokens > 0 && (kernel.warp_tokens > 1 || num_tokens <= ROW_TOKENS)).then_some(kernel)
+    if num_tokens == 0 {
+        return None;
+    }
+    routing::row_kernel(dtype, num_tokens, num_experts, router, Place::Ordered)
 }
 
 /// Refuses what cannot be ordered, before anything is routed for it.

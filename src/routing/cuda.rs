@@ -17,9 +17,9 @@ const ROW_THREADS: u32 = 128;
 /// The most experts, and slots, that a warp keeps in registers.
 const MAX_ROW_EXPERTS: usize = 1024;
 const MAX_ROW_SLOTS: usize = 32;
-/// The most slots of the kernels that give a warp to several tokens, and the tokens from which on they are faster.
-const MAX_MERGE_SLOTS: usize = 8;
-const MERGE_TOKENS: usize = 256;
+/// The most slots, and experts, of the kernels that give a warp to several tokens.
+const MAX_SHARED_SLOTS: usize = 8;
+const MAX_SHARED_EXPERTS: usize = 512;
 /// Tokens from which on a warp for each token counts its instructions, and not their delay.
 const MANY_TOKENS: usize = 1024;
 /// Threads of a block of the kernels that give a block to each token.
@@ -46,6 +46,7 @@ pub(crate) struct Arguments {
     factor: f32,
     num_groups: u32,
     topk_group: u32,
+    group_bits: u32,
     many: u32,
 }
 
@@ -79,7 +80,7 @@ pub(super) fn route(
     let write = |address: &dyn Fn(Section) -> u64| {
         weights = Some(write_weights(storage, layout, router, num_valid_tokens, |mut arguments| {
             arguments.topk_ids = address(ids);
-            let (name, how) = match row_kernel(storage.dtype(), num_experts, router, num_tokens >= MERGE_TOKENS) {
+            let (name, how) = match row_kernel(storage.dtype(), num_tokens, num_experts, router, Place::Alone) {
                 Some(RowKernel { name, warp_tokens }) => {
                     let blocks = num_tokens.div_ceil(ROW_THREADS as usize / 32 * warp_tokens);
                     (name, Launch::new(blocks, ROW_THREADS, 0))
@@ -162,6 +163,7 @@ pub(crate) fn write_weights(
             factor: router.method.routed_scaling_factor(),
             num_groups: groups.num_groups as u32,
             topk_group: groups.topk_group as u32,
+            group_bits: (layout.dims()[1] / groups.num_groups.max(1)).max(1).ilog2(),
             many: u32::from(layout.dims()[0] >= MANY_TOKENS),
         })?;
     }
@@ -271,40 +273,117 @@ pub(crate) struct RowKernel {
     pub(crate) warp_tokens: usize,
 }
 
-/// The kernel that routes such rows, if they fit registers: of several tokens per warp where that is faster, which depends on
-/// whether there are `many` tokens, else of one.
-pub(crate) fn row_kernel(dtype: DType, num_experts: usize, router: &Router, many: bool) -> Option<RowKernel> {
-    let merge = merge_kernel(dtype, num_experts, router);
-    // Short lists in 4 lanes are merged sooner than a warp is reduced a few times.
-    merge.filter(|kernel| many || kernel.warp_tokens == 8 && num_experts <= 64).or_else(|| {
+/// Where tokens are routed, which says what is fast.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In a launch of its own: few tokens have the whole device.
+    Alone,
+    /// In the blocks that order them: a block routes up to 16 tokens at once where a warp takes one.
+    Ordered,
+}
+
+/// The kernel that routes such rows, if they fit registers; where they are ordered, if that is faster than to route them alone.
+pub(crate) fn row_kernel(
+    dtype: DType,
+    num_tokens: usize,
+    num_experts: usize,
+    router: &Router,
+    place: Place,
+) -> Option<RowKernel> {
+    let shared = merge_kernel(dtype, num_tokens, num_experts, router, place);
+    shared.or_else(|| threshold_kernel(dtype, num_tokens, num_experts, router, place)).or_else(|| {
+        // A warp for each token is slow where only a few multiprocessors work.
+        let most = match num_experts {
+            0..=128 => 16,
+            _ if compares_logits(router.method) => 16,
+            129..=256 => 4,
+            _ => 0,
+        };
+        if place == Place::Ordered && num_tokens > most {
+            return None;
+        }
         let width = row_width(num_experts, router)?;
         Some(RowKernel { name: format!("row_{}_{width}", kind(dtype, router)), warp_tokens: 1 })
     })
 }
 
-/// The kernel of several tokens per warp: for 16-bit logits that are compared themselves.
-fn merge_kernel(dtype: DType, num_experts: usize, router: &Router) -> Option<RowKernel> {
-    let compared = match router.method {
-        RoutingMethod::Renormalize | RoutingMethod::RenormalizeNaive => true,
-        RoutingMethod::Llama4 | RoutingMethod::SigmoidRenorm => true,
-        // Its denominator takes all logits.
-        RoutingMethod::Default => false,
-        RoutingMethod::DeepSeekV3 { .. } | RoutingMethod::MiniMax2 | RoutingMethod::DeepSeekV4 { .. } => false,
-    };
-    if !compared || !matches!(dtype, DType::F16 | DType::BF16) || router.top_k > MAX_MERGE_SLOTS {
+/// Whether a method compares the logits themselves, and no scores of them.
+fn compares_logits(method: RoutingMethod) -> bool {
+    parts(method).2 == "logit"
+}
+
+/// Whether keys of 16 bits say which logits are chosen.
+fn has_narrow_keys(dtype: DType, method: RoutingMethod) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16) && compares_logits(method)
+}
+
+/// Whether a row of such a router fits the kernels of several tokens per warp. Default's denominator takes all logits.
+fn may_share_warp(num_experts: usize, router: &Router) -> bool {
+    num_experts <= MAX_SHARED_EXPERTS && router.top_k <= MAX_SHARED_SLOTS && router.method != RoutingMethod::Default
+}
+
+/// Of cuda/routing/merge.cuh, where it is faster than a warp for each token.
+fn merge_kernel(
+    dtype: DType,
+    num_tokens: usize,
+    num_experts: usize,
+    router: &Router,
+    place: Place,
+) -> Option<RowKernel> {
+    if !has_narrow_keys(dtype, router.method) || !may_share_warp(num_experts, router) {
         return None;
     }
-    let slots = if router.top_k <= 4 { 4 } else { 8 };
-    // Lanes of a token, and what each of them owns: 8 experts, some times.
-    let chunks_of = |lanes: usize| num_experts.div_ceil(8 * lanes);
-    let (lanes, chunks, slots) = match (num_experts, slots) {
-        (0..=128, 4) => (4, chunks_of(4), 4),
-        (129..=256, 4) => (8, chunks_of(8), 4),
-        (0..=256, _) => (8, chunks_of(8), 8),
-        (257..=512, _) => (16, chunks_of(16), 8),
-        _ => return None,
+    let slots = if router.top_k <= 4 && num_experts <= 256 { 4 } else { 8 };
+    let lanes = match (num_experts, slots) {
+        (0..=128, 4) => 4,
+        (0..=256, _) => 8,
+        _ => 16,
     };
+    // With few tokens a warp is reduced a few times sooner than lists are merged, unless they are short, or a lane of the
+    // warp has more than 8 experts. Two tokens of a warp are many steps for the few blocks that order them.
+    let gains = match place {
+        Place::Alone => num_tokens >= 256 || lanes == 4 && num_experts <= 64 || num_experts > 256,
+        Place::Ordered => num_tokens >= 256 || if lanes == 16 { num_tokens <= 32 } else { lanes == 4 || num_tokens > 4 },
+    };
+    if !gains {
+        return None;
+    }
+    let chunks = num_experts.div_ceil(8 * lanes);
     let name = format!("merge_{}_{lanes}_{chunks}_{slots}", dtype.as_str());
+    Some(RowKernel { name, warp_tokens: 32 / lanes })
+}
+
+/// Of cuda/routing/threshold.cuh, where it is faster than a warp for each token with a round for each slot.
+fn threshold_kernel(
+    dtype: DType,
+    num_tokens: usize,
+    num_experts: usize,
+    router: &Router,
+    place: Place,
+) -> Option<RowKernel> {
+    if has_narrow_keys(dtype, router.method) || !may_share_warp(num_experts, router) {
+        return None;
+    }
+    let short = num_experts <= 128;
+    let light = short || compares_logits(router.method) && num_experts <= 256;
+    let lanes = match place {
+        Place::Ordered if light && num_tokens >= 256 => 8,
+        Place::Ordered => return None,
+        Place::Alone if light && num_tokens >= 1024 => 8,
+        Place::Alone if !short && num_tokens >= 2048 => 16,
+        Place::Alone if !short && router.top_k > 4 => 32,
+        Place::Alone => return None,
+    };
+    let chunks = num_experts.div_ceil(8 * lanes);
+    let groups = router.method.groups();
+    if groups.is_limit() {
+        let group_size = num_experts / groups.num_groups;
+        let whole_lanes = group_size.is_power_of_two() && (8..=8 * lanes).contains(&group_size);
+        if num_experts != 8 * lanes * chunks || !whole_lanes {
+            return None;
+        }
+    }
+    let name = format!("threshold_{}_{lanes}_{chunks}", kind(dtype, router));
     Some(RowKernel { name, warp_tokens: 32 / lanes })
 }
 

@@ -69,6 +69,54 @@ fn any_number_of_tokens_is_routed_and_ordered() {
     }
 }
 
+/// With and without a bias, as many tokens as each kernel of several widths takes, in rows with and without ties.
+#[test]
+fn rows_of_every_width_are_routed_and_ordered() {
+    if devices::cuda().is_none() {
+        return;
+    }
+    let random = &mut Random(48);
+    let groups = ExpertGroups { num_groups: 4, topk_group: 2 };
+    let grouped = RoutingMethod::DeepSeekV3 { groups, routed_scaling_factor: 1.5 };
+    let scaled = RoutingMethod::DeepSeekV4 { routed_scaling_factor: 1.5 };
+    for num_experts in [8, 33, 64, 100, 128, 129, 160, 192, 256, 288, 384, 512, 513] {
+        let bias = Tensor::from_vec(random.units(num_experts, 0.1), num_experts, &Device::Cpu).unwrap();
+        for (method, dtype, top_k) in [
+            (RoutingMethod::Renormalize, DType::F32, 3),
+            (RoutingMethod::SigmoidRenorm, DType::F32, 8),
+            (RoutingMethod::MiniMax2, DType::BF16, 6),
+            (RoutingMethod::MiniMax2, DType::F32, 8),
+            (scaled, DType::F16, 7),
+            (grouped, DType::BF16, 4),
+        ] {
+            if method == grouped && num_experts % groups.num_groups > 0 {
+                continue;
+            }
+            let plain = router(method, top_k);
+            let biased = method.takes_selection_bias().then(|| plain.clone().with_selection_bias(&bias).unwrap());
+            // Some rows of few different logits, some that are all the same.
+            let most = 2100;
+            let mut values = random.units(most * num_experts, 5.0);
+            for (token, row) in values.chunks_mut(num_experts).enumerate() {
+                match token % 7 {
+                    0 => row.iter_mut().for_each(|logit| *logit = logit.round()),
+                    1 => row.fill(-1.25),
+                    _ => {}
+                }
+            }
+            let logits = oracle::floats(&values, &[most, num_experts], dtype).0;
+            for router in [Some(plain), biased].into_iter().flatten() {
+                for num_tokens in [1, 15, 300, 1030, most] {
+                    let context = format!("{method}, {num_tokens} tokens of {num_experts} experts, {dtype:?}");
+                    let logits = logits.narrow(0, 0, num_tokens).unwrap();
+                    router.route_everywhere(&logits).unwrap();
+                    devices::routed(&router, &logits, &OrderOptions::default(), &context);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn any_number_of_given_slots_is_ordered() {
     if devices::cuda().is_none() {

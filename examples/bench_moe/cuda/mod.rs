@@ -209,12 +209,16 @@ struct Workload<'a> {
 impl<'a> Workload<'a> {
     fn new(bench: &'a Bench, shape: Shape, method: RoutingMethod, num_tokens: usize) -> Result<Self> {
         let Shape { num_experts, top_k } = shape;
-        let router = Router::new(method, top_k)?;
+        let mut router = Router::new(method, top_k)?;
         let dtype = bench.precision.dtype();
         let bytes = (num_tokens * num_experts * dtype.size_in_bytes()).max(1);
         let num_inputs = ROTATED_BYTES.div_ceil(bytes).clamp(MIN_CALLS, MAX_CALLS);
         let mut random = Random::new(bench.seed ^ (num_experts * 31 + top_k) as u64 ^ (num_tokens as u64) << 32);
         let one = random.floats(&[num_tokens, num_experts], 1.5, dtype)?;
+        if method.takes_selection_bias() {
+            // As the models have one.
+            router = router.with_selection_bias(&random.floats(&[num_experts], 0.1, DType::F32)?)?;
+        }
         // Different rows first, so that every call chooses differently; the host's random numbers are made once.
         let turned = |turn: usize| {
             let first = turn * num_tokens / num_inputs;
