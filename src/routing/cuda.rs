@@ -293,10 +293,9 @@ pub(crate) fn row_kernel(
     let shared = merge_kernel(dtype, num_tokens, num_experts, router, place);
     shared.or_else(|| threshold_kernel(dtype, num_tokens, num_experts, router, place)).or_else(|| {
         // A warp for each token is slow where only a few multiprocessors work.
-        let most = match num_experts {
-            0..=128 => 16,
-            _ if compares_logits(router.method) => 16,
-            129..=256 => 4,
+        let most = match (num_experts, compares_logits(router.method)) {
+            (0..=128, _) | (129..=256, true) => 16,
+            (129..=256, false) | (_, true) => 4,
             _ => 0,
         };
         if place == Place::Ordered && num_tokens > most {
@@ -343,7 +342,9 @@ fn merge_kernel(
     // warp has more than 8 experts. Two tokens of a warp are many steps for the few blocks that order them.
     let gains = match place {
         Place::Alone => num_tokens >= 256 || lanes == 4 && num_experts <= 64 || num_experts > 256,
-        Place::Ordered => num_tokens >= 256 || if lanes == 16 { num_tokens <= 32 } else { lanes == 4 || num_tokens > 4 },
+        Place::Ordered => {
+            num_tokens >= 256 || if lanes == 16 { num_tokens <= 32 } else { lanes == 4 || num_tokens > 4 }
+        }
     };
     if !gains {
         return None;
