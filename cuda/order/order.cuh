@@ -7,7 +7,7 @@
 //     rank           of a slot among those of its expert in the chunk: the bits below its own, counted
 //     between chunks one row of counts for each chunk, summed up in chunk order
 //
-// Small batches are one chunk and take one launch. Large ones take two: the first leaves rows and ranks in device memory, and
+// Up to 32 slots are compared with each other instead (finish_few). Small batches are one chunk and take one launch. Large ones take two: the first leaves rows and ranks in device memory, and
 // every block of the second, `place`, sums up all rows: at most as many as there are multiprocessors, read from the L2 cache
 // with all loads under way at once, which costs less than a third launch to sum them once.
 #pragma once
@@ -210,11 +210,12 @@ struct Counters {
     uint16_t* before;   // [W, pitch]: bits of the words before
     uint16_t* experts;  // [slots of the chunk]: local experts
     uint32_t pitch;
+    bool few;  // no masks
 
     // Sets unit `unit` of the chunk for slot `slot` of the chunk.
     __device__ __forceinline__ void mark(uint32_t unit, uint32_t slot, uint32_t expert) const {
         experts[slot] = static_cast<uint16_t>(expert);
-        if (expert != kNobody) atomicOr(&masks[unit / 32 * pitch + expert], 1u << unit % 32);
+        if (!few && expert != kNobody) atomicOr(&masks[unit / 32 * pitch + expert], 1u << unit % 32);
     }
 
     __device__ __forceinline__ uint32_t count(uint32_t expert, uint32_t words) const {
@@ -232,6 +233,49 @@ struct Counters {
         return word == 0 ? lower : before[at] + lower;
     }
 };
+
+// Whether slots are so few, and tiles so high, that every expert's place is counted out from all slots.
+__device__ __forceinline__ bool are_few(const OrderArguments& o) {
+    return o.whole && o.num_slots <= 32 && (o.tile_rows == 0 || o.tile_rows >= o.num_slots);
+}
+
+// What follows when all of a few slots are marked and seen: lane i of each warp has slot i, and each thread an expert. One
+// barrier stands before it and none inside, since every warp counts for itself.
+__device__ __forceinline__ void finish_few(const OrderArguments& o, const Counters& c) {
+    const uint32_t lane = threadIdx.x % 32;
+    const uint32_t mine = lane < o.num_slots ? c.experts[lane] : kNobody;
+    const uint32_t same = __match_any_sync(kAllLanes, mine), below = (1u << lane) - 1;
+    // The first slot of each expert, which has one tile.
+    const uint32_t firsts = __ballot_sync(kAllLanes, mine != kNobody && (same & below) == 0);
+    const uint32_t num_slots = __popc(__ballot_sync(kAllLanes, mine != kNobody)), num_tiles = __popc(firsts);
+    for (uint32_t base = threadIdx.x - lane; base < o.num_local; base += blockDim.x) {
+        const uint32_t e = base + lane;
+        uint32_t count = 0, offset = 0, tile = 0;
+#pragma unroll 4
+        for (uint32_t i = 0; i < o.num_slots; ++i) {
+            const uint32_t other = __shfl_sync(kAllLanes, mine, i);
+            count += other == e;
+            offset += other < e;
+            tile += other < e ? firsts >> i & 1 : 0;
+        }
+        if (e >= o.num_local) continue;
+        o.expert_counts[e] = count;
+        o.expert_offsets[e] = offset;
+        if (count > 0 && o.tile_rows > 0) write_tile(o, e, offset, tile, 0);
+    }
+    if (threadIdx.x < 32) {
+        uint32_t place = __popc(same & below);
+#pragma unroll 4
+        for (uint32_t i = 0; i < o.num_slots; ++i) place += __shfl_sync(kAllLanes, mine, i) < mine;
+        if (lane < o.num_slots) {
+            o.slot_rank[lane] = mine != kNobody ? place : kNoSlot;
+            if (mine != kNobody) o.sorted_slots[place] = lane;
+            if (lane >= num_slots) o.sorted_slots[lane] = kNoSlot;
+        }
+        if (lane == 0) o.expert_offsets[o.num_local] = num_slots;
+    }
+    clear_tiles(o, num_tiles);
+}
 
 // What follows when all slots are marked and seen.
 __device__ __forceinline__ void finish_chunk(const OrderArguments& o, const Counters& c, uint32_t* memory) {
@@ -274,11 +318,14 @@ __device__ __forceinline__ void order_chunk(const OrderArguments& o, MarkAll mar
     MOE_DYNAMIC_SHARED(uint32_t, memory);
     const uint32_t pitch = pitch_of(o), counters = o.chunk_words * pitch;
     uint16_t* const before = reinterpret_cast<uint16_t*>(memory + counters);
-    const Counters c{memory, before, before + counters, pitch};
-    for (uint32_t i = threadIdx.x; i < counters; i += blockDim.x) c.masks[i] = 0;
-    __syncthreads();
+    const Counters c{memory, before, before + counters, pitch, are_few(o)};
+    if (!c.few) {
+        for (uint32_t i = threadIdx.x; i < counters; i += blockDim.x) c.masks[i] = 0;
+        __syncthreads();
+    }
     mark_all(c);
     __syncthreads();
+    if (c.few) return finish_few(o, c);
     const uint32_t chunk_slots = o.chunk_units * o.unit_slots;
     finish_chunk(o, c, memory + counters + (counters + chunk_slots + 1) / 2);
 }
