@@ -7,7 +7,7 @@
 //     rank           of a slot among those of its expert in the chunk: the bits below its own, counted
 //     between chunks one row of counts for each chunk, summed up in chunk order
 //
-// Up to 32 slots are compared with each other instead (finish_few). Small batches are one chunk and take one launch. Large ones take two: the first leaves rows and ranks in device memory, and
+// Up to 16 slots are compared with each other instead: see finish_few(). Small batches are one chunk and take one launch. Large ones take two: the first leaves rows and ranks in device memory, and
 // every block of the second, `place`, sums up all rows: at most as many as there are multiprocessors, read from the L2 cache
 // with all loads under way at once, which costs less than a third launch to sum them once.
 #pragma once
@@ -234,13 +234,14 @@ struct Counters {
     }
 };
 
-// Whether slots are so few, and tiles so high, that every expert's place is counted out from all slots.
+// Whether slots are so few that to look at each of them once for every expert takes less time than barriers and sums. An
+// expert has one tile then, and a thread one expert.
 __device__ __forceinline__ bool are_few(const OrderArguments& o) {
-    return o.whole && o.num_slots <= 32 && (o.tile_rows == 0 || o.tile_rows >= o.num_slots);
+    const bool one_tile = o.tile_rows == 0 || o.tile_rows >= o.num_slots;
+    return o.whole && o.num_slots <= 16 && o.num_local <= blockDim.x && one_tile;
 }
 
-// What follows when all of a few slots are marked and seen: lane i of each warp has slot i, and each thread an expert. One
-// barrier stands before it and none inside, since every warp counts for itself.
+// What follows when all of a few slots are marked and seen: lane i of each warp has slot i, and every warp counts for itself.
 __device__ __forceinline__ void finish_few(const OrderArguments& o, const Counters& c) {
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t mine = lane < o.num_slots ? c.experts[lane] : kNobody;
@@ -248,32 +249,27 @@ __device__ __forceinline__ void finish_few(const OrderArguments& o, const Counte
     // The first slot of each expert, which has one tile.
     const uint32_t firsts = __ballot_sync(kAllLanes, mine != kNobody && (same & below) == 0);
     const uint32_t num_slots = __popc(__ballot_sync(kAllLanes, mine != kNobody)), num_tiles = __popc(firsts);
-    for (uint32_t base = threadIdx.x - lane; base < o.num_local; base += blockDim.x) {
-        const uint32_t e = base + lane;
-        uint32_t count = 0, offset = 0, tile = 0;
+    const uint32_t e = threadIdx.x;
+    uint32_t count = 0, offset = 0, tile = 0, place = __popc(same & below);
 #pragma unroll 4
-        for (uint32_t i = 0; i < o.num_slots; ++i) {
-            const uint32_t other = __shfl_sync(kAllLanes, mine, i);
-            count += other == e;
-            offset += other < e;
-            tile += other < e ? firsts >> i & 1 : 0;
-        }
-        if (e >= o.num_local) continue;
+    for (uint32_t i = 0; i < o.num_slots; ++i) {
+        const uint32_t other = __shfl_sync(kAllLanes, mine, i);
+        count += other == e;
+        offset += other < e;
+        tile += other < e ? firsts >> i & 1 : 0;
+        place += other < mine;
+    }
+    if (e < o.num_local) {
         o.expert_counts[e] = count;
         o.expert_offsets[e] = offset;
         if (count > 0 && o.tile_rows > 0) write_tile(o, e, offset, tile, 0);
     }
-    if (threadIdx.x < 32) {
-        uint32_t place = __popc(same & below);
-#pragma unroll 4
-        for (uint32_t i = 0; i < o.num_slots; ++i) place += __shfl_sync(kAllLanes, mine, i) < mine;
-        if (lane < o.num_slots) {
-            o.slot_rank[lane] = mine != kNobody ? place : kNoSlot;
-            if (mine != kNobody) o.sorted_slots[place] = lane;
-            if (lane >= num_slots) o.sorted_slots[lane] = kNoSlot;
-        }
-        if (lane == 0) o.expert_offsets[o.num_local] = num_slots;
+    if (threadIdx.x < o.num_slots) {
+        o.slot_rank[lane] = mine != kNobody ? place : kNoSlot;
+        if (mine != kNobody) o.sorted_slots[place] = lane;
+        if (lane >= num_slots) o.sorted_slots[lane] = kNoSlot;
     }
+    if (threadIdx.x == 0) o.expert_offsets[o.num_local] = num_slots;
     clear_tiles(o, num_tiles);
 }
 
