@@ -33,8 +33,7 @@ __device__ __forceinline__ uint32_t first_of_chunk(int i, uint32_t sub) {
 
 template <typename T, int kLanes, int kChunks>
 __device__ __forceinline__ void load_eights(
-    const RoutingArguments& a, uint64_t token, bool valid, uint32_t sub, Eight<T> (&chunks)[kChunks]) {
-    const T* const row = row_of<T>(a, token);
+    const RoutingArguments& a, const T* row, bool valid, uint32_t sub, Eight<T> (&chunks)[kChunks]) {
     const bool words = a.stride_expert == 1 && a.num_experts % 8 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
     if (words) {
 #pragma unroll
@@ -195,34 +194,12 @@ __device__ __forceinline__ uint32_t chosen_experts(
     return chosen;
 }
 
-// Routes the token of this group of lanes: writes ids and weights of tokens below `end`, those of padding if it is not
-// valid, and returns the expert of lane `sub`'s slot. All lanes of the warp call it.
-template <typename T, int kScore, int kLanes, int kChunks>
-__device__ __forceinline__ uint32_t route_by_threshold(
-    const RoutingArguments& a, uint64_t token, uint64_t end, bool valid, uint32_t sub) {
-    static_assert(kSlots <= kLanes && kChunks <= 4, "a lane holds a slot, and its experts are bits of a word");
-    __shared__ uint4 rooms[kMostWarps][32 / kLanes][kSlots / 2];
-    uint2* const room = reinterpret_cast<uint2*>(rooms[threadIdx.x / 32][threadIdx.x % 32 / kLanes]);
-
-    Eight<T> chunks[kChunks];
-    load_eights<T, kLanes, kChunks>(a, token, valid, sub, chunks);
-    float biases[kChunks][8];
-    if (kScore != kLogit) load_biases<kLanes, kChunks>(a, sub, biases);
-    uint32_t keys[kChunks][8], sorted[kChunks][8];
+// The best keys of the token's kept groups, descending, in all of its lanes.
+template <int kLanes, int kChunks>
+__device__ __forceinline__ void best_keys(
+    const uint32_t (&sorted)[kChunks][8], uint32_t kept, uint32_t (&best)[kSlots]) {
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-        keys_of_eight<T, kScore>(a, chunks[i], biases[i], first_of_chunk<kLanes>(i, sub), keys[i]);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sorted[i][j] = keys[i][j];
-        sort_keys<8>(sorted[i]);
-    }
-    uint32_t kept = 0xffffffffu;
-    if (kScore != kLogit && a.topk_group < a.num_groups) {
-        kept = kept_chunks<kLanes, kChunks>(a, sub, sorted);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sorted[0][j] = kept & 1 ? sorted[0][j] : kTaken;
-    }
-    uint32_t(&best)[kSlots] = sorted[0];
+    for (int j = 0; j < kSlots; ++j) best[j] = kept & 1 ? sorted[0][j] : kTaken;
 #pragma unroll
     for (int i = 1; i < kChunks; ++i) {
         const bool in = kept >> (8 * i) & 1;
@@ -237,13 +214,61 @@ __device__ __forceinline__ uint32_t route_by_threshold(
         for (int i = 0; i < kSlots; ++i) other[i] = __shfl_xor_sync(kAllLanes, best[i], d);
         merge_best<kSlots>(best, other);
     }
+}
+
+// The expert of lane `sub`'s slot, from the keys and experts of all slots of the token, in any order; ~0 where the lane has
+// none. All lanes of the warp call it.
+__device__ __forceinline__ uint32_t ranked_expert(uint2* room, uint32_t sub, bool in) {
+    if (!in && sub < kSlots) room[sub].x = kTaken;
+    __syncwarp();
+    const uint2 slot = room[sub % kSlots];
+    uint32_t rank = 0;
+#pragma unroll
+    for (int i = 0; i < kSlots; i += 2) {
+        const uint4 two = *reinterpret_cast<const uint4*>(room + i);
+        rank += two.x > slot.x || (two.x == slot.x && two.y < slot.y);
+        rank += two.z > slot.x || (two.z == slot.x && two.w < slot.y);
+    }
+    __syncwarp();
+    if (in) room[rank].y = slot.y;
+    __syncwarp();
+    const uint32_t expert = in ? room[sub].y : kNoExpert;
+    __syncwarp();
+    return expert;
+}
+
+// Routes the token of this group of lanes: writes ids and weights of tokens below `end`, those of padding if it is not
+// valid, and returns the expert of lane `sub`'s slot. All lanes of the warp call it.
+template <typename T, int kScore, int kLanes, int kChunks>
+__device__ __forceinline__ uint32_t route_by_threshold(
+    const RoutingArguments& a, uint64_t token, uint64_t end, bool valid, uint32_t sub) {
+    static_assert(kSlots <= kLanes && kChunks <= 4, "a lane holds a slot, and its experts are bits of a word");
+    __shared__ uint4 rooms[kMostWarps][32 / kLanes][kSlots / 2];
+    uint2* const room = reinterpret_cast<uint2*>(rooms[threadIdx.x / 32][threadIdx.x % 32 / kLanes]);
+    const T* const row = row_of<T>(a, token);
+
+    Eight<T> chunks[kChunks];
+    load_eights<T, kLanes, kChunks>(a, row, valid, sub, chunks);
+    float biases[kChunks][8];
+    if (kScore != kLogit) load_biases<kLanes, kChunks>(a, sub, biases);
+    uint32_t keys[kChunks][8], sorted[kChunks][8];
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+        keys_of_eight<T, kScore>(a, chunks[i], biases[i], first_of_chunk<kLanes>(i, sub), keys[i]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sorted[i][j] = keys[i][j];
+        sort_keys<8>(sorted[i]);
+    }
+    uint32_t kept = 0xffffffffu;
+    if (kScore != kLogit && a.topk_group < a.num_groups) kept = kept_chunks<kLanes, kChunks>(a, sub, sorted);
+    uint32_t best[kSlots];
+    best_keys<kLanes, kChunks>(sorted, kept, best);
     uint32_t bound = best[0];
 #pragma unroll
     for (int i = 1; i < kSlots; ++i) bound = a.top_k == i + 1 ? best[i] : bound;
 
     uint32_t through;
-    const uint32_t chosen =
-        chosen_experts<kLanes, kChunks>(keys, valid ? kept : 0, bound, a.top_k, sub, through);
+    const uint32_t chosen = chosen_experts<kLanes, kChunks>(keys, valid ? kept : 0, bound, a.top_k, sub, through);
     const bool in = sub < a.top_k;
     uint32_t place = through - __popc(chosen);
     if constexpr (kChunks <= 2) {
@@ -258,25 +283,10 @@ __device__ __forceinline__ uint32_t route_by_threshold(
             room[place++].y = first_of_chunk<kLanes>(bit / 8, sub) + bit % 8;
         }
         __syncwarp();
-        if (in && valid) room[sub].x = key_of_expert<T, kScore>(a, row_of<T>(a, token), room[sub].y);
+        if (in && valid) room[sub].x = key_of_expert<T, kScore>(a, row, room[sub].y);
     }
-    if (!in && sub < kSlots) room[sub].x = kTaken;
-    __syncwarp();
-    const uint2 slot = room[sub % kSlots];
-    uint32_t rank = 0;
-#pragma unroll
-    for (int i = 0; i < kSlots; i += 2) {
-        const uint4 two = *reinterpret_cast<const uint4*>(room + i);
-        rank += two.x > slot.x || (two.x == slot.x && two.y < slot.y);
-        rank += two.z > slot.x || (two.z == slot.x && two.w < slot.y);
-    }
-    __syncwarp();
-    if (in && valid) room[rank].y = slot.y;
-    __syncwarp();
-    const uint32_t id = in && valid ? room[sub].y : kNoExpert;
-    __syncwarp();
-    float logit = 0.0f;
-    if (in && valid) logit = to_float(row_of<T>(a, token)[int64_t(id) * a.stride_expert]);
+    const uint32_t id = ranked_expert(room, sub, in && valid);
+    const float logit = in && valid ? to_float(row[int64_t(id) * a.stride_expert]) : 0.0f;
     const float weight = weigh(a.weight, a.factor, logit, in, 1.0f, kSlots);
     if (in && token < end) {
         a.topk_ids[token * a.top_k + sub] = id;
