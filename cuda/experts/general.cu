@@ -11,39 +11,13 @@
 
 #include <type_traits>
 
-#include "common/keys.cuh"
-#include "common/launch.cuh"
+#include "experts/projection.cuh"
 
 namespace moe {
 
 constexpr uint32_t kTileRows = 16;
 constexpr uint32_t kThreads = 256;
 constexpr uint32_t kBand = 32;  // output features of a block
-constexpr uint32_t kNothing = 0xffffffffu;
-
-enum Kind { kGateUp, kDown, kLinear };
-enum GateUpRows : uint32_t { kConcatenated = 0, kInterleaved = 1 };
-enum Activation : uint32_t { kSilu = 0, kSwigluOss = 1 };
-
-struct ProjectionArguments {
-    const void* weights;            // [num_local, rows of the matrix, in_features], as the format holds it
-    const void* scales;             // of the format, or null
-    const float* bias;              // [num_local, rows of the matrix], or null
-    const void* input;              // gate_up, linear: [num_tokens, in_features]; down: [num_slots, in_features]
-    void* output;                   // [num_slots, out_features]; linear: [num_tokens, out_features]
-    const uint32_t* sorted_slots;
-    const uint32_t* expert_offsets;
-    const uint32_t* tile_experts;
-    const uint32_t* tile_starts;
-    uint32_t num_rows;              // linear: num_tokens
-    uint32_t top_k;
-    uint32_t in_features;
-    uint32_t out_features;          // gate_up: intermediate_size, half the rows of the matrix
-    uint32_t gate_up_rows;
-    uint32_t activation;
-    float alpha;
-    float limit;
-};
 
 // Formats: the weight at column k of a row of the matrix, which is row `row` of all local experts' matrices.
 template <typename T> struct Dense {
@@ -86,32 +60,11 @@ struct Fp8 {
     }
 };
 
-__device__ __forceinline__ void keep(float* to, float value) { *to = value; }
-__device__ __forceinline__ void keep(__half* to, float value) { *to = __float2half_rn(value); }
-__device__ __forceinline__ void keep(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
-
-// src/experts/activation.rs; NaN in either input comes out as NaN.
-__device__ __forceinline__ float activate(const ProjectionArguments& a, float gate, float up) {
-    if (a.activation == kSilu) return gate / (1.0f + expf(-gate)) * up;
-    gate = gate > a.limit ? a.limit : gate;
-    up = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
-    return gate / (1.0f + expf(-a.alpha * gate)) * (up + 1.0f);
-}
-
 // The places of a block: rows of the input, by place of the tile.
-struct Tile {
-    uint32_t expert;
-    uint32_t first;  // place
-    uint32_t count;
-};
-
 template <Kind kKind>
-__device__ __forceinline__ Tile tile_of(const ProjectionArguments& a, uint32_t tile) {
+__device__ __forceinline__ Tile block_tile(const ProjectionArguments& a, uint32_t tile) {
     if (kKind == kLinear) return {0, tile * kTileRows, min(kTileRows, a.num_rows - tile * kTileRows)};
-    const uint32_t expert = a.tile_experts[tile];
-    if (expert == kNothing) return {0, 0, 0};
-    const uint32_t first = a.tile_starts[tile];
-    return {expert, first, min(kTileRows, a.expert_offsets[expert + 1] - first)};
+    return tile_of(a, tile, kTileRows);
 }
 
 // The products of a row of the matrix with all inputs of the tile; lane t has that of input t, bias included.
@@ -143,7 +96,7 @@ template <typename W, typename T, Kind kKind>
 __device__ __forceinline__ void project(const ProjectionArguments& a) {
     __shared__ uint32_t inputs[kTileRows];
     const uint32_t num_bands = (a.out_features + kBand - 1) / kBand;
-    const Tile tile = tile_of<kKind>(a, blockIdx.x / num_bands);
+    const Tile tile = block_tile<kKind>(a, blockIdx.x / num_bands);
     if (tile.count == 0) return;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (threadIdx.x < kTileRows) {

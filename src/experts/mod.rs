@@ -24,7 +24,7 @@ pub use activation::Activation;
 pub use linear::Linear;
 pub use weights::{ExpertWeights, FP8_BLOCK, MXFP4_BLOCK, fp8_row_scales};
 
-use crate::order::ExpertOrder;
+use crate::order::{ExpertOrder, TileMap};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 const OP: &str = "experts";
@@ -193,6 +193,34 @@ impl Experts {
             return cuda::forward(self, hidden, order, device);
         }
         cpu::forward(self, hidden, order)
+    }
+
+    /// Rows of a tile that [`forward_weighted`](Self::forward_weighted) works with on `device` for that many tokens, to be asked
+    /// for with the order; `None` where it needs no tiles.
+    pub fn tile_rows(&self, num_tokens: usize, top_k: usize, dtype: DType, device: &Device) -> Option<usize> {
+        let _ = (num_tokens, top_k, dtype, device);
+        None
+    }
+
+    /// [`forward`](Self::forward) and [`weighted_sum`] in one: `[num_tokens, hidden_size]` in `dtype`, which is f32 or that of
+    /// `hidden`, rounded once. `tiles` are those of the order with [`tile_rows`](Self::tile_rows), and are made where they are
+    /// not given.
+    ///
+    /// # Errors
+    /// As those two; another `dtype`.
+    pub fn forward_weighted(
+        &self,
+        hidden: &Tensor,
+        topk_weights: &Tensor,
+        order: &ExpertOrder,
+        tiles: Option<&TileMap>,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        if dtype != DType::F32 && dtype != hidden.dtype() {
+            bail!("{OP}: dtype is {dtype:?}, expected F32 or that of hidden, {:?}", hidden.dtype())
+        }
+        let _ = tiles;
+        weighted_sum(&self.forward(hidden, order)?, topk_weights, order)?.to_dtype(dtype)
     }
 }
 

@@ -169,9 +169,10 @@ impl Outputs {
     fn order(&self, sections: &Sections, spec: OrderSpec) -> Result<(ExpertOrder, Option<TileMap>)> {
         let (num_local, num_slots) = (spec.local_experts.len(), spec.num_slots());
         let tiles = match spec.tile_rows {
-            Some(_) => Some(TileMap {
+            Some(tile_rows) => Some(TileMap {
                 tile_experts: sections.tensor(self.tile_experts, self.max_tiles)?,
                 tile_starts: sections.tensor(self.tile_starts, self.max_tiles)?,
+                tile_rows,
             }),
             None => None,
         };
@@ -451,6 +452,7 @@ pub(super) fn tile_map(
     Ok(TileMap {
         tile_experts: sections.tensor(tile_experts, max_tiles)?,
         tile_starts: sections.tensor(tile_starts, max_tiles)?,
+        tile_rows,
     })
 }
 

@@ -61,6 +61,14 @@ pub struct TileMap {
     pub tile_experts: Tensor,
     /// u32 `[max_tiles]`: the first place of each tile in `sorted_slots`; [`NO_SLOT`] past the last.
     pub tile_starts: Tensor,
+    tile_rows: usize,
+}
+
+impl TileMap {
+    /// Places of a tile, at most.
+    pub fn tile_rows(&self) -> usize {
+        self.tile_rows
+    }
 }
 
 impl ExpertOrder {
@@ -157,6 +165,7 @@ impl ExpertOrder {
         Ok(TileMap {
             tile_experts: Tensor::from_vec(experts, max_tiles, &Device::Cpu)?,
             tile_starts: Tensor::from_vec(starts, max_tiles, &Device::Cpu)?,
+            tile_rows,
         })
     }
 }

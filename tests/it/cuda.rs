@@ -84,6 +84,8 @@ fn rows_of_every_width_are_routed_and_ordered() {
         for (method, dtype, top_k) in [
             (RoutingMethod::Renormalize, DType::F32, 3),
             (RoutingMethod::SigmoidRenorm, DType::F32, 8),
+            (RoutingMethod::Renormalize, DType::BF16, 4),
+            (RoutingMethod::Llama4, DType::F16, 8),
             (RoutingMethod::MiniMax2, DType::BF16, 6),
             (RoutingMethod::MiniMax2, DType::F32, 8),
             (scaled, DType::F16, 7),

@@ -1,0 +1,95 @@
+// Expert weights as the tensor cores take them, re-arranged once when they come to the device (experts/pack.cu).
+//
+// A matrix [rows, columns] of an expert is cut into bands of 16 rows and these into units, each 512 bytes of values: 16 bytes
+// for each lane, the A operands of m16n8k16 (common/matrix.cuh) of one to four steps of 16 columns.
+//
+//     values  uint4 [num_local, bands, units, 32 lanes]
+//     scales  uint32 [num_local, bands, units, 8], MXFP4 only
+//
+//     format   columns of a unit   of lane 4g + t
+//     16 bits  16                  words a[0..4] of the unit's only step
+//     MXFP4    64                  word s: the 8 nibbles of step s (see MxFp4::operands);
+//                                  scale word g: rows g and g + 8 of columns 0..32, then of columns 32..64
+//
+// Rows of a band: of a plain matrix 16 i .. 16 i + 16; of gate and up 8 gate rows, then the 8 up rows that belong to them,
+// so that both stand in the same thread's sums. One copy of the weights serves mma.sync and wgmma, whose A fragments are the
+// same, and is read in order, 16 bytes a lane.
+#pragma once
+
+#include "common/matrix.cuh"
+#include "experts/projection.cuh"
+
+namespace moe {
+
+constexpr uint32_t kBandRows = 16;
+constexpr uint32_t kUnitLanes = 32;  // 16 bytes each
+
+// The row of the published matrix of `rows` rows that is row `r` of band `band`.
+__device__ __forceinline__ uint32_t published_row(Kind kind, uint32_t gate_up_rows, uint32_t rows, uint32_t band, uint32_t r) {
+    if (kind == kDown) return band * kBandRows + r;
+    const uint32_t feature = band * 8 + r % 8;
+    return gate_up_rows == kInterleaved ? 2 * feature + r / 8 : feature + r / 8 * (rows / 2);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// MXFP4
+
+// Each pair of nibbles stands in a word so that a shift and a mask make two 16-bit floats of it: sign to bit 15, exponent and
+// mantissa to bits 8, 7, 6. Bits of a half word, from bit 15 down, by the A register that they belong to:
+//
+//     0  3  3  1  3  3  2  0  0  0  1  1  1  2  2  2
+//     s  s  e  s  e  m  s  e  e  m  e  e  m  e  e  m
+struct MxFp4 {
+    static constexpr uint32_t kUnitColumns = 64;
+    static constexpr int kSteps = 4;
+
+    // The place in a half word of bit b (3: sign, 2 and 1: exponent, 0: mantissa) of the nibble for register p.
+    static __device__ __forceinline__ uint32_t place_of(uint32_t p, uint32_t b) {
+        if (p == 3) return b == 3 ? 14 : b == 2 ? 13 : b == 1 ? 11 : 10;
+        return (b == 3 ? 15 : 6 + b) - 3 * p;
+    }
+
+    // The pair of nibbles for register p, in its places.
+    static __device__ __forceinline__ uint32_t placed(uint32_t p, uint32_t low, uint32_t high) {
+        uint32_t word = 0;
+        for (uint32_t b = 0; b < 4; ++b) {
+            word |= (low >> b & 1) << place_of(p, b) | (high >> b & 1) << (place_of(p, b) + 16);
+        }
+        return word;
+    }
+
+    // The bits of four pairs of bfloat16, each 2^-126 of its value.
+    static __device__ __forceinline__ void raw_operands(uint32_t word, uint32_t (&a)[4]) {
+        constexpr uint32_t kBits = 0x81c081c0u;
+        a[0] = word & kBits;
+        a[1] = word << 3 & kBits;
+        a[2] = word << 6 & kBits;
+        a[3] = (word << 1 & 0x80008000u) | (word >> 5 & 0x01000100u) | (word >> 4 & 0x00c000c0u);
+    }
+};
+
+// Two bfloat16 by two others, each rounded.
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+#ifdef CANDLE_MOE_EMULATOR
+    const auto rounded = [](float v) { return uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(v))); };
+    return rounded(low_of<__nv_bfloat16>(a) * low_of<__nv_bfloat16>(b)) |
+           rounded(low_of<__nv_bfloat16>(a >> 16) * low_of<__nv_bfloat16>(b >> 16)) << 16;
+#else
+    uint32_t product;  // fma, since mul needs compute capability 9.0; -0 keeps the sign of zero
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+    return product;
+#endif
+}
+
+// 2^126 twice, as bfloat16: what raw operands lack.
+constexpr uint32_t kPairOf126 = 0x7e807e80u;
+
+// 2^126 * 2^(scale - 127) twice, as bfloat16; for scales up to 128.
+__device__ __forceinline__ uint32_t pair_of_scale(uint32_t scale) { return (scale + 126) * 0x00800080u; }
+
+// 2^(scale - 127).
+__device__ __forceinline__ float power_of_scale(uint32_t scale) {
+    return __uint_as_float(scale == 0 ? 0x00400000u : scale << 23);
+}
+
+}  // namespace moe

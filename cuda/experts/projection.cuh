@@ -1,0 +1,68 @@
+// What every kernel of the experts' projections is told, and the arithmetic that they share.
+//
+//     gate_up   h[place]    = round(activation(W1 x + b1)), of the token at each place of the order
+//     down      rows[place] = W2 h[place] + b2, in float32
+#pragma once
+
+#include "common/keys.cuh"
+#include "common/launch.cuh"
+
+namespace moe {
+
+constexpr uint32_t kNothing = 0xffffffffu;
+
+// What a matrix is: the parts of gate and up are taken together, or not.
+enum Kind : uint32_t { kGateUp = 0, kDown = 1, kLinear = 2 };
+// The parts of gate and up where they lie in the published matrix.
+enum GateUpRows : uint32_t { kConcatenated = 0, kInterleaved = 1 };
+enum Activation : uint32_t { kSilu = 0, kSwigluOss = 1 };
+
+struct ProjectionArguments {
+    const void* weights;            // [num_local, rows of the matrix, in_features], as the format holds it
+    const void* scales;             // of the format, or null
+    const float* bias;              // [num_local, rows of the matrix], or null
+    const void* input;              // gate_up, linear: [num_tokens, in_features]; down: [num_slots, in_features]
+    void* output;                   // [num_slots, out_features]; linear: [num_tokens, out_features]
+    const uint32_t* sorted_slots;
+    const uint32_t* expert_offsets; // [num_local + 1]
+    const uint32_t* tile_experts;   // [max_tiles], kNothing behind the last tile
+    const uint32_t* tile_starts;    // [max_tiles]
+    uint32_t num_rows;              // linear: num_tokens
+    uint32_t top_k;
+    uint32_t in_features;
+    uint32_t out_features;          // gate_up: intermediate_size, half the rows of the matrix
+    uint32_t max_tiles;
+    uint32_t gate_up_rows;
+    uint32_t activation;
+    float alpha;
+    float limit;
+};
+
+__device__ __forceinline__ void keep(float* to, float value) { *to = value; }
+__device__ __forceinline__ void keep(__half* to, float value) { *to = __float2half_rn(value); }
+__device__ __forceinline__ void keep(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
+
+// src/experts/activation.rs; NaN in either input comes out as NaN.
+__device__ __forceinline__ float activate(const ProjectionArguments& a, float gate, float up) {
+    if (a.activation == kSilu) return gate / (1.0f + expf(-gate)) * up;
+    gate = gate > a.limit ? a.limit : gate;
+    up = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
+    return gate / (1.0f + expf(-a.alpha * gate)) * (up + 1.0f);
+}
+
+// Some places of one expert.
+struct Tile {
+    uint32_t expert;
+    uint32_t first;  // place
+    uint32_t count;  // 0: no tile
+};
+
+// A tile of the tile map, whose tiles have up to `tile_rows` places.
+__device__ __forceinline__ Tile tile_of(const ProjectionArguments& a, uint32_t tile, uint32_t tile_rows) {
+    const uint32_t expert = a.tile_experts[tile];
+    if (expert == kNothing) return {0, 0, 0};
+    const uint32_t first = a.tile_starts[tile];
+    return {expert, first, min(tile_rows, a.expert_offsets[expert + 1] - first)};
+}
+
+}  // namespace moe
