@@ -1,0 +1,20 @@
+// The kernels of experts/resident.cuh: resident_KIND_WEIGHTS_DTYPE_BLOCKS, for tiles of 8 BLOCKS places.
+
+#include "experts/resident.cuh"
+
+#define RESIDENT(FORMAT, FORMAT_NAME, T, NAME, KIND, KIND_NAME, BLOCKS)                                              \
+    extern "C" __global__ void __launch_bounds__(32 * moe::kMaxWarps)                                                \
+        resident_##KIND_NAME##_##FORMAT_NAME##_##NAME##_##BLOCKS(const __grid_constant__ moe::ProjectionArguments a) { \
+        moe::project_resident<moe::FORMAT, T, moe::KIND, BLOCKS>(a);                                                 \
+    }
+#define RESIDENT_KINDS(FORMAT, FORMAT_NAME, T, NAME, BLOCKS)              \
+    RESIDENT(FORMAT, FORMAT_NAME, T, NAME, kGateUp, gate_up, BLOCKS)      \
+    RESIDENT(FORMAT, FORMAT_NAME, T, NAME, kDown, down, BLOCKS)
+#define RESIDENT_SIZES(FORMAT, FORMAT_NAME, T, NAME)       \
+    RESIDENT_KINDS(FORMAT, FORMAT_NAME, T, NAME, 1)        \
+    RESIDENT_KINDS(FORMAT, FORMAT_NAME, T, NAME, 2)
+
+RESIDENT_SIZES(MxFp4, mxfp4, __nv_bfloat16, bf16)
+RESIDENT_SIZES(MxFp4, mxfp4, __half, f16)
+RESIDENT_SIZES(Plain, bf16, __nv_bfloat16, bf16)
+RESIDENT_SIZES(Plain, f16, __half, f16)
