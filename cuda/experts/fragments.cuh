@@ -44,7 +44,7 @@ __device__ __forceinline__ uint32_t published_row(Kind kind, uint32_t gate_up_ro
 //     s  s  e  s  e  m  s  e  e  m  e  e  m  e  e  m
 struct MxFp4 {
     static constexpr int kWords = 1;  // of 16 bytes, that a lane has of a unit
-    static constexpr bool kScaled = true;
+    static constexpr bool kHasScales = true;
 
     // The place in a half word of bit b (3: sign, 2 and 1: exponent, 0: mantissa) of the nibble for register p.
     static __device__ __forceinline__ uint32_t place_of(uint32_t p, uint32_t b) {
@@ -81,7 +81,8 @@ struct MxFp4 {
 // 16-bit floats, as they are.
 struct Plain {
     static constexpr int kWords = kSteps;
-    static constexpr bool kScaled = false;
+    static constexpr bool kHasScales = false;
+    static constexpr bool kScalesSums = false;
 };
 
 // Two bfloat16 by two others, each rounded.
@@ -100,8 +101,15 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
 // 2^126 twice, as bfloat16: what raw operands lack.
 constexpr uint32_t kPairOf126 = 0x7e807e80u;
 
-// 2^126 * 2^(scale - 127) twice, as bfloat16; for scales up to 128.
-__device__ __forceinline__ uint32_t pair_of_scale(uint32_t scale) { return (scale + 126) * 0x00800080u; }
+// 2^126 * 2^(scale - 127) twice, as bfloat16, of each byte of a scale word; for scales up to 128.
+__device__ __forceinline__ void pairs_of_scales(uint32_t word, uint32_t (&pairs)[4]) {
+    constexpr uint32_t kLacking = 126u * 0x00800080u;
+    const uint32_t even = (word & 0x00ff00ffu) * 128u + kLacking, odd = (word >> 8 & 0x00ff00ffu) * 128u + kLacking;
+    pairs[0] = __byte_perm(even, 0, 0x1010);
+    pairs[1] = __byte_perm(odd, 0, 0x1010);
+    pairs[2] = __byte_perm(even, 0, 0x3232);
+    pairs[3] = __byte_perm(odd, 0, 0x3232);
+}
 
 // 2^(scale - 127).
 __device__ __forceinline__ float power_of_scale(uint32_t scale) {

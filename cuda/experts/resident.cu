@@ -3,7 +3,7 @@
 #include "experts/resident.cuh"
 
 #define RESIDENT(FORMAT, FORMAT_NAME, T, NAME, KIND, KIND_NAME, BLOCKS)                                              \
-    extern "C" __global__ void __launch_bounds__(32 * moe::kMaxWarps)                                                \
+    extern "C" __global__ void __launch_bounds__(BLOCKS == 1 ? 1024 : 544)                                           \
         resident_##KIND_NAME##_##FORMAT_NAME##_##NAME##_##BLOCKS(const __grid_constant__ moe::ProjectionArguments a) { \
         moe::project_resident<moe::FORMAT, T, moe::KIND, BLOCKS>(a);                                                 \
     }
@@ -14,7 +14,8 @@
     RESIDENT_KINDS(FORMAT, FORMAT_NAME, T, NAME, 1)        \
     RESIDENT_KINDS(FORMAT, FORMAT_NAME, T, NAME, 2)
 
-RESIDENT_SIZES(MxFp4, mxfp4, __nv_bfloat16, bf16)
-RESIDENT_SIZES(MxFp4, mxfp4, __half, f16)
+RESIDENT_SIZES(Narrow4, mxfp4, __nv_bfloat16, bf16)
+RESIDENT_SIZES(Wide4, mxfp4_wide, __nv_bfloat16, bf16)
+RESIDENT_SIZES(Wide4, mxfp4, __half, f16)
 RESIDENT_SIZES(Plain, bf16, __nv_bfloat16, bf16)
 RESIDENT_SIZES(Plain, f16, __half, f16)

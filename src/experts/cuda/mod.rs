@@ -42,6 +42,7 @@ struct Arguments {
     activation: u32,
     alpha: f32,
     limit: f32,
+    warps: u32,
 }
 
 /// `HomeArguments` of the source.
@@ -167,7 +168,7 @@ impl<'a> Call<'a> {
     /// Puts `activated`, `[num_slots, intermediate_size]` in the dtype of the hidden states, on the stream.
     fn gate_up(&self, activated: u64) -> Result<()> {
         let experts = self.experts;
-        if experts.intermediate_size() == 0 {
+        if experts.intermediate_size() == 0 || self.max_tiles == 0 {
             return Ok(());
         }
         let (activation, alpha, limit) = match experts.activation {
@@ -198,11 +199,12 @@ impl<'a> Call<'a> {
 
     fn project(&self, kind: &str, projection: &ExpertProjection, arguments: Arguments) -> Result<()> {
         let device = properties(self.device)?;
-        let (name, how) = self.path.kernel(kind, &projection.weights, self.max_tiles, self.dtype, device);
+        let kernel = self.path.kernel(kind, &projection.weights, self.max_tiles, self.dtype, device);
+        let arguments = Arguments { warps: kernel.warps as u32, ..arguments };
         // SAFETY: `Arguments` is the kernel's parameter; `Experts::new` has checked that the weights fit the features, the
         // order's tiles name its places, input and output have a row for each of them, and what is freed is freed in the
         // stream's order. Kernels that start early wait for what they read.
-        unsafe { launch(self.device, self.path.binary(), &name, how, arguments) }
+        unsafe { launch(self.device, self.path.binary(), &kernel.name, kernel.launch, arguments) }
     }
 
     /// Bytes of `activated`.
