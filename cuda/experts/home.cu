@@ -19,9 +19,9 @@ struct HomeArguments {
     uint32_t hidden_size;
 };
 
-template <int kWidth> struct Columns;
-template <> struct Columns<1> { using Rows = float; };
-template <> struct Columns<4> { using Rows = float4; };
+template <int kWidth> struct RowPart;
+template <> struct RowPart<1> { using Type = float; };
+template <> struct RowPart<4> { using Type = float4; };
 
 template <typename T, int kWidth>
 __device__ __forceinline__ void bring_home(const HomeArguments& a) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ void bring_home(const HomeArguments& a) {
         const uint32_t rank = a.slot_rank[slot];
         if (rank == kNothing) continue;
         const float weight = a.topk_weights[slot];
-        const auto row = reinterpret_cast<const typename Columns<kWidth>::Rows*>(a.rows)[uint64_t(rank) * columns + column];
+        const auto row = reinterpret_cast<const typename RowPart<kWidth>::Type*>(a.rows)[uint64_t(rank) * columns + column];
         const float* const values = reinterpret_cast<const float*>(&row);
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) sums[j] = __fadd_rn(sums[j], __fmul_rn(weight, values[j]));

@@ -18,6 +18,8 @@ const RESIDENT_MAX_WARPS: usize = 16;
 const RESIDENT_MAX_GROUPS: usize = 2;
 /// Warps of a block whose tokens are one block of 8, or two.
 const MAX_WARPS: [usize; 2] = [32, 17];
+/// Bands of an item.
+const RESIDENT_BANDS: usize = 1;
 /// Slots per expert up to which tiles of 8 places are few enough, and those of 16.
 const FEW_SLOTS: usize = 4;
 
@@ -78,7 +80,8 @@ impl Path {
         if let (Self::Resident { blocks }, Some(format)) = (self, fragments(weights, dtype))
             && let Some(resident) = Resident::new(format, weights.in_features(), blocks, device)
         {
-            let name = format!("resident_{kind}_{}_{}_{blocks}", weights_name(format, dtype), dtype.as_str());
+            let (weights_name, dtype) = (weights_name(format, dtype), dtype.as_str());
+            let name = format!("resident_{kind}_{weights_name}_{dtype}_{blocks}x{RESIDENT_BANDS}");
             let launch = resident.launch(max_tiles * weights.out_features() / BAND_ROWS, device);
             return Kernel { name, launch, warps: resident.warps };
         }
