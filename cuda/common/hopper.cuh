@@ -12,6 +12,7 @@
 namespace moe {
 
 constexpr uint32_t kWarpgroup = 128;
+constexpr int kMostSums = 64;  // of a thread: 128 columns of products
 
 // A barrier in shared memory. Its phases, numbered from 0, end one after another, each with the last of its arrivals.
 struct Barrier {
@@ -66,7 +67,7 @@ __device__ __forceinline__ void settle(float (&)[kNumber]) {}
 
 // c += a b in time, through a copy of the warp's fragments in shared memory.
 template <typename T, int kColumns>
-__device__ __forceinline__ void multiply(float (&c)[kColumns / 2], const uint32_t (&a)[4], Operands b, uint32_t step) {
+__device__ __forceinline__ void multiply(float (&c)[kMostSums], const uint32_t (&a)[4], Operands b, uint32_t step) {
     __shared__ uint32_t all[32][32][4];
     const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     uint32_t(*const warp)[4] = all[threadIdx.x / 32];
@@ -167,10 +168,10 @@ __device__ __forceinline__ void settle(float (&c)[kNumber]) {
 }
 
 // c += a b, when the group is done: a is the warpgroup's 64 x 16 weights in registers, warp w of it having rows 16 w ..
-// 16 w + 16 as one A operand of m16n8k16; b is columns 16 step .. 16 step + 16 of kColumns rows in shared memory; c is as many
-// C operands of m16n8k16, of 8 columns each.
+// 16 w + 16 as one A operand of m16n8k16; b is columns 16 step .. 16 step + 16 of kColumns rows in shared memory; the first
+// kColumns / 2 of c are as many C operands of m16n8k16, of 8 columns each.
 template <typename T, int kColumns>
-__device__ __forceinline__ void multiply(float (&c)[kColumns / 2], const uint32_t (&a)[4], Operands b, uint32_t step);
+__device__ __forceinline__ void multiply(float (&c)[kMostSums], const uint32_t (&a)[4], Operands b, uint32_t step);
 
 #define MOE_SUMS_0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define MOE_SUMS_1 MOE_SUMS_0 ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -181,7 +182,7 @@ __device__ __forceinline__ void multiply(float (&c)[kColumns / 2], const uint32_
 #define MOE_SUMS_6 MOE_SUMS_5 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define MOE_SUMS_7 MOE_SUMS_6 ", %56, %57, %58, %59, %60, %61, %62, %63"
 
-#define MOE_EIGHT(i)                                                                                                      \
+#define MOE_EIGHT(i)                                                                                                     \
     "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
 #define MOE_REGISTERS_0 MOE_EIGHT(0)
 #define MOE_REGISTERS_1 MOE_REGISTERS_0, MOE_EIGHT(8)
@@ -193,16 +194,16 @@ __device__ __forceinline__ void multiply(float (&c)[kColumns / 2], const uint32_
 #define MOE_REGISTERS_7 MOE_REGISTERS_6, MOE_EIGHT(56)
 
 // The operands behind the sums: weights, descriptor, and 1 for "add to the sums".
-#define MOE_MULTIPLY(T, NAME, COLUMNS, LAST, A0, A1, A2, A3, B, ADD)                                                      \
-    template <>                                                                                                           \
-    __device__ __forceinline__ void multiply<T, COLUMNS>(float (&c)[COLUMNS / 2], const uint32_t (&a)[4], Operands b,     \
-                                                         uint32_t step) {                                                 \
-        asm volatile(                                                                                                     \
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\n"                                                        \
-            "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" MOE_SUMS_##LAST "}, "              \
-            "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, 0;\n}"                                         \
-            : MOE_REGISTERS_##LAST                                                                                        \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b + step * 2), "r"(1));                                     \
+#define MOE_MULTIPLY(T, NAME, COLUMNS, LAST, A0, A1, A2, A3, B, ADD)                                                     \
+    template <>                                                                                                          \
+    __device__ __forceinline__ void multiply<T, COLUMNS>(float (&c)[kMostSums], const uint32_t (&a)[4], Operands b,      \
+                                                         uint32_t step) {                                                \
+        asm volatile(                                                                                                    \
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\n"                                                       \
+            "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" MOE_SUMS_##LAST "}, "             \
+            "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, 0;\n}"                                        \
+            : MOE_REGISTERS_##LAST                                                                                       \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b + step * 2), "r"(1));                                    \
     }
 #define MOE_MULTIPLIES(T, NAME)                             \
     MOE_MULTIPLY(T, NAME, 16, 0, 8, 9, 10, 11, 12, 13)      \

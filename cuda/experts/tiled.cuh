@@ -280,19 +280,38 @@ struct Worker {
     __device__ __forceinline__ Worker(const ProjectionArguments& arguments, const Stages<F>& ring, uint32_t bands)
         : a(arguments), stages(ring), warp(threadIdx.x / 32), lane(threadIdx.x % 32), num_bands(bands) {}
 
-    // Takes the weights of the next stage and starts its products; frees the stage before it.
+    // A branch that all threads take together is cheaper than loops for each number of columns, which would not share registers.
+    __device__ __forceinline__ void multiply_columns(float (&sums)[kMostSums], const uint32_t (&weights)[kStageSteps][4],
+                                                     Operands tokens, uint32_t sixteens) {
+        switch (sixteens) {
+            case 1: return multiply_steps<16>(sums, weights, tokens);
+            case 2: return multiply_steps<32>(sums, weights, tokens);
+            case 3: return multiply_steps<48>(sums, weights, tokens);
+            case 4: return multiply_steps<64>(sums, weights, tokens);
+            case 5: return multiply_steps<80>(sums, weights, tokens);
+            case 6: return multiply_steps<96>(sums, weights, tokens);
+            case 7: return multiply_steps<112>(sums, weights, tokens);
+            default: return multiply_steps<128>(sums, weights, tokens);
+        }
+    }
+
     template <int kColumns>
-    __device__ __forceinline__ void multiply_stage(float (&sums)[kColumns / 2], uint32_t (&weights)[kStageSteps][4],
-                                                   uint32_t& before) {
-        wait_for_phase(stages.full(at.stage), at.parity);
-        F::load(weights, reinterpret_cast<const uint4*>(stages.values(at.stage) + warp * F::kUnits * kUnitBytes),
-                reinterpret_cast<const uint32_t*>(stages.scales(at.stage) + warp * F::kScaleBytes), lane);
-        show_to_multiplies();
-        const Operands tokens = operands_at(stages.tokens(at.stage));
+    static __device__ __forceinline__ void multiply_steps(float (&sums)[kMostSums], const uint32_t (&weights)[kStageSteps][4],
+                                                          Operands tokens) {
         begin_multiplies();
 #pragma unroll
         for (int s = 0; s < kStageSteps; ++s) multiply<T, kColumns>(sums, weights[s], tokens, s);
         end_multiplies();
+    }
+
+    // Takes the weights of the next stage and starts its products; frees the stage before it.
+    __device__ __forceinline__ void multiply_stage(float (&sums)[kMostSums], uint32_t (&weights)[kStageSteps][4],
+                                                   uint32_t sixteens, uint32_t& before) {
+        wait_for_phase(stages.full(at.stage), at.parity);
+        F::load(weights, reinterpret_cast<const uint4*>(stages.values(at.stage) + warp * F::kUnits * kUnitBytes),
+                reinterpret_cast<const uint32_t*>(stages.scales(at.stage) + warp * F::kScaleBytes), lane);
+        show_to_multiplies();
+        multiply_columns(sums, weights, operands_at(stages.tokens(at.stage)), sixteens);
         wait_for_multiplies<1>();
         free_stage(before);
         before = at.stage;
@@ -303,25 +322,24 @@ struct Worker {
         if (stage < F::kStages && lane == 0) arrive(stages.empty(stage));
     }
 
-    template <int kColumns>
     __device__ __forceinline__ void multiply_item(const TiledItem& item) {
-        float sums[kColumns / 2] = {};
+        float sums[kMostSums] = {};
         uint32_t weights[2][kStageSteps][4];
         uint32_t before = F::kStages;
+        const uint32_t sixteens = (item.count + 15) / 16;
         for (uint32_t left = a.in_features / kStageColumns; left > 0; left -= 2) {
-            multiply_stage<kColumns>(sums, weights[0], before);
+            multiply_stage(sums, weights[0], sixteens, before);
             if (left == 1) break;
-            multiply_stage<kColumns>(sums, weights[1], before);
+            multiply_stage(sums, weights[1], sixteens, before);
         }
         wait_for_multiplies<0>();
         settle(sums);
         free_stage(before);
-        if (item.band + warp < num_bands) keep_sums<kColumns>(item, sums);
+        if (item.band + warp < num_bands) keep_sums(item, sums);
     }
 
     // sums[4 j + i]: row g of the band, or g + 8 from i = 2 on; place 8 j + 2 t + i % 2 of the tile.
-    template <int kColumns>
-    __device__ __forceinline__ void keep_sums(const TiledItem& item, const float (&sums)[kColumns / 2]) const {
+    __device__ __forceinline__ void keep_sums(const TiledItem& item, const float (&sums)[kMostSums]) const {
         const uint32_t band = item.band + warp, g = lane / 4, t = lane % 4, rows = num_bands * kBandRows;
         float bias[2] = {};
         if (a.bias != nullptr) {
@@ -335,7 +353,8 @@ struct Worker {
         const uint32_t feature = kKind == kGateUp ? band * 8 + g : band * kBandRows + g;
         Out* const output = static_cast<Out*>(a.output) + uint64_t(item.first) * a.out_features + feature;
 #pragma unroll
-        for (uint32_t j = 0; j < kColumns / 8; ++j) {
+        for (uint32_t j = 0; j < kTileTokens / 8; ++j) {
+            if (8 * j >= item.count) break;
 #pragma unroll
             for (uint32_t i = 0; i < 2; ++i) {
                 const uint32_t place = 8 * j + 2 * t + i;
@@ -356,17 +375,8 @@ struct Worker {
         for (;;) {
             wait_for_phase(stages.full(at.stage), at.parity);
             const TiledItem item = *stages.item(at.stage);
-            switch ((item.count + 15) / 16) {
-                case 0: return;
-                case 1: multiply_item<16>(item); break;
-                case 2: multiply_item<32>(item); break;
-                case 3: multiply_item<48>(item); break;
-                case 4: multiply_item<64>(item); break;
-                case 5: multiply_item<80>(item); break;
-                case 6: multiply_item<96>(item); break;
-                case 7: multiply_item<112>(item); break;
-                default: multiply_item<128>(item);
-            }
+            if (item.count == 0) return;
+            multiply_item(item);
         }
     }
 };
@@ -381,12 +391,12 @@ __device__ __forceinline__ void project_tiles(const ProjectionArguments& a) {
     }
     __syncthreads();
     const uint32_t num_bands = (kKind == kGateUp ? 2 : 1) * a.out_features / kBandRows;
-    // 3 x 152 + 40 registers, of 512 for a thread of each warpgroup.
+    // 3 x 152 + 56 registers, which are the 512 for a thread of each warpgroup.
     if (threadIdx.x < kTiledWorkers) {
         take_registers<152>();
         Worker<F, kKind>(a, stages, num_bands).run();
     } else {
-        leave_registers<40>();
+        leave_registers<56>();
         Producer<F, kKind>(a, stages, num_bands).run();
     }
 }
