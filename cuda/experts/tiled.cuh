@@ -48,15 +48,18 @@ struct TiledMxFp4 {
     static constexpr uint32_t kUnits = 1;
     static constexpr uint32_t kScaleBytes = 32;
 
-    static __device__ __forceinline__ void load(
-        uint32_t (&a)[kStageSteps][4], const uint4* values, const uint32_t* scales, uint32_t lane) {
-        const uint4 words = values[lane];
-        const uint32_t scale = scales[lane / 4];
+    // `values` is where this lane's are, and `scales` too.
+    static __device__ __forceinline__ void load(uint32_t (&a)[kStageSteps][4], SharedAddress values, SharedAddress scales) {
+        const uint4 words = read_16(values);
+        const uint32_t scale = read_4(scales);
         const uint32_t word[kStageSteps] = {words.x, words.y, words.z, words.w};
         // Of rows g and g + 8, in columns 0..32, then in columns 32..64.
         uint32_t powers[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) powers[i] = pair_of_scale(scale >> (8 * i) & 0xffu);
+        for (uint32_t i = 0; i < 4; ++i) {
+            // Byte i in both halves, times 2^7, and 126 << 7 in both: pair_of_scale().
+            powers[i] = __byte_perm(scale, 0, 0x4040u + 0x0101u * i) * 128u + 126u * 0x00800080u;
+        }
 #pragma unroll
         for (int s = 0; s < kStageSteps; ++s) {
             MxFp4::raw_operands(word[s], a[s]);
@@ -73,11 +76,10 @@ struct TiledDense {
     static constexpr uint32_t kUnits = 4;
     static constexpr uint32_t kScaleBytes = 0;
 
-    static __device__ __forceinline__ void load(
-        uint32_t (&a)[kStageSteps][4], const uint4* values, const uint32_t*, uint32_t lane) {
+    static __device__ __forceinline__ void load(uint32_t (&a)[kStageSteps][4], SharedAddress values, SharedAddress) {
 #pragma unroll
         for (int s = 0; s < kStageSteps; ++s) {
-            const uint4 words = values[s * kUnitLanes + lane];
+            const uint4 words = read_16(values + s * kUnitBytes);
             a[s][0] = words.x;
             a[s][1] = words.y;
             a[s][2] = words.z;
@@ -89,42 +91,33 @@ struct TiledDense {
 // ------------------------------------------------------------------------------------------------------------------
 // The ring
 
-// What a stage is of: the item whose first stage it is. 0 places: there are no more items.
+// Some rows of an expert's matrix by some of its places. 0 places: there are no more items.
 struct TiledItem {
     uint32_t expert, first, count;  // as in Tile
     uint32_t band;                  // the first of the row block
 };
 
-// The shared memory of a block.
+// The shared memory of a block: tokens, weights and barriers of each stage, and the item whose first stage it is.
 template <typename F>
 struct Stages {
     static constexpr uint32_t kValueBytes = kBlockBands * F::kUnits * kUnitBytes;
     static constexpr uint32_t kWeightBytes = kValueBytes + kBlockBands * F::kScaleBytes;
-    static constexpr uint32_t kBytes =
-        F::kStages * (kTokenBytes + kWeightBytes + sizeof(TiledItem) + 2 * sizeof(Barrier)) + kSwizzleAlignment;
+    static constexpr uint32_t kWeights = F::kStages * kTokenBytes;
+    static constexpr uint32_t kItems = kWeights + F::kStages * kWeightBytes;
+    static constexpr uint32_t kFull = kItems + F::kStages * sizeof(TiledItem);
+    static constexpr uint32_t kEmpty = kFull + F::kStages * kBarrierBytes;
+    static constexpr uint32_t kEnd = kEmpty + F::kStages * kBarrierBytes;
+    static constexpr uint32_t kBytes = (kEnd + kSwizzleAlignment - 1) / kSwizzleAlignment * kSwizzleAlignment;
 
-    unsigned char* start;
+    SharedAddress start;
 
-    explicit __device__ __forceinline__ Stages(unsigned char* memory) {
-#ifdef CANDLE_MOE_EMULATOR
-        const auto at = reinterpret_cast<uintptr_t>(memory);
-#else
-        const uint32_t at = shared_address(memory);
-#endif
-        start = memory + (kSwizzleAlignment - at % kSwizzleAlignment) % kSwizzleAlignment;
+    __device__ __forceinline__ SharedAddress tokens(uint32_t stage) const { return start + stage * kTokenBytes; }
+    __device__ __forceinline__ SharedAddress values(uint32_t stage) const { return start + (kWeights + stage * kWeightBytes); }
+    __device__ __forceinline__ SharedAddress item(uint32_t stage) const {
+        return start + (kItems + stage * uint32_t(sizeof(TiledItem)));
     }
-    __device__ __forceinline__ unsigned char* tokens(uint32_t stage) const { return start + stage * kTokenBytes; }
-    __device__ __forceinline__ unsigned char* values(uint32_t stage) const {
-        return start + F::kStages * kTokenBytes + stage * kWeightBytes;
-    }
-    __device__ __forceinline__ unsigned char* scales(uint32_t stage) const { return values(stage) + kValueBytes; }
-    __device__ __forceinline__ TiledItem* item(uint32_t stage) const {
-        return reinterpret_cast<TiledItem*>(start + F::kStages * (kTokenBytes + kWeightBytes)) + stage;
-    }
-    __device__ __forceinline__ Barrier* full(uint32_t stage) const {
-        return reinterpret_cast<Barrier*>(item(F::kStages)) + stage;
-    }
-    __device__ __forceinline__ Barrier* empty(uint32_t stage) const { return full(F::kStages) + stage; }
+    __device__ __forceinline__ SharedAddress full(uint32_t stage) const { return start + (kFull + stage * kBarrierBytes); }
+    __device__ __forceinline__ SharedAddress empty(uint32_t stage) const { return start + (kEmpty + stage * kBarrierBytes); }
 };
 
 template <typename F>
@@ -148,124 +141,183 @@ struct RingPosition {
 
 template <typename F, Kind kKind>
 struct Producer {
-    using T = typename F::Element;
     static constexpr uint32_t kRowsAtOnce = kWarpgroup / 8;  // a row of a stage is 8 pieces
     static constexpr uint32_t kRows = kTileTokens / kRowsAtOnce;
+    static constexpr uint32_t kBands = kBlockBands / 4;  // of a warp
+    static constexpr uint32_t kScalePieces = F::kScaleBytes * kBlockBands / 16;
 
     const ProjectionArguments& a;
     const Stages<F>& stages;
-    const uint32_t thread, num_bands, num_units;
+    const uint32_t thread, num_bands, item_stages, band_bytes;
     RingPosition<F> at;
+
+    // Of an item: what this thread copies.
+    TiledItem item;
     uint32_t rows[kRows];  // of the input
+    const unsigned char* values[kBands];
+    const unsigned char* scales;
+    // Of the next one.
+    TiledItem next;
+    uint32_t next_slots[kRows];
 
     __device__ __forceinline__ Producer(const ProjectionArguments& arguments, const Stages<F>& ring, uint32_t bands)
         : a(arguments), stages(ring), thread(threadIdx.x % kWarpgroup), num_bands(bands),
-          num_units(arguments.in_features / kStageColumns * F::kUnits) {}
+          item_stages(arguments.in_features / kStageColumns), band_bytes(item_stages * (F::kUnits * kUnitBytes)) {}
 
-    __device__ __forceinline__ TiledItem item_of(uint32_t item) const {
-        const uint32_t row_blocks = (num_bands + kBlockBands - 1) / kBlockBands;
-        const uint32_t tile = item / row_blocks;
-        if (tile >= a.max_tiles) return {0, 0, 0, 0};
-        const Tile of = tile_of(a, tile, kTileTokens);
-        return {of.expert, of.first, of.count, item % row_blocks * kBlockBands};
-    }
-
-    // The rows of this thread: those of its number / 8, and every 16th from there on.
-    __device__ __forceinline__ void find_rows(const TiledItem& item) {
+    // Looks up item `number`, in three steps of which each needs what the one before it has loaded.
+    __device__ __forceinline__ void look_up(uint32_t step, uint32_t number) {
+        if (step == 0) {
+            const uint32_t row_blocks = (num_bands + kBlockBands - 1) / kBlockBands;
+            const uint32_t tile = number / row_blocks;
+            const bool in = tile < a.max_tiles;
+            next.expert = in ? a.tile_experts[tile] : kNothing;
+            next.first = in ? a.tile_starts[tile] : 0;
+            next.band = number % row_blocks * kBlockBands;
+        } else if (step == 1) {
+            next.count = next.expert == kNothing ? 0 : min(kTileTokens, a.expert_offsets[next.expert + 1] - next.first);
+        } else if (kKind == kGateUp && step == 2 && next.count > 0) {
 #pragma unroll
-        for (uint32_t i = 0; i < kRows; ++i) {
-            const uint32_t place = item.first + min(thread / 8 + i * kRowsAtOnce, item.count - 1);
-            rows[i] = kKind == kGateUp ? a.sorted_slots[place] / a.top_k : place;
+            for (uint32_t i = 0; i < kRows; ++i) next_slots[i] = a.sorted_slots[next.first + place_of(next, i)];
         }
     }
 
-    // The weights of columns 64 k .. 64 k + 64: a warp copies the units of every fourth band.
-    __device__ __forceinline__ void copy_weights(const TiledItem& item, uint32_t k, uint32_t stage) const {
-        const uint64_t first_unit = (uint64_t(item.expert) * num_bands + item.band) * num_units + k * F::kUnits;
-        const uint32_t lane = thread % 32;
-        const auto* const values = static_cast<const unsigned char*>(a.weights) + first_unit * kUnitBytes + lane * 16;
+    // The places of this thread: that of its number / 8, and every 16th from there on. The last one stands for those behind it.
+    __device__ __forceinline__ uint32_t place_of(const TiledItem& of, uint32_t i) const {
+        return min(thread / 8 + i * kRowsAtOnce, of.count - 1);
+    }
+
+    // Goes on to what was looked up. The weights of a warp are every fourth band; the last band stands for those behind it.
+    __device__ __forceinline__ void take_next() {
+        item = next;
+        if (item.count == 0) return;
+        const uint64_t first_band = uint64_t(item.expert) * num_bands;
 #pragma unroll
-        for (uint32_t i = 0; i < kBlockBands / 4; ++i) {
-            const uint32_t band = thread / 32 + i * 4;
-            if (item.band + band >= num_bands) break;
+        for (uint32_t i = 0; i < kBands; ++i) {
+            const uint32_t band = min(item.band + thread / 32 + i * 4, num_bands - 1);
+            values[i] = static_cast<const unsigned char*>(a.weights) + (first_band + band) * band_bytes + thread % 32 * 16;
+        }
+        if (copies_scales()) {
+            const uint32_t band = min(item.band + thread * 16 / 32, num_bands - 1);
+            scales = static_cast<const unsigned char*>(a.scales) + (first_band + band) * item_stages * 32 + thread % 2 * 16;
+        }
+    }
+
+    __device__ __forceinline__ bool copies_scales() const {
+        if constexpr (kScalePieces > 0) return thread < kScalePieces;
+        return false;
+    }
+
+    __device__ __forceinline__ void find_rows() {
+#pragma unroll
+        for (uint32_t i = 0; i < kRows; ++i) {
+            rows[i] = kKind == kGateUp ? next_slots[i] / a.top_k : item.first + place_of(item, i);
+        }
+    }
+
+    // The weights of the next 64 columns.
+    __device__ __forceinline__ void copy_weights(uint32_t stage) {
+        const SharedAddress to = stages.values(stage) + thread / 32 * (F::kUnits * kUnitBytes) + thread % 32 * 16;
+#pragma unroll
+        for (uint32_t i = 0; i < kBands; ++i) {
 #pragma unroll
             for (uint32_t u = 0; u < F::kUnits; ++u) {
-                copy_16(stages.values(stage) + (band * F::kUnits + u) * kUnitBytes + lane * 16,
-                        values + (uint64_t(band) * num_units + u) * kUnitBytes);
+                copy_16_to(to + (i * 4 * F::kUnits + u) * kUnitBytes, values[i] + u * kUnitBytes);
             }
+            values[i] += F::kUnits * kUnitBytes;
         }
-        const uint32_t band = thread * 16 / 32;
-        if (F::kScaleBytes > 0 && band < kBlockBands && item.band + band < num_bands) {
-            const auto* const scales = static_cast<const unsigned char*>(a.scales);
-            copy_16_of_line(stages.scales(stage) + thread * 16,
-                            scales + (first_unit + uint64_t(band) * num_units) * 32 + thread % 2 * 16);
+        if (copies_scales()) {
+            copy_16_to(stages.values(stage) + (Stages<F>::kValueBytes + thread * 16), scales);
+            scales += 32;
         }
     }
 
-    __device__ __forceinline__ void copy_tokens(const TiledItem& item, uint32_t k, uint32_t stage) const {
-        const T* const from = static_cast<const T*>(a.input) + k * kStageColumns + thread % 8 * 8;
-        unsigned char* const to = stages.tokens(stage) + swizzled(thread / 8, thread % 8);
+    template <uint32_t kFirst, uint32_t kEnd>
+    __device__ __forceinline__ void copy_rows(const void* from, SharedAddress to) const {
 #pragma unroll
-        for (uint32_t i = 0; i < kRows; ++i) {
-            if (i * kRowsAtOnce >= item.count) break;
-            copy_16(to + i * kRowsAtOnce * kSwizzledRowBytes, from + uint64_t(rows[i]) * a.in_features,
-                    thread / 8 + i * kRowsAtOnce < item.count);
+        for (uint32_t i = kFirst; i < kEnd; ++i) {
+            copy_16_to(to + i * (kRowsAtOnce * kSwizzledRowBytes), element_at(from, rows[i], a.in_features * 2));
         }
+    }
+
+    // Columns 64 k .. 64 k + 64 of the tokens.
+    __device__ __forceinline__ void copy_tokens(uint32_t k, uint32_t stage) const {
+        const unsigned char* const from = static_cast<const unsigned char*>(a.input) + k * 128 + thread % 8 * 16;
+        const SharedAddress to = stages.tokens(stage) + swizzled(thread / 8, thread % 8);
+        copy_rows<0, 1>(from, to);
+        if (item.count <= 16) return;
+        copy_rows<1, 2>(from, to);
+        if (item.count <= 32) return;
+        copy_rows<2, 4>(from, to);
+        if (item.count <= 64) return;
+        copy_rows<4, 6>(from, to);
+        if (item.count <= 96) return;
+        copy_rows<6, 8>(from, to);
     }
 
     // Says that all copies of the stage have begun, and what it is the first stage of.
-    __device__ __forceinline__ void announce(const TiledItem& item) {
-        arrive_with_copies(stages.full(at.stage));
+    __device__ __forceinline__ void announce(uint32_t k) {
+        const SharedAddress full = stages.full(at.stage);
+        arrive_with_copies(full);
         if (thread == 0) {
-            *stages.item(at.stage) = item;
-            arrive(stages.full(at.stage));
+            if (k == 0) write_16(stages.item(at.stage), make_uint4(item.expert, item.first, item.count, item.band));
+            arrive(full);
         }
         at.advance();
     }
 
     __device__ __forceinline__ void run() {
         if (kKind == kGateUp) wait_for_previous_kernel();
-        const uint32_t item_stages = a.in_features / kStageColumns;
-        uint32_t number = blockIdx.x;
-        TiledItem item = item_of(number);
-        // The order was complete before the kernel in front of `down` began, its input is not.
-        uint32_t ahead = 0;
+        uint32_t number = blockIdx.x, ahead = 0;
+        for (uint32_t step = 0; step < 3; ++step) look_up(step, number);
+        take_next();
         if (kKind == kDown) {
+            // The order was complete before the kernel in front of `down` began, its input is not.
             if (item.count > 0) ahead = min(F::kStages, item_stages);
-            for (uint32_t k = 0; k < ahead; ++k) copy_weights(item, k, k);
+            for (uint32_t k = 0; k < ahead; ++k) copy_weights(k);
             wait_for_previous_kernel();
         }
         allow_next_kernel();
         while (item.count > 0) {
-            find_rows(item);
+            find_rows();
+            number += gridDim.x;
             for (uint32_t k = 0; k < item_stages; ++k) {
                 wait_for_phase(stages.empty(at.stage), at.parity ^ 1);
-                if (k >= ahead) copy_weights(item, k, at.stage);
-                copy_tokens(item, k, at.stage);
-                announce(item);
+                if (k >= ahead) copy_weights(at.stage);
+                copy_tokens(k, at.stage);
+                announce(k);
+                if (k < 3) look_up(k, number);
             }
+            for (uint32_t step = item_stages; step < 3; ++step) look_up(step, number);
             ahead = 0;
-            number += gridDim.x;
-            item = item_of(number);
+            take_next();
         }
         wait_for_phase(stages.empty(at.stage), at.parity ^ 1);
-        announce(item);
+        announce(0);
     }
 };
 
 // ------------------------------------------------------------------------------------------------------------------
 // The others
 
-// As activate(), with the device's quick exponential and division: within 2^-20 of it, where results are rounded to 2^-9 or
-// 2^-12.
+// 1 / (1 + 2^x), within 2^-21 of it.
+__device__ __forceinline__ float fraction_of_power(float x) {
+#ifdef CANDLE_MOE_EMULATOR
+    return 1.0f / (1.0f + exp2f(x));
+#else
+    float power, fraction;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(fraction) : "f"(1.0f + power));
+    return fraction;
+#endif
+}
+
+// As activate(), with the device's quick exponential and inverse, since the result is rounded to 2^-9 or 2^-12.
 __device__ __forceinline__ float activate_nearly(const ProjectionArguments& a, float gate, float up) {
-    const bool silu = a.activation == kSilu;
-    if (!silu) {
-        gate = gate > a.limit ? a.limit : gate;
-        up = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
-        up += 1.0f;
-    }
-    return __fdividef(gate, 1.0f + __expf(silu ? -gate : -a.alpha * gate)) * up;
+    constexpr float kLog2E = 1.4426950408889634f;
+    if (a.activation == kSilu) return gate * fraction_of_power(gate * -kLog2E) * up;
+    gate = gate > a.limit ? a.limit : gate;
+    up = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
+    return gate * fraction_of_power(gate * (a.alpha * -kLog2E)) * (up + 1.0f);
 }
 
 template <typename F, Kind kKind>
@@ -275,14 +327,17 @@ struct Worker {
     const ProjectionArguments& a;
     const Stages<F>& stages;
     const uint32_t warp, lane, num_bands;
+    const SharedAddress values, scales;  // of this lane in the first stage
     RingPosition<F> at;
 
     __device__ __forceinline__ Worker(const ProjectionArguments& arguments, const Stages<F>& ring, uint32_t bands)
-        : a(arguments), stages(ring), warp(threadIdx.x / 32), lane(threadIdx.x % 32), num_bands(bands) {}
+        : a(arguments), stages(ring), warp(threadIdx.x / 32), lane(threadIdx.x % 32), num_bands(bands),
+          values(ring.values(0) + warp * (F::kUnits * kUnitBytes) + lane * 16),
+          scales(ring.values(0) + Stages<F>::kValueBytes + warp * F::kScaleBytes + lane / 4 * 4) {}
 
     // A branch that all threads take together is cheaper than loops for each number of columns, which would not share registers.
     __device__ __forceinline__ void multiply_columns(float (&sums)[kMostSums], const uint32_t (&weights)[kStageSteps][4],
-                                                     Operands tokens, uint32_t sixteens) {
+                                                     SharedAddress tokens, uint32_t sixteens) {
         switch (sixteens) {
             case 1: return multiply_steps<16>(sums, weights, tokens);
             case 2: return multiply_steps<32>(sums, weights, tokens);
@@ -297,7 +352,7 @@ struct Worker {
 
     template <int kColumns>
     static __device__ __forceinline__ void multiply_steps(float (&sums)[kMostSums], const uint32_t (&weights)[kStageSteps][4],
-                                                          Operands tokens) {
+                                                          SharedAddress tokens) {
         begin_multiplies();
 #pragma unroll
         for (int s = 0; s < kStageSteps; ++s) multiply<T, kColumns>(sums, weights[s], tokens, s);
@@ -308,10 +363,10 @@ struct Worker {
     __device__ __forceinline__ void multiply_stage(float (&sums)[kMostSums], uint32_t (&weights)[kStageSteps][4],
                                                    uint32_t sixteens, uint32_t& before) {
         wait_for_phase(stages.full(at.stage), at.parity);
-        F::load(weights, reinterpret_cast<const uint4*>(stages.values(at.stage) + warp * F::kUnits * kUnitBytes),
-                reinterpret_cast<const uint32_t*>(stages.scales(at.stage) + warp * F::kScaleBytes), lane);
+        const uint32_t offset = at.stage * Stages<F>::kWeightBytes;
+        F::load(weights, values + offset, scales + offset);
         show_to_multiplies();
-        multiply_columns(sums, weights, operands_at(stages.tokens(at.stage)), sixteens);
+        multiply_columns(sums, weights, stages.tokens(at.stage), sixteens);
         wait_for_multiplies<1>();
         free_stage(before);
         before = at.stage;
@@ -374,7 +429,8 @@ struct Worker {
     __device__ __forceinline__ void run() {
         for (;;) {
             wait_for_phase(stages.full(at.stage), at.parity);
-            const TiledItem item = *stages.item(at.stage);
+            const uint4 words = read_16(stages.item(at.stage));
+            const TiledItem item = {words.x, words.y, words.z, words.w};
             if (item.count == 0) return;
             multiply_item(item);
         }
@@ -383,8 +439,7 @@ struct Worker {
 
 template <typename F, Kind kKind>
 __device__ __forceinline__ void project_tiles(const ProjectionArguments& a) {
-    MOE_DYNAMIC_SHARED(unsigned char, memory);
-    const Stages<F> stages(memory);
+    const Stages<F> stages = {aligned_shared()};
     if (threadIdx.x < F::kStages) {
         start_barrier(stages.full(threadIdx.x), kWarpgroup + 1);
         start_barrier(stages.empty(threadIdx.x), kTiledWorkers / 32);
