@@ -39,6 +39,8 @@ constexpr int kStageSteps = kStageColumns / 16;
 constexpr uint32_t kTokenBytes = kTileTokens * kSwizzledRowBytes;  // of a stage
 constexpr uint32_t kUnitBytes = kUnitLanes * 16;
 
+#ifdef MOE_HOPPER
+
 // ------------------------------------------------------------------------------------------------------------------
 // Formats: what a stage has of a band, and the A operands that it gives
 
@@ -455,5 +457,7 @@ __device__ __forceinline__ void project_tiles(const ProjectionArguments& a) {
         Producer<F, kKind>(a, stages, num_bands).run();
     }
 }
+
+#endif
 
 }  // namespace moe
