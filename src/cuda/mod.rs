@@ -6,7 +6,7 @@ mod buffer;
 mod workspace;
 
 pub(crate) use buffer::{Buffer, Section, Sections};
-pub(crate) use workspace::workspace;
+pub(crate) use workspace::{meeting, workspace};
 
 use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, DeviceRepr, sys};
@@ -28,6 +28,7 @@ pub(crate) enum Binary {
     ExpertsResident,
     ExpertsPack,
     ExpertsHome,
+    ExpertsTiled,
 }
 
 impl Binary {
@@ -47,6 +48,7 @@ impl Binary {
             Self::ExpertsResident => built!("experts_resident"),
             Self::ExpertsPack => built!("experts_pack"),
             Self::ExpertsHome => built!("experts_home"),
+            Self::ExpertsTiled => built!("experts_tiled"),
         }
     }
 }
@@ -101,11 +103,13 @@ pub(crate) struct Launch {
     /// Whether the kernel may start before the previous one of the stream has ended, for which it waits by itself. Without
     /// effect where there is no [`Properties::has_clusters`].
     pub(crate) starts_early: bool,
+    /// Whether all blocks must be there at once, since they wait for each other.
+    pub(crate) cooperative: bool,
 }
 
 impl Launch {
     pub(crate) fn new(blocks: usize, threads: u32, shared: usize) -> Self {
-        Self { blocks, threads, shared, cluster: 1, starts_early: false }
+        Self { blocks, threads, shared, cluster: 1, starts_early: false, cooperative: false }
     }
 }
 
@@ -134,7 +138,7 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
     let function = registry().kernel(context, binary, name, shared)?.function;
     // SAFETY: a C structure that is valid when it is zero; so are the attributes.
     let zeroed = || unsafe { std::mem::zeroed::<sys::CUlaunchAttribute>() };
-    let mut attributes = [zeroed(), zeroed()];
+    let mut attributes = [zeroed(), zeroed(), zeroed()];
     let mut num_attributes = 0;
     if launch.cluster > 1 {
         let attribute = &mut attributes[num_attributes];
@@ -148,6 +152,12 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
         let attribute = &mut attributes[num_attributes];
         attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         attribute.value.programmaticStreamSerializationAllowed = 1;
+        num_attributes += 1;
+    }
+    if launch.cooperative {
+        let attribute = &mut attributes[num_attributes];
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+        attribute.value.cooperative = 1;
         num_attributes += 1;
     }
     let config = sys::CUlaunchConfig {
