@@ -124,17 +124,35 @@ fn any_number_of_given_slots_is_ordered() {
     if devices::cuda().is_none() {
         return;
     }
+    // Around the thresholds of one launch, of words, and of several chunks for a block of the second launch.
+    let around = [16, 32, 64, 512, 1024, 2048, 4096, 8192, 16384, 21_120, 29_990, 33_792, 65_024, 135_168, 299_990];
+    for (num_experts, most) in [(8, 300_000), (256, 140_000), (1000, 20_000), (5000, 30_000)] {
+        order_slots_around(&around, num_experts, most);
+    }
+}
+
+/// As many experts as leave `place` a single group of threads, and more slots than 16 bits count.
+#[test]
+#[ignore = "takes long where kernels are emulated"]
+fn any_number_of_given_slots_of_8000_experts_is_ordered() {
+    if devices::cuda().is_some() {
+        order_slots_around(&[16, 1024, 65_536, 135_168, 199_990], 8000, 200_000);
+    }
+}
+
+/// A few slots more and less than each of `around`, up to `most`.
+fn order_slots_around(around: &[usize], num_experts: usize, most: usize) {
     let random = &mut Random(47);
-    for (num_experts, most) in [(8, 300_000), (256, 70_000), (1000, 20_000), (5000, 9000)] {
-        let ids: Vec<u32> = (0..most)
-            .map(|_| if random.below(20) == 0 { NO_EXPERT } else { random.below(num_experts) as u32 })
-            .collect();
-        for around in [32, 64, 512, 1024, 2048, 4096, 8192, 16384, 65_024, 135_168, 299_990] {
-            for num_slots in [around - 1, around, around + 1, around + 7].into_iter().filter(|n| *n <= most) {
-                let ids = Tensor::from_slice(&ids[..num_slots], (num_slots, 1), &Device::Cpu).unwrap();
-                devices::order(&ids, num_experts, 0..num_experts);
-                devices::order(&ids, num_experts, num_experts / 3..num_experts / 2);
-            }
+    let id = |random: &mut Random| match random.below(20) {
+        0 => NO_EXPERT,
+        _ => random.below(num_experts) as u32,
+    };
+    let ids: Vec<u32> = (0..most).map(|_| id(random)).collect();
+    for around in around {
+        for num_slots in [around - 1, *around, around + 1, around + 7].into_iter().filter(|n| *n <= most) {
+            let ids = Tensor::from_slice(&ids[..num_slots], (num_slots, 1), &Device::Cpu).unwrap();
+            devices::order(&ids, num_experts, 0..num_experts);
+            devices::order(&ids, num_experts, num_experts / 3..num_experts / 2);
         }
     }
 }
