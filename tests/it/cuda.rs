@@ -9,6 +9,7 @@ use candle_core::{CudaDevice, DType, Device, Storage, Tensor, Var};
 use candle_moe::order::{ExpertOrder, NO_EXPERT, OrderOptions, RoutedOrder};
 use candle_moe::perfect_router::{Hotspot, Imbalance, PerfectRouterKey, PerfectRouterStore, Plan};
 use candle_moe::routing::{ExpertGroups, Router, RoutingMethod};
+use half::{bf16, f16};
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{LazyLock, Mutex, mpsc};
 use std::thread;
@@ -306,6 +307,8 @@ fn address(tensor: &Tensor) -> u64 {
     bytes
         + match storage.dtype() {
             DType::U32 => storage.as_cuda_slice::<u32>().unwrap().device_ptr(&stream).0,
+            DType::F16 => storage.as_cuda_slice::<f16>().unwrap().device_ptr(&stream).0,
+            DType::BF16 => storage.as_cuda_slice::<bf16>().unwrap().device_ptr(&stream).0,
             _ => storage.as_cuda_slice::<f32>().unwrap().device_ptr(&stream).0,
         }
 }
@@ -385,34 +388,61 @@ fn a_captured_graph_replays_perfect_routing_from_a_reserved_address() {
 
 fn replay_perfect_routing() {
     let Some(device) = devices::cuda() else { return };
-    let (store, plan) = (PerfectRouterStore::new(), Plan::new(256, 8, 8, 3).unwrap());
-    let plan = plan.with_groups(ExpertGroups { num_groups: 8, topk_group: 4 }).unwrap();
-    let key = PerfectRouterKey { plan, dtype: DType::F32 };
-    store.reserve(&key, 1024, device).unwrap();
-    let before = store.statistics();
-    let router = deepseek(8);
-    let route = |num_tokens| {
-        let logits = store.logits(&key, num_tokens, device).unwrap();
-        (address(&logits), RoutedOrder::new(&router, &logits, &OrderOptions::default()).unwrap())
-    };
-    let (first_address, _) = route(1);
-    for num_tokens in [1, 64, 1000] {
-        let (graph, (address, routed)) = captured(device, || route(num_tokens));
-        assert_eq!(address, first_address);
-        for _ in 0..3 {
-            graph.launch().unwrap();
-        }
-        let planned = key.plan.topk_ids(0, num_tokens).unwrap();
-        let ids = to_host(&routed.routing.topk_ids).to_vec2::<u32>().unwrap();
-        for (token, mut ids) in ids.into_iter().enumerate() {
-            let mut planned = planned[token * 8..][..8].to_vec();
-            ids.sort_unstable();
-            planned.sort_unstable();
-            assert_eq!(ids, planned, "token {token} of {num_tokens}");
+    let flat = Plan::new(256, 8, 8, 3).unwrap();
+    let grouped = flat.clone().with_groups(ExpertGroups { num_groups: 8, topk_group: 4 }).unwrap();
+    for (plan, router) in [(flat, router(RoutingMethod::Renormalize, 8)), (grouped, deepseek(8))] {
+        for dtype in FLOATS {
+            replay_plan(device, &PerfectRouterKey { plan: plan.clone(), dtype }, &router);
         }
     }
+}
+
+/// Captures what routes a plan's logits, and launches it before and after the store has grown past what was reserved.
+fn replay_plan(device: &Device, key: &PerfectRouterKey, router: &Router) {
+    let store = PerfectRouterStore::new();
+    store.reserve(key, 520, device).unwrap();
+    let before = store.statistics();
+    let route = |num_tokens| {
+        let logits = store.logits(key, num_tokens, device).unwrap();
+        (address(&logits), RoutedOrder::new(router, &logits, &OrderOptions::default()).unwrap().routing)
+    };
+    let graphs = [1, 64, 500].map(|num_tokens| {
+        // The first use of a shape loads its kernels.
+        let (first_address, _) = route(num_tokens);
+        let (graph, (address, routing)) = captured(device, || route(num_tokens));
+        assert_eq!(address, first_address);
+        (graph, routing)
+    });
     let after = store.statistics();
     assert_eq!((after.entries, after.rows, after.misses), (before.entries, before.rows, 0));
+    let launch_all = |what: &str| {
+        for (graph, routing) in &graphs {
+            overwrite(&routing.topk_ids, &vec![NO_EXPERT; routing.topk_ids.elem_count()]);
+            graph.launch().unwrap();
+            assert_planned(&routing.topk_ids, &key.plan, &format!("{key:?} {what}"));
+        }
+    };
+    launch_all("as reserved");
+    store.logits(key, 521, device).unwrap();
+    assert_eq!(store.statistics().bytes, before.bytes + store.statistics().rows * (before.bytes / before.rows));
+    // What would get the memory of the old buffer if it were free.
+    let others = [(); 4].map(|()| Tensor::ones((before.rows, 256), key.dtype, device).unwrap());
+    launch_all("after growth");
+    drop(others);
+}
+
+/// The same experts for every token as the plan says, in any order.
+#[track_caller]
+fn assert_planned(topk_ids: &Tensor, plan: &Plan, context: &str) {
+    let (num_tokens, top_k) = topk_ids.dims2().unwrap();
+    let planned = plan.topk_ids(0, num_tokens).unwrap();
+    let ids = to_host(topk_ids).to_vec2::<u32>().unwrap();
+    for (token, (mut ids, planned)) in ids.into_iter().zip(planned.chunks(top_k)).enumerate() {
+        let mut planned = planned.to_vec();
+        ids.sort_unstable();
+        planned.sort_unstable();
+        assert_eq!(ids, planned, "{context}: token {token} of {num_tokens}");
+    }
 }
 
 #[test]
