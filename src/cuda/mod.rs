@@ -4,7 +4,7 @@
 
 mod buffer;
 
-pub(crate) use buffer::{Buffer, Section, Sections};
+pub(crate) use buffer::{Buffer, Section, Sections, allocate};
 
 use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, DeviceRepr, sys};

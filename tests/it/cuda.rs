@@ -507,7 +507,9 @@ fn memory_that_is_not_there_is_a_clear_error_and_the_store_goes_on() {
     assert_eq!(store.statistics(), before);
     assert_eq!(address(&store.logits(&key, 4, device).unwrap()), address(&small));
     // Outputs that do not fit.
-    router(RoutingMethod::Renormalize, 8).route(&logits_of_one_row(device, 1 << 40)).unwrap_err();
+    let router = router(RoutingMethod::Renormalize, 8);
+    let error = line(router.route(&logits_of_one_row(device, 1 << 40)).unwrap_err());
+    assert!(error.contains("topk-routing: cannot allocate 35184372088832 bytes"), "{error}");
     assert_works(device);
 }
 
