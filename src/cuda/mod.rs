@@ -5,7 +5,7 @@
 mod buffer;
 mod workspace;
 
-pub(crate) use buffer::{Buffer, Section, Sections};
+pub(crate) use buffer::{Buffer, Section, Sections, allocate};
 pub(crate) use workspace::{meeting, workspace};
 
 use candle_core::cuda_backend::CudaDType;

@@ -201,6 +201,8 @@ struct Workload<'a> {
     bench: &'a Bench,
     shape: Shape,
     router: Router,
+    /// The router's selection bias, if it has one.
+    bias: Option<Tensor>,
     num_tokens: usize,
     /// Of every call, in turn.
     logits: Vec<Tensor>,
@@ -215,9 +217,12 @@ impl<'a> Workload<'a> {
         let num_inputs = ROTATED_BYTES.div_ceil(bytes).clamp(MIN_CALLS, MAX_CALLS);
         let mut random = Random::new(bench.seed ^ (num_experts * 31 + top_k) as u64 ^ (num_tokens as u64) << 32);
         let one = random.floats(&[num_tokens, num_experts], 1.5, dtype)?;
+        let mut bias = None;
         if method.takes_selection_bias() {
             // As the models have one.
-            router = router.with_selection_bias(&random.floats(&[num_experts], 0.1, DType::F32)?)?;
+            let values = random.floats(&[num_experts], 0.1, DType::F32)?;
+            router = router.with_selection_bias(&values)?;
+            bias = Some(values.to_device(&bench.device)?);
         }
         // Different rows first, so that every call chooses differently; the host's random numbers are made once.
         let turned = |turn: usize| {
@@ -227,7 +232,7 @@ impl<'a> Workload<'a> {
             turned.to_device(&bench.device)
         };
         let logits = (0..num_inputs).map(turned).collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(Self { bench, shape, router, num_tokens, logits })
+        Ok(Self { bench, shape, router, bias, num_tokens, logits })
     }
 
     fn row(&self, part: Part, metadata: &Metadata, candle: Option<Candle>) -> Result<Row> {
@@ -297,24 +302,36 @@ impl<'a> Workload<'a> {
         self.replays(|input| RoutedOrder::new(&self.router, &self.logits[input], &options))
     }
 
-    /// The same routing composed of Candle's own operations; nothing for methods that it takes more than a softmax to
-    /// compose.
-    fn candle(&self) -> Result<Option<Candle>> {
-        let divides = match self.router.method() {
-            RoutingMethod::Renormalize | RoutingMethod::RenormalizeNaive => true,
-            RoutingMethod::Default => false,
-            _ => return Ok(None),
+    /// Ids and weights composed of Candle's own operations.
+    fn compose(&self, input: usize) -> candle_core::Result<(Tensor, Tensor)> {
+        use RoutingMethod::{DeepSeekV4, Default, Llama4, Renormalize, RenormalizeNaive};
+        let (logits, method) = (self.logits[input].to_dtype(DType::F32)?, self.router.method());
+        let scores = match method {
+            Default | Renormalize | RenormalizeNaive => candle_nn::ops::softmax_last_dim(&logits)?,
+            DeepSeekV4 { .. } => (logits.exp()? + 1.0)?.log()?.sqrt()?,
+            _ => candle_nn::ops::sigmoid(&logits)?,
         };
+        let choice = match &self.bias {
+            Some(bias) => scores.broadcast_add(bias)?,
+            None => scores.clone(),
+        };
+        let choice = if method.groups().is_limit() { keep_best_groups(&choice, method.groups())? } else { choice };
+        let ids = choice.arg_sort_last_dim(false)?.narrow(D::Minus1, 0, self.shape.top_k)?.contiguous()?;
+        let weights = scores.gather(&ids, D::Minus1)?;
+        let weights = match method {
+            Default | Llama4 => weights,
+            _ => weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?,
+        };
+        let factor = f64::from(method.routed_scaling_factor());
+        Ok((ids, if factor == 1.0 { weights } else { (weights * factor)? }))
+    }
+
+    /// The time of the same routing by [`compose`](Self::compose).
+    fn candle(&self) -> Result<Option<Candle>> {
         if !self.bench.parts.contains(&Part::Routing) {
             return Ok(None);
         }
-        let compose = |input: usize| -> candle_core::Result<(Tensor, Tensor)> {
-            let scores = candle_nn::ops::softmax_last_dim(&self.logits[input].to_dtype(DType::F32)?)?;
-            let ids = scores.arg_sort_last_dim(false)?.narrow(D::Minus1, 0, self.shape.top_k)?.contiguous()?;
-            let weights = scores.gather(&ids, D::Minus1)?;
-            let weights = if divides { weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)? } else { weights };
-            Ok((ids, weights))
-        };
+        let compose = |input: usize| self.compose(input);
         if let Err(error) = compose(0) {
             return Ok(Some(Candle { median_us: None, timing: Timing::Failed, error: Some(plain(&error)) }));
         }
@@ -334,4 +351,20 @@ impl<'a> Workload<'a> {
         let median_us = Some(seconds.median * 1e6 / self.logits.len() as f64);
         Ok(Some(Candle { median_us, timing: Timing::Wall, error: None }))
     }
+}
+
+/// Scores that are very low outside of the groups whose two best experts have the greatest sums.
+fn keep_best_groups(scores: &Tensor, groups: ExpertGroups) -> candle_core::Result<Tensor> {
+    const LOW: f64 = -1e9;
+    let ExpertGroups { num_groups, topk_group } = groups;
+    let (num_tokens, num_experts) = scores.dims2()?;
+    let size = num_experts / num_groups;
+    let grouped = scores.reshape((num_tokens, num_groups, size))?;
+    let (sorted, _) = grouped.sort_last_dim(false)?;
+    let sums = sorted.narrow(D::Minus1, 0, size.min(2))?.sum(D::Minus1)?;
+    let kept = sums.arg_sort_last_dim(false)?.narrow(D::Minus1, 0, topk_group)?.contiguous()?;
+    let ones = kept.ones_like()?.to_dtype(DType::F32)?;
+    let is_kept = sums.zeros_like()?.scatter_add(&kept, &ones, D::Minus1)?;
+    let penalty = is_kept.affine(-LOW, LOW)?.unsqueeze(D::Minus1)?;
+    grouped.broadcast_add(&penalty)?.reshape((num_tokens, num_experts))
 }
