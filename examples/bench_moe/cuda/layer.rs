@@ -120,7 +120,7 @@ impl Options {
         // Hidden states and the result; for each slot a row between the projections, and one behind them in float32.
         let Profile { hidden_size, intermediate_size, top_k, .. } = *profile;
         let per_token = 4 * hidden_size + top_k * (2 * intermediate_size + 4 * hidden_size);
-        let work = (most * ep_size).saturating_mul(per_token);
+        let work = most.saturating_mul(ep_size).saturating_mul(per_token);
         let roomy = free / 4 / layer;
         let fitting = free.saturating_sub(work) / layer;
         match fitting.min(roomy.max(2)).min(MAX_LAYERS) {
