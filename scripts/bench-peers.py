@@ -28,7 +28,8 @@ import time
 SHAPES = [(32, 4), (128, 4), (256, 8)]
 # Experts, slots for a token, hidden size, intermediate size.
 PROFILES = {"gpt-oss-20b": (32, 4, 2880, 2880), "gpt-oss-120b": (128, 4, 2880, 2880)}
-CALLS = 8
+# Calls of a graph; of layers of more than FEW tokens, as many as there are layers.
+CALLS, FEW = 16, 64
 LAYERS = 4
 PARTS = ["topk", "routing", "layer"]
 
@@ -266,7 +267,7 @@ def measure_layer(bench, name):
         for _ in range(LAYERS)
     ]
     for num_tokens in bench.tokens:
-        calls = CALLS if num_tokens <= 64 else LAYERS
+        calls = CALLS if num_tokens <= FEW else LAYERS
         logits = logits_of(num_tokens, num_experts, calls)
         hidden = (torch.rand(calls, num_tokens, hidden_size, device="cuda") * 2 - 1).to(torch.bfloat16)
         call = lambda i: triton_layer(layers[i % LAYERS], hidden[i], logits[i], top_k)  # noqa: B023, E731

@@ -27,9 +27,10 @@ const MAX_LAYERS: usize = 4;
 const DISTINCT_EXPERTS: usize = 4;
 /// Tokens of all ranks together that are measured without being asked for.
 const MAX_TOKENS: usize = 8192;
-/// Calls of a graph, at few tokens so many that different choices even out.
+/// Calls of a graph. At few tokens so many, or as many as samples are asked for, that different choices even out and starting
+/// the graph does not count.
 const CALLS: usize = 4;
-const CALLS_OF_FEW: usize = 8;
+const CALLS_OF_FEW: usize = 16;
 const FEW_TOKENS: usize = 64;
 /// Rows that logits and hidden states have beyond the longest call, so that every call has others.
 const SPARE_ROWS: usize = FEW_TOKENS * CALLS_OF_FEW;
@@ -287,7 +288,8 @@ impl<'a> Workload<'a> {
 
     fn calls(&self, choice: Choice, num_tokens: usize) -> Result<Vec<Call>> {
         let all_tokens = num_tokens * self.ep_size;
-        let calls = if all_tokens <= FEW_TOKENS { CALLS_OF_FEW } else { CALLS };
+        let calls_of_few = CALLS_OF_FEW.min(self.bench.budget.iterations).max(CALLS);
+        let calls = if all_tokens <= FEW_TOKENS { calls_of_few } else { CALLS };
         let spare = self.logits.dims()[0] - all_tokens + 1;
         let of_call = |call: usize| {
             let first = call * all_tokens % spare;

@@ -43,14 +43,11 @@ pub(super) fn svg(report: &Report) -> String {
 }
 
 fn legend() -> String {
-    let mut svg = String::new();
-    for (i, (name, color, class, ..)) in SERIES.iter().enumerate() {
-        let x = 16.0 + 110.0 * i as f64;
-        let _ = writeln!(
-            svg,
-            "<path class=\"{class}\" stroke=\"{color}\" d=\"M{x} 44h24\"/><text x=\"{}\" y=\"48\">{name}</text>",
-            x + 30.0
-        );
+    let (mut svg, mut x) = (String::new(), 16.0);
+    for (name, color, class, ..) in SERIES {
+        let _ = write!(svg, "<path class=\"{class}\" stroke=\"{color}\" d=\"M{x} 44h24\"/>");
+        let _ = writeln!(svg, "<text x=\"{}\" y=\"48\">{name}</text>", x + 30.0);
+        x += 44.0 + 6.5 * name.len() as f64;
     }
     svg
 }
