@@ -273,7 +273,7 @@ impl<'a> Workload<'a> {
         let experts = &self.layers[call.layer];
         let options = OrderOptions {
             local_experts: Some(call.share.local_experts.clone()),
-            tile_rows: experts.tile_rows(num_tokens, self.profile.top_k, dtype, &self.bench.device),
+            tile_rows: experts.tile_rows(num_tokens, self.profile.top_k, dtype, &self.bench.device)?,
             ..Default::default()
         };
         RoutedOrder::new(&self.router, &call.logits, &options)
