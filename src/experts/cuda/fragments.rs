@@ -151,10 +151,7 @@ fn pack(
     storage(packed, device)
 }
 
-fn storage(
-    words: candle_core::cuda_backend::cudarc::driver::CudaSlice<u32>,
-    device: &CudaDevice,
-) -> Result<Tensor> {
+fn storage(words: candle_core::cuda_backend::cudarc::driver::CudaSlice<u32>, device: &CudaDevice) -> Result<Tensor> {
     let len = words.len();
     let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(words, device.clone()));
     Ok(Tensor::from_storage(storage, len, BackpropOp::none(), false))

@@ -145,9 +145,9 @@ pub(super) fn general_format(weights: &ExpertWeights) -> String {
 fn fragments(weights: &ExpertWeights, dtype: DType) -> Option<Format> {
     let Values::Fragments(fragments) = &weights.values else { return None };
     match (fragments.format, dtype) {
-        (Format::Mxfp4 { .. }, DType::BF16 | DType::F16)
-        | (Format::Bf16, DType::BF16)
-        | (Format::F16, DType::F16) => Some(fragments.format),
+        (Format::Mxfp4 { .. }, DType::BF16 | DType::F16) | (Format::Bf16, DType::BF16) | (Format::F16, DType::F16) => {
+            Some(fragments.format)
+        }
         _ => None,
     }
 }
