@@ -61,6 +61,8 @@ pub(crate) struct Properties {
     pub(crate) max_shared: usize,
     /// Whether device and kernels know clusters of blocks, and kernels that start before the previous one has ended.
     pub(crate) has_clusters: bool,
+    /// Whether device and kernels have what only compute capability 9.0 has: `wgmma`, and registers that change hands.
+    pub(crate) is_hopper: bool,
 }
 
 /// A loaded kernel.
@@ -207,6 +209,7 @@ pub(crate) fn properties(device: &CudaDevice) -> Result<Properties> {
         num_multiprocessors: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as usize,
         max_shared: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?.max(0) as usize,
         has_clusters: major * 10 >= CLUSTERS && compiled_for >= CLUSTERS,
+        is_hopper: major * 10 == CLUSTERS && compiled_for == CLUSTERS,
     };
     registry.properties.insert(context.ordinal(), properties);
     Ok(properties)

@@ -20,8 +20,12 @@ const RESIDENT_MAX_GROUPS: usize = 2;
 const MAX_WARPS: [usize; 2] = [32, 17];
 /// Shared memory that its kernels have beside that of the launch.
 const RESIDENT_STATIC_SHARED: usize = 1024;
-/// Slots per expert up to which tiles of 8 places are few enough, and those of 16.
-const FEW_SLOTS: usize = 4;
+/// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
+const FEW_SLOTS: usize = 8;
+/// Of `cuda/experts/tiled.cuh`: places of a tile, threads and shared memory of a block.
+const TILED_ROWS: usize = 128;
+const TILED_THREADS: u32 = 512;
+const TILED_SHARED: [usize; 2] = [230_400, 205_824];
 
 /// The kernels of a call, both projections'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +34,8 @@ pub(super) enum Path {
     General,
     /// `cuda/experts/resident.cuh`: few tokens for each expert, in tiles of 8 times `blocks` places.
     Resident { blocks: usize },
+    /// `cuda/experts/tiled.cuh`: many tokens, on compute capability 9.0.
+    Tiled,
 }
 
 impl Path {
@@ -40,7 +46,7 @@ impl Path {
         let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
         let few = Self::Resident { blocks: 1 };
         let more = Self::Resident { blocks: 2 };
-        let wanted = if per_expert <= FEW_SLOTS { [few, more] } else { [more, few] };
+        let wanted = if per_expert <= FEW_SLOTS { [few, more, few] } else { [Self::Tiled, more, few] };
         wanted.into_iter().find(fits).unwrap_or(Self::General)
     }
 
@@ -49,6 +55,7 @@ impl Path {
         match self {
             Self::General => Binary::Experts,
             Self::Resident { .. } => Binary::ExpertsResident,
+            Self::Tiled => Binary::ExpertsTiled,
         }
     }
 
@@ -57,15 +64,27 @@ impl Path {
         match self {
             Self::General => GENERAL_TILE_ROWS,
             Self::Resident { blocks } => 8 * blocks,
+            Self::Tiled => TILED_ROWS,
         }
     }
 
     fn takes(self, weights: &ExpertWeights, num_slots: usize, dtype: DType, device: Properties) -> bool {
-        let Self::Resident { blocks } = self else { return true };
         let max_tiles = (num_slots / self.tile_rows()).saturating_add(weights.num_experts());
         let max_items = max_tiles.saturating_mul(weights.out_features() / BAND_ROWS);
-        u32::try_from(max_items).is_ok()
-            && fragments(weights, dtype).is_some_and(|format| Resident::new(format, &[weights], blocks, device).is_some())
+        match (self, fragments(weights, dtype)) {
+            (Self::General, _) => true,
+            (_, None) => false,
+            (Self::Resident { blocks }, Some(format)) => {
+                u32::try_from(max_items).is_ok() && Resident::new(format, &[weights], blocks, device).is_some()
+            }
+            (Self::Tiled, Some(format)) => {
+                let is_exact = match format {
+                    Format::Mxfp4 { has_small_scales } => has_small_scales && dtype == DType::BF16,
+                    Format::Bf16 | Format::F16 => true,
+                };
+                device.is_hopper && is_exact && tiled_shared(format) <= device.max_shared
+            }
+        }
     }
 
     /// The kernel for a projection over `max_tiles` tiles.
@@ -77,11 +96,19 @@ impl Path {
         dtype: DType,
         device: Properties,
     ) -> Kernel {
-        if let (Self::Resident { blocks }, Some(format)) = (self, fragments(weights, dtype))
-            && let Some(resident) = Resident::new(format, &[weights], blocks, device)
-        {
-            let name = format!("resident_{kind}_{}_{}_{blocks}", weights_name(format, dtype), dtype.as_str());
-            return resident.kernel(name, max_tiles * weights.out_features() / BAND_ROWS, device);
+        match (self, fragments(weights, dtype)) {
+            (Self::Resident { blocks }, Some(format)) => {
+                if let Some(resident) = Resident::new(format, &[weights], blocks, device) {
+                    let name = format!("resident_{kind}_{}_{}_{blocks}", weights_name(format, dtype), dtype.as_str());
+                    return resident.kernel(name, max_tiles * weights.out_features() / BAND_ROWS, device);
+                }
+            }
+            (Self::Tiled, Some(format)) => {
+                let name = format!("tiled_{kind}_{}_{}", format.name(), dtype.as_str());
+                let launch = Launch::new(device.num_multiprocessors, TILED_THREADS, tiled_shared(format));
+                return Kernel { name, launch: Launch { starts_early: true, ..launch }, warps: 0, token_features: 0 };
+            }
+            _ => {}
         }
         let features = weights.out_features() / if kind == "gate_up" { 2 } else { 1 };
         let name = format!("{kind}_{}_{}", general_format(weights), dtype.as_str());
@@ -123,6 +150,14 @@ fn weights_name(format: Format, dtype: DType) -> &'static str {
     match format {
         Format::Mxfp4 { has_small_scales: false } if dtype == DType::BF16 => "mxfp4_wide",
         _ => format.name(),
+    }
+}
+
+/// Bytes of shared memory of a block of `cuda/experts/tiled.cuh`.
+fn tiled_shared(format: Format) -> usize {
+    match format {
+        Format::Mxfp4 { .. } => TILED_SHARED[0],
+        Format::Bf16 | Format::F16 => TILED_SHARED[1],
     }
 }
 
