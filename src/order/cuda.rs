@@ -478,7 +478,8 @@ pub(super) fn tile_map(
 mod tests {
     use super::*;
 
-    const H100: Properties = Properties { num_multiprocessors: 132, max_shared: 232_448, has_clusters: true, is_hopper: true };
+    const H100: Properties =
+        Properties { num_multiprocessors: 132, max_shared: 232_448, has_clusters: true, is_hopper: true };
     const A100: Properties = Properties { num_multiprocessors: 108, max_shared: 166_912, has_clusters: false };
     const L4: Properties = Properties { num_multiprocessors: 58, max_shared: 101_376, has_clusters: false };
 

@@ -158,7 +158,7 @@ impl<'a> Call<'a> {
             top_k: order.top_k(),
             num_slots,
             max_tiles: tiles.tile_experts.elem_count(),
-            hidden: held(hidden, "hidden")?,
+            hidden: held(hidden, "hidden")?.aligned()?,
             sorted_slots: held(&order.sorted_slots, "the order")?,
             expert_offsets: held(&order.expert_offsets, "the order")?,
             tile_experts: held(&tiles.tile_experts, "the order")?,

@@ -116,7 +116,13 @@ impl Path {
     }
 
     /// One kernel for both projections, where there is one: for few tokens a launch counts.
-    pub(super) fn layer_kernel(self, experts: &Experts, max_tiles: usize, dtype: DType, device: Properties) -> Option<Kernel> {
+    pub(super) fn layer_kernel(
+        self,
+        experts: &Experts,
+        max_tiles: usize,
+        dtype: DType,
+        device: Properties,
+    ) -> Option<Kernel> {
         if self != (Self::Resident { blocks: 1 }) || !device.has_clusters {
             return None;
         }
