@@ -30,7 +30,8 @@ pub(crate) fn cuda() -> Option<&'static Device> {
 #[cfg(feature = "cuda")]
 pub(crate) fn say(line: &str) {
     use std::io::Write;
-    writeln!(std::io::stderr(), "{line}").unwrap();
+    let mut stderr = std::io::stderr().lock();
+    writeln!(stderr, "{line}").unwrap();
 }
 
 #[cfg(not(feature = "cuda"))]
