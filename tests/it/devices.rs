@@ -39,7 +39,9 @@ pub(crate) fn cuda() -> Option<&'static Device> {
     None
 }
 
+/// On the CPU. Of a view that is all; Candle would copy the buffer that it lies in.
 pub(crate) fn to_host(tensor: &Tensor) -> Tensor {
+    let tensor = if tensor.device().is_cpu() { tensor.clone() } else { tensor.force_contiguous().unwrap() };
     tensor.to_device(&Device::Cpu).unwrap()
 }
 
