@@ -15,13 +15,14 @@ use std::process::{Command, exit};
 use std::thread;
 
 /// The kernels: room and file.
-const KERNELS: [(&str, &str); 6] = [
+const KERNELS: [(&str, &str); 7] = [
     ("routing", "topk"),
     ("routing", "backward"),
     ("order", "order"),
     ("order", "routed"),
     ("perfect_router", "logits"),
     ("experts", "general"),
+    ("block", "block"),
 ];
 
 /// Least compute capability that the kernels are written for.

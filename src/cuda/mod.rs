@@ -23,6 +23,7 @@ pub(crate) enum Binary {
     Routed,
     PerfectRouter,
     Experts,
+    Block,
 }
 
 impl Binary {
@@ -39,6 +40,7 @@ impl Binary {
             Self::Routed => built!("order_routed"),
             Self::PerfectRouter => built!("perfect_router_logits"),
             Self::Experts => built!("experts_general"),
+            Self::Block => built!("block_block"),
         }
     }
 }

@@ -149,6 +149,11 @@ impl Experts {
         Ok(Self { gate_up, down, ..self.clone() })
     }
 
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.down.weights.device()
+    }
+
     /// Local experts.
     pub fn num_experts(&self) -> usize {
         self.down.weights.num_experts()

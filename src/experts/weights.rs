@@ -166,6 +166,15 @@ impl ExpertWeights {
         Ok(Self { values, ..*self })
     }
 
+    /// Where they are.
+    pub fn device(&self) -> &Device {
+        match &self.values {
+            Values::Dense(values) | Values::Mxfp4 { blocks: values, .. } | Values::Fp8 { values, .. } => {
+                values.device()
+            }
+        }
+    }
+
     /// Local experts.
     pub fn num_experts(&self) -> usize {
         self.num_experts

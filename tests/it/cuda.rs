@@ -1,14 +1,18 @@
 //! What only a CUDA device can show: sizes around the kernels' thresholds, repeats, graphs, memory that runs out. Everything
 //! else runs on all devices in the tests of the rooms.
 
+use crate::block::{self, Layer};
 use crate::devices::{self, RouteEverywhere, assert_same_order, assert_same_routing, line, to_host};
 use crate::oracle::{self, FLOATS, Random};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DevicePtr, result, sys};
 use candle_core::{CudaDevice, DType, Device, Storage, Tensor, Var};
+use candle_moe::block::MoeBlock;
+use candle_moe::ep::{Solo, Step};
 use candle_moe::order::{ExpertOrder, NO_EXPERT, OrderOptions, RoutedOrder};
 use candle_moe::perfect_router::{Hotspot, Imbalance, PerfectRouterKey, PerfectRouterStore, Plan};
 use candle_moe::routing::{ExpertGroups, Router, RoutingMethod};
+use half::bf16;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{LazyLock, Mutex, mpsc};
 use std::thread;
@@ -288,6 +292,7 @@ fn address(tensor: &Tensor) -> u64 {
     bytes
         + match storage.dtype() {
             DType::U32 => storage.as_cuda_slice::<u32>().unwrap().device_ptr(&stream).0,
+            DType::BF16 => storage.as_cuda_slice::<bf16>().unwrap().device_ptr(&stream).0,
             _ => storage.as_cuda_slice::<f32>().unwrap().device_ptr(&stream).0,
         }
 }
@@ -395,6 +400,62 @@ fn replay_perfect_routing() {
     }
     let after = store.statistics();
     assert_eq!((after.entries, after.rows, after.misses), (before.entries, before.rows, 0));
+}
+
+#[test]
+fn a_captured_graph_of_a_whole_block_follows_its_inputs_and_counts() {
+    on_lasting_thread(replay_blocks);
+}
+
+fn replay_blocks() {
+    let Some(device) = devices::cuda() else { return };
+    for (dtype, num_shared, perfect) in
+        [(DType::F32, 0, false), (DType::F32, 2, false), (DType::F32, 1, true), (DType::BF16, 1, false)]
+    {
+        let layer = Layer::new(60, 8, dtype);
+        let builder = layer.shard(layer.router(RoutingMethod::Renormalize, 3), 1, 0).router_dtype(DType::F32);
+        let mut builder = builder.statistics(true).perfect_router(perfect);
+        if num_shared > 0 {
+            builder = builder.shared_experts(block::shared_experts(61, num_shared, dtype));
+        }
+        let cpu = builder.build().unwrap();
+        let cuda = cpu.to_device(device).unwrap();
+        for num_tokens in [1, 7, 40] {
+            replay_block(device, &cpu, &cuda, num_tokens, dtype);
+        }
+    }
+}
+
+fn replay_block(device: &Device, cpu: &MoeBlock, cuda: &MoeBlock, num_tokens: usize, dtype: DType) {
+    let input = block::hidden_states(62, num_tokens, dtype).to_device(device).unwrap();
+    let num_valid_tokens = Tensor::new(&[num_tokens as u32], device).unwrap();
+    let forward = || {
+        let mut solo = Solo::new();
+        let step = Step::agree(&mut solo, num_tokens).unwrap().with_valid_tokens(&num_valid_tokens);
+        cuda.forward(&input, &mut solo, &step).unwrap()
+    };
+    // The first use loads kernels and, of perfect routing, plans.
+    forward();
+    let (graph, output) = captured(device, forward);
+    cuda.reset_load().unwrap();
+    cpu.reset_load().unwrap();
+    for (seed, num_valid) in [(63, num_tokens), (64, num_tokens / 2), (65, 0), (66, num_tokens)] {
+        let hidden = block::hidden_states(seed, num_tokens, dtype);
+        match dtype {
+            DType::BF16 => overwrite(&input, &hidden.flatten_all().unwrap().to_vec1::<bf16>().unwrap()),
+            _ => overwrite(&input, &hidden.flatten_all().unwrap().to_vec1::<f32>().unwrap()),
+        }
+        overwrite(&num_valid_tokens, &[num_valid as u32]);
+        graph.launch().unwrap();
+        let mut solo = Solo::new();
+        let num_valid_there = Tensor::new(num_valid as u32, &Device::Cpu).unwrap();
+        let step = Step::agree(&mut solo, num_tokens).unwrap().with_valid_tokens(&num_valid_there);
+        let expected = cpu.forward(&hidden, &mut solo, &step).unwrap();
+        let perfect = cpu.is_perfect();
+        let context = format!("{dtype:?}, perfect {perfect}, {num_valid} of {num_tokens} tokens");
+        block::assert_close(&output, &expected, &context);
+        assert_eq!(cuda.load().unwrap(), cpu.load().unwrap(), "{context}");
+    }
 }
 
 #[test]

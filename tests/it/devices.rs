@@ -2,7 +2,7 @@
 //! be the same. Without the feature `cuda` there is the CPU alone; with it and without a device tests say that they skip
 //! CUDA, or fail if `CANDLE_MOE_REQUIRE_CUDA=1`.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_moe::order::{ExpertMap, ExpertOrder, NO_EXPERT, NO_SLOT, OrderOptions, RoutedOrder};
 use candle_moe::routing::{Router, Routing, RoutingMethod};
 use std::ops::Range;
@@ -29,6 +29,23 @@ pub(crate) fn cuda() -> Option<&'static Device> {
 #[cfg(not(feature = "cuda"))]
 pub(crate) fn cuda() -> Option<&'static Device> {
     None
+}
+
+/// The CPU, and the CUDA device if there is one.
+pub(crate) fn all() -> impl Iterator<Item = Device> {
+    std::iter::once(Device::Cpu).chain(cuda().cloned())
+}
+
+/// Those of them that have matrix products, which an emulated device has not.
+pub(crate) fn with_products() -> impl Iterator<Item = Device> {
+    all().filter(|device| {
+        let one = Tensor::ones((1, 1), DType::F32, device).unwrap();
+        let Err(error) = one.matmul(&one) else { return true };
+        let error = line(error);
+        assert!(error.contains("CUBLAS_STATUS_NOT_SUPPORTED"), "no matrix products: {error}");
+        eprintln!("SKIPPED on CUDA: no matrix products ({error})");
+        false
+    })
 }
 
 pub(crate) fn to_host(tensor: &Tensor) -> Tensor {
