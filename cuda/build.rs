@@ -15,13 +15,16 @@ use std::process::{Command, exit};
 use std::thread;
 
 /// The kernels: room and file.
-const KERNELS: [(&str, &str); 7] = [
+const KERNELS: [(&str, &str); 10] = [
     ("routing", "topk"),
     ("routing", "backward"),
     ("order", "order"),
     ("order", "routed"),
     ("perfect_router", "logits"),
     ("experts", "general"),
+    ("experts", "resident"),
+    ("experts", "pack"),
+    ("experts", "home"),
     ("block", "block"),
 ];
 

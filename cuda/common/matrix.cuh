@@ -25,6 +25,17 @@ __device__ __forceinline__ float low_of<__nv_bfloat16>(uint32_t pair) { return _
 template <>
 __device__ __forceinline__ float low_of<__half>(uint32_t pair) { return __half2float(__ushort_as_half(pair & 0xffffu)); }
 
+// An address in shared memory.
+#ifdef CANDLE_MOE_EMULATOR
+using SharedAddress = unsigned char*;
+__device__ __forceinline__ SharedAddress shared_address(void* at) { return static_cast<unsigned char*>(at); }
+#else
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* at) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+#endif
+
 #ifdef CANDLE_MOE_EMULATOR
 
 // c += a b, through a copy of the fragments in shared memory.
@@ -50,35 +61,40 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, and gets of matrix i the
 // elements 2t, 2t+1 of row g.
-__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
-    __shared__ const void* rows[32][32];
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], SharedAddress row) {
+    __shared__ SharedAddress rows[32][32];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     emulator::check_alignment(row, 16);
     rows[warp][lane] = row;
     __syncwarp();
-    for (uint32_t i = 0; i < 4; ++i) out[i] = static_cast<const uint32_t*>(rows[warp][i * 8 + lane / 4])[lane % 4];
+    for (uint32_t i = 0; i < 4; ++i) out[i] = reinterpret_cast<const uint32_t*>(rows[warp][i * 8 + lane / 4])[lane % 4];
     __syncwarp();
 }
 
-// 16 bytes to shared memory, in time; zeros where not `in`.
-__device__ __forceinline__ void copy_16(void* to, const void* from, bool in = true) {
+__device__ __forceinline__ uint4 load_shared_16(SharedAddress from) {
+    emulator::check_alignment(from, 16);
+    return *reinterpret_cast<const uint4*>(from);
+}
+__device__ __forceinline__ uint32_t load_shared_4(SharedAddress from) {
+    emulator::check_alignment(from, 4);
+    return *reinterpret_cast<const uint32_t*>(from);
+}
+
+// 16 bytes to shared memory, in time.
+__device__ __forceinline__ void copy_16(SharedAddress to, const void* from) {
     emulator::check_alignment(to, 16);
-    if (in) {
-        emulator::check_alignment(from, 16);
-        *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
-    } else {
-        *static_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
-    }
+    emulator::check_alignment(from, 16);
+    *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 }
 __device__ __forceinline__ void commit_copies() {}
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {}
 
-#else
+// Barrier `id` of the block for `threads` threads, whole warps: to wait at it, or only to be counted.
+__device__ __forceinline__ void wait_at_barrier(uint32_t id, uint32_t threads) { emulator::barrier(id, threads); }
+__device__ __forceinline__ void pass_barrier(uint32_t id, uint32_t threads) { emulator::barrier_arrive(id, threads); }
 
-__device__ __forceinline__ uint32_t shared_address(const void* at) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
+#else
 
 // c += a b.
 template <typename T>
@@ -98,17 +114,26 @@ __device__ __forceinline__ void mma_16x8x16<__half>(float (&c)[4], const uint32_
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, and gets of matrix i the
 // elements 2t, 2t+1 of row g.
-__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(shared_address(row))
-                 : "memory");
+                 : "r"(row));
 }
 
-// 16 bytes to shared memory, in time, past the L1 cache; zeros where not `in`.
-__device__ __forceinline__ void copy_16(void* to, const void* from, bool in = true) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(in ? 16 : 0)
-                 : "memory");
+__device__ __forceinline__ uint4 load_shared_16(SharedAddress from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+    return v;
+}
+__device__ __forceinline__ uint32_t load_shared_4(SharedAddress from) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+    return v;
+}
+
+// 16 bytes to shared memory, in time, past the L1 cache.
+__device__ __forceinline__ void copy_16(SharedAddress to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 // Closes a group of this thread's copies.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -116,6 +141,14 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// Barrier `id` of the block for `threads` threads, whole warps: to wait at it, or only to be counted.
+__device__ __forceinline__ void wait_at_barrier(uint32_t id, uint32_t threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void pass_barrier(uint32_t id, uint32_t threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 #endif

@@ -5,9 +5,9 @@
 // `#ifdef CANDLE_MOE_EMULATOR`, stand calls of `namespace emulator` below.
 //
 // Limits: memory is sequentially consistent, so a missing fence does no harm here; threads are interleaved only where they
-// wait for each other, sleep, or (seeded) at atomics; textures, cooperative groups, tensor cores and asynchronous copies
-// are not here. __activemask gives the calling lane alone, as a device may. Approximate functions (__expf, rsqrtf) are more
-// exact than on a device.
+// wait for each other, sleep, or (seeded) at atomics; textures and cooperative groups are not here, and of tensor cores and
+// asynchronous copies what cuda/common has. __activemask gives the calling lane alone, as a device may. Approximate functions
+// (__expf, rsqrtf) are more exact than on a device.
 #pragma once
 
 #include <math.h>
@@ -56,6 +56,8 @@ struct BarrierResult {
 };
 // Barrier `id` of the block, for `threads` threads; 0 means all that have not exited.
 BarrierResult barrier(unsigned id = 0, unsigned threads = 0, bool predicate = false);
+// Counts for a barrier without waiting for it.
+void barrier_arrive(unsigned id, unsigned threads);
 
 void cluster_arrive();
 void cluster_wait();

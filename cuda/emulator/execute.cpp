@@ -116,6 +116,7 @@ struct Warp {
 
 struct Barrier {
     std::vector<Thread*> waiting;
+    unsigned arrived = 0;  // without waiting
     unsigned ones = 0;
     unsigned threads = 0;
 };
@@ -431,18 +432,19 @@ inline uint64_t wait_in(Thread& me, State state, const uint64_t* result) {
 // Barriers
 
 void release_barrier(Barrier& barrier) {
-    const BarrierResult result{barrier.ones, static_cast<unsigned>(barrier.waiting.size())};
+    const BarrierResult result{barrier.ones, static_cast<unsigned>(barrier.waiting.size()) + barrier.arrived};
     for (Thread* thread : barrier.waiting) {
         thread->barrier_result = bits_as<uint64_t>(result);
         if (thread != machine->current) make_ready(*thread);
     }
     barrier.waiting.clear();
-    barrier.ones = barrier.threads = 0;
+    barrier.arrived = barrier.ones = barrier.threads = 0;
 }
 
 bool is_full(const Block& block, const Barrier& barrier) {
     const unsigned needed = barrier.threads == 0 ? block.live : barrier.threads;
-    return !barrier.waiting.empty() && barrier.waiting.size() >= needed;
+    const size_t there = barrier.waiting.size() + barrier.arrived;
+    return there > 0 && there >= needed;
 }
 
 void release_cluster(Cluster& cluster) {
@@ -636,14 +638,26 @@ uint64_t collective(Operation operation, unsigned mask, uint64_t value, unsigned
 
 unsigned active_lanes() { return 1u << machine->current->position.lane; }
 
-BarrierResult barrier(unsigned id, unsigned threads, bool predicate) {
-    Thread& me = *machine->current;
+// Barrier `id`, which the running thread comes to with `threads` threads in all.
+Barrier& named_barrier(unsigned id, unsigned threads) {
     if (id >= kNamedBarriers) fail("barrier %u: there are %u", id, kNamedBarriers);
-    Barrier& barrier = me.block->barriers[id];
-    if (!barrier.waiting.empty() && barrier.threads != threads) {
+    Barrier& barrier = machine->current->block->barriers[id];
+    if ((!barrier.waiting.empty() || barrier.arrived > 0) && barrier.threads != threads) {
         fail("barrier %u waits for %u threads, not %u", id, barrier.threads, threads);
     }
     barrier.threads = threads;
+    return barrier;
+}
+
+void barrier_arrive(unsigned id, unsigned threads) {
+    Barrier& barrier = named_barrier(id, threads);
+    ++barrier.arrived;
+    if (is_full(*machine->current->block, barrier)) release_barrier(barrier);
+}
+
+BarrierResult barrier(unsigned id, unsigned threads, bool predicate) {
+    Thread& me = *machine->current;
+    Barrier& barrier = named_barrier(id, threads);
     barrier.ones += predicate;
     barrier.waiting.push_back(&me);
     if (is_full(*me.block, barrier)) {

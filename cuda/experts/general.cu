@@ -1,9 +1,8 @@
-// The experts' projections for weights of any format and any size, and the weighted sum that brings their rows home.
+// The experts' projections for weights of any format and any size.
 //
 //     gate_up   h[place]    = round(activation(W1 x + b1)), of the token at each place of the order
 //     down      rows[place] = W2 h[place] + b2
 //     linear    out[token]  = round(W x + b), of one matrix and all tokens in their order
-//     home      sums[token] = sum over k of topk_weights[slot] * rows[slot_rank[slot]], in slot order
 //
 // A block has up to kTileRows places of one expert and a band of output features; a warp has one feature at a time, its
 // lanes side by side along the inputs, so that a weight is decoded once for all places of the tile. Made to be right for
@@ -11,13 +10,20 @@
 
 #include <type_traits>
 
-#include "experts/projection.cuh"
+#include "experts/fragments.cuh"
 
 namespace moe {
 
 constexpr uint32_t kTileRows = 16;
 constexpr uint32_t kThreads = 256;
 constexpr uint32_t kBand = 32;  // output features of a block
+
+__device__ __forceinline__ float e2m1(uint32_t nibble) {
+    const uint32_t exponent = nibble >> 1 & 3u, mantissa = nibble & 1u;
+    // 0 and 0.5, or 1.m times a power of two.
+    const float magnitude = exponent == 0 ? 0.5f * mantissa : __uint_as_float((exponent + 126u) << 23 | mantissa << 22);
+    return nibble & 8u ? -magnitude : magnitude;
+}
 
 // Formats: the weight at column k of a row of the matrix, which is row `row` of all local experts' matrices.
 template <typename T> struct Dense {
@@ -35,13 +41,7 @@ struct Mxfp4 {
         : blocks(static_cast<const uint8_t*>(a.weights) + row * (a.in_features / 2)),
           scales(static_cast<const uint8_t*>(a.scales) + row * (a.in_features / 32)) {}
     __device__ float at(uint32_t k) const {
-        const uint32_t nibble = blocks[k / 2] >> (k % 2 * 4) & 15u, scale = scales[k / 32];
-        const uint32_t exponent = nibble >> 1 & 3u, mantissa = nibble & 1u;
-        // 0 and 0.5, or 1.m times a power of two.
-        const float magnitude =
-            exponent == 0 ? 0.5f * mantissa : __uint_as_float((exponent + 126u) << 23 | mantissa << 22);
-        const float power = __uint_as_float(scale == 0 ? 0x00400000u : scale << 23);
-        return (nibble & 8u ? -magnitude : magnitude) * power;
+        return e2m1(blocks[k / 2] >> (k % 2 * 4) & 15u) * power_of_scale(scales[k / 32]);
     }
 };
 
@@ -66,6 +66,56 @@ __device__ __forceinline__ Tile block_tile(const ProjectionArguments& a, uint32_
     if (kKind == kLinear) return {0, tile * kTileRows, min(kTileRows, a.num_rows - tile * kTileRows)};
     return tile_of(a, tile, kTileRows);
 }
+
+// The place of a row in fragment order.
+template <Kind kKind>
+struct FragmentRow {
+    uint64_t band;  // of all experts'
+    uint32_t g, half;
+
+    __device__ FragmentRow(const ProjectionArguments& a, uint64_t row) {
+        const uint32_t rows = kKind == kGateUp ? 2 * a.out_features : a.out_features;
+        const uint32_t in_matrix = static_cast<uint32_t>(row % rows);
+        uint32_t in_bands = in_matrix;  // the row of the matrix that lies there
+        if (kKind == kGateUp) {
+            const bool interleaved = a.gate_up_rows == kInterleaved;
+            const uint32_t feature = interleaved ? in_matrix / 2 : in_matrix % a.out_features;
+            const uint32_t is_up = interleaved ? in_matrix % 2 : in_matrix / a.out_features;
+            in_bands = feature / 8 * kBandRows + is_up * 8 + feature % 8;
+        }
+        band = row / rows * (rows / kBandRows) + in_bands / kBandRows;
+        g = in_bands % 8;
+        half = in_bands / 8 % 2;
+    }
+    __device__ uint32_t lane(uint32_t k) const { return g * 4 + k % 8 / 2; }
+    __device__ uint32_t operand(uint32_t k) const { return half + k % 16 / 8 * 2; }
+};
+
+template <Kind kKind> struct Mxfp4Fragments : FragmentRow<kKind> {
+    const uint32_t* values;
+    const uint8_t* scales;
+    __device__ Mxfp4Fragments(const ProjectionArguments& a, uint64_t row) : FragmentRow<kKind>(a, row) {
+        const uint64_t unit = this->band * (a.in_features / kUnitColumns);
+        values = static_cast<const uint32_t*>(a.weights) + unit * 32 * kSteps;
+        scales = static_cast<const uint8_t*>(a.scales) + (unit * 8 + this->g) * 4;
+    }
+    __device__ float at(uint32_t k) const {
+        const uint32_t unit = k / kUnitColumns, step = k % kUnitColumns / 16;
+        const uint32_t word = values[(uint64_t(unit) * 32 + this->lane(k)) * kSteps + step];
+        const uint32_t nibble = MxFp4::nibble(word, this->operand(k), k % 2);
+        return e2m1(nibble) * power_of_scale(scales[unit * 32 + step / 2 * 2 + this->half]);
+    }
+};
+
+template <typename T, Kind kKind> struct PlainFragments : FragmentRow<kKind> {
+    const T* values;
+    __device__ PlainFragments(const ProjectionArguments& a, uint64_t row) : FragmentRow<kKind>(a, row) {
+        values = static_cast<const T*>(a.weights) + this->band * (a.in_features * uint64_t(kBandRows));
+    }
+    __device__ float at(uint32_t k) const {
+        return to_float(values[(uint64_t(k / 16) * 32 + this->lane(k)) * 8 + this->operand(k) * 2 + k % 2]);
+    }
+};
 
 // The products of a row of the matrix with all inputs of the tile; lane t has that of input t, bias included.
 template <typename W, typename T>
@@ -123,50 +173,31 @@ __device__ __forceinline__ void project(const ProjectionArguments& a) {
     }
 }
 
-struct HomeArguments {
-    const float* rows;          // [num_slots, hidden_size]
-    const float* topk_weights;  // [num_tokens, top_k]
-    const uint32_t* slot_rank;  // [num_slots]
-    float* sums;                // [num_tokens, hidden_size]
-    uint64_t num_tokens;
-    uint32_t top_k;
-    uint32_t hidden_size;
-};
-
 }  // namespace moe
 
 #define PROJECT(WEIGHTS, WEIGHTS_NAME, T, NAME, KIND, KIND_NAME)                                                  \
     extern "C" __global__ void __launch_bounds__(moe::kThreads) KIND_NAME##_##WEIGHTS_NAME##_##NAME(              \
         const __grid_constant__ moe::ProjectionArguments a) {                                                     \
-        moe::project<moe::WEIGHTS, T, moe::KIND>(a);                                                              \
+        moe::project<WEIGHTS, T, moe::KIND>(a);                                                              \
     }
 #define PROJECT_KINDS(WEIGHTS, WEIGHTS_NAME, T, NAME)          \
     PROJECT(WEIGHTS, WEIGHTS_NAME, T, NAME, kGateUp, gate_up)  \
     PROJECT(WEIGHTS, WEIGHTS_NAME, T, NAME, kDown, down)       \
     PROJECT(WEIGHTS, WEIGHTS_NAME, T, NAME, kLinear, linear)
-#define PROJECT_FORMATS(T, NAME)                    \
-    PROJECT_KINDS(Dense<float>, f32, T, NAME)             \
-    PROJECT_KINDS(Dense<__half>, f16, T, NAME)            \
-    PROJECT_KINDS(Dense<__nv_bfloat16>, bf16, T, NAME)    \
-    PROJECT_KINDS(Mxfp4, mxfp4, T, NAME)                  \
-    PROJECT_KINDS(Fp8, fp8, T, NAME)
+#define PROJECT_FRAGMENTS(T, NAME, KIND, KIND_NAME)                                                           \
+    PROJECT(moe::Mxfp4Fragments<moe::KIND>, mxfp4_fragments, T, NAME, KIND, KIND_NAME)                        \
+    PROJECT(PLAIN(__half, KIND), f16_fragments, T, NAME, KIND, KIND_NAME)                                     \
+    PROJECT(PLAIN(__nv_bfloat16, KIND), bf16_fragments, T, NAME, KIND, KIND_NAME)
+#define PLAIN(W, KIND) moe::PlainFragments<W, moe::KIND>
+#define PROJECT_FORMATS(T, NAME)                               \
+    PROJECT_KINDS(moe::Dense<float>, f32, T, NAME)             \
+    PROJECT_KINDS(moe::Dense<__half>, f16, T, NAME)            \
+    PROJECT_KINDS(moe::Dense<__nv_bfloat16>, bf16, T, NAME)    \
+    PROJECT_KINDS(moe::Mxfp4, mxfp4, T, NAME)                  \
+    PROJECT_KINDS(moe::Fp8, fp8, T, NAME)                      \
+    PROJECT_FRAGMENTS(T, NAME, kGateUp, gate_up)               \
+    PROJECT_FRAGMENTS(T, NAME, kDown, down)
 
 PROJECT_FORMATS(float, f32)
 PROJECT_FORMATS(__half, f16)
 PROJECT_FORMATS(__nv_bfloat16, bf16)
-
-extern "C" __global__ void __launch_bounds__(256) home(const __grid_constant__ moe::HomeArguments a) {
-    const uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= a.num_tokens * a.hidden_size) return;
-    const uint64_t token = i / a.hidden_size;
-    float sum = 0.0f;
-    for (uint32_t k = 0; k < a.top_k; ++k) {
-        const uint64_t slot = token * a.top_k + k;
-        const uint32_t rank = a.slot_rank[slot];
-        if (rank != moe::kNothing) {
-            const float value = a.rows[uint64_t(rank) * a.hidden_size + i % a.hidden_size];
-            sum = __fadd_rn(sum, __fmul_rn(a.topk_weights[slot], value));
-        }
-    }
-    a.sums[i] = sum;
-}

@@ -36,6 +36,7 @@ struct ProjectionArguments {
     uint32_t activation;
     float alpha;
     float limit;
+    uint32_t warps;                 // of experts/resident.cuh
 };
 
 __device__ __forceinline__ void keep(float* to, float value) { *to = value; }

@@ -36,7 +36,8 @@ impl MoeBlock {
 
     fn route_on_device(&self, hidden: &Tensor, router_logits: &Tensor, step: &Step) -> Result<RoutedOrder> {
         let (router, logits) = self.logits_in_use(router_logits, step)?;
-        let tile_rows = self.experts.tile_rows(hidden.dims()[0], self.router.top_k(), hidden.dtype(), hidden.device());
+        let tile_rows =
+            self.experts.tile_rows(hidden.dims()[0], self.router.top_k(), hidden.dtype(), hidden.device())?;
         let num_valid_tokens = step.num_valid_tokens().cloned();
         RoutedOrder::new(&router, &logits, &OrderOptions { tile_rows, num_valid_tokens, ..Default::default() })
     }

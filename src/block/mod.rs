@@ -184,15 +184,21 @@ impl MoeBlockBuilder {
     }
 
     fn check_devices(&self) -> Result<()> {
-        let expected = self.experts.device().location();
+        let expected = self.experts.device();
         let shared = self.shared_experts.as_ref().map(|shared| ("the shared experts are", shared.device()));
         for (part, device) in [("the gate is", self.gate.device())].into_iter().chain(shared) {
-            if device.location() != expected {
-                bail!("{OP}: {part} on {:?}, expected {expected:?} as the experts", device.location())
-            }
+            check_same_device(part, device, expected)?;
         }
         check_ranks(self.experts.device(), self.ep_size)
     }
+}
+
+/// Two devices of one location are two: each has a stream of its own.
+fn check_same_device(part: &str, device: &Device, expected: &Device) -> Result<()> {
+    if !device.same_device(expected) {
+        bail!("{OP}: {part} on {:?}, expected the device of the experts, {:?}", device.location(), expected.location())
+    }
+    Ok(())
 }
 
 /// Groups of several ranks are on the CPU.
@@ -429,10 +435,7 @@ impl MoeBlock {
         if group != own {
             bail!("{OP}: the communicator is rank {} of {}, expected rank {} of {}", group.1, group.0, own.1, own.0)
         }
-        let (device, expected) = (hidden.device().location(), self.device().location());
-        if device != expected {
-            bail!("{OP}: hidden is on {device:?}, expected {expected:?} as the experts")
-        }
+        check_same_device("hidden is", hidden.device(), self.device())?;
         match (step.token_counts().get(own.1), hidden.dims()) {
             (Some(&count), &[num_tokens, _]) if count == num_tokens && step.token_counts().len() == own.0 => Ok(()),
             _ => bail!(

@@ -3,8 +3,10 @@
 //! Kernels run on the current stream of the tensor's device; nothing here waits for the device or copies to the host.
 
 mod buffer;
+mod workspace;
 
 pub(crate) use buffer::{Buffer, Section, Sections};
+pub(crate) use workspace::workspace;
 
 use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, DeviceRepr, sys};
@@ -23,6 +25,9 @@ pub(crate) enum Binary {
     Routed,
     PerfectRouter,
     Experts,
+    ExpertsResident,
+    ExpertsPack,
+    ExpertsHome,
     Block,
 }
 
@@ -40,6 +45,9 @@ impl Binary {
             Self::Routed => built!("order_routed"),
             Self::PerfectRouter => built!("perfect_router_logits"),
             Self::Experts => built!("experts_general"),
+            Self::ExpertsResident => built!("experts_resident"),
+            Self::ExpertsPack => built!("experts_pack"),
+            Self::ExpertsHome => built!("experts_home"),
             Self::Block => built!("block_block"),
         }
     }

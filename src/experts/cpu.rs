@@ -236,12 +236,14 @@ fn with_rows<R>(weights: &ExpertWeights, f: impl FnOnce(WeightRows<'_>) -> Resul
                 }
             }
         }
-        Values::Mxfp4 { blocks, scales } => with_slice(blocks, OP, "blocks", |blocks: &[u8]| {
+        Values::Mxfp4 { blocks, scales, .. } => with_slice(blocks, OP, "blocks", |blocks: &[u8]| {
             with_slice(scales, OP, "scales", |scales: &[u8]| f(WeightRows::Mxfp4 { blocks, scales }))
         }),
         Values::Fp8 { values, scales } => with_slice(values, OP, "values", |values: &[u8]| {
             with_slice(scales, OP, "scales", |scales: &[f32]| f(WeightRows::Fp8 { values, scales }))
         }),
+        #[cfg(feature = "cuda")]
+        Values::Fragments(_) => bail!("{OP}: weights are on a CUDA device, expected the CPU"),
     }
 }
 

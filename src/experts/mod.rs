@@ -83,6 +83,17 @@ impl ExpertProjection {
     pub fn weights(&self) -> &ExpertWeights {
         &self.weights
     }
+
+    /// On CUDA, in the order that tensor cores take; `gate_up_rows` says how gate and up lie in the matrix, if it has both.
+    #[cfg(feature = "cuda")]
+    fn arranged(self, gate_up_rows: Option<GateUpRows>) -> Result<Self> {
+        Ok(Self { weights: cuda::fragments::arranged(self.weights, gate_up_rows)?, bias: self.bias })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn arranged(self, _: Option<GateUpRows>) -> Result<Self> {
+        Ok(self)
+    }
 }
 
 fn check_hidden(hidden: &Tensor, num_tokens: Option<usize>, hidden_size: usize) -> Result<()> {
@@ -137,16 +148,20 @@ impl Experts {
                 second.out_features()
             )
         }
+        let (gate_up, down) = (gate_up.arranged(Some(gate_up_rows))?, down.arranged(None)?);
         Ok(Self { gate_up, down, gate_up_rows, activation })
     }
 
-    /// The same on `device`.
+    /// The same on `device`. On CUDA, where weights are MXFP4, bf16 or f16 and the sizes are whole (intermediate_size and
+    /// hidden_size multiples of 64), they are arranged as its tensor cores take them, one projection after the other, so that
+    /// no more than one projection is there twice; other weights are as they are, and slow.
     ///
     /// # Errors
-    /// What copying tensors there may fail with.
+    /// What copying tensors there may fail with; weights that were arranged for CUDA do not come back to the CPU.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        let (gate_up, down) = (self.gate_up.to_device(device)?, self.down.to_device(device)?);
-        Ok(Self { gate_up, down, ..self.clone() })
+        let gate_up = self.gate_up.to_device(device)?.arranged(Some(self.gate_up_rows))?;
+        let down = self.down.to_device(device)?.arranged(None)?;
+        Ok(Self { gate_up, down, gate_up_rows: self.gate_up_rows, activation: self.activation })
     }
 
     /// Where the weights are.
@@ -185,14 +200,7 @@ impl Experts {
     /// # Errors
     /// Shapes, dtypes or a number of experts that do not fit, or tensors that do not live on one device.
     pub fn forward(&self, hidden: &Tensor, order: &ExpertOrder) -> Result<Tensor> {
-        check_hidden(hidden, Some(order.num_tokens()), self.hidden_size())?;
-        if order.local_experts().len() != self.num_experts() {
-            bail!(
-                "{OP}: the order covers {} local experts, expected {}",
-                order.local_experts().len(),
-                self.num_experts()
-            )
-        }
+        self.check_order(hidden, order)?;
         #[cfg(feature = "cuda")]
         if let Device::Cuda(device) = hidden.device() {
             return cuda::forward(self, hidden, order, device);
@@ -202,14 +210,24 @@ impl Experts {
 
     /// Rows of a tile that [`forward_weighted`](Self::forward_weighted) works with on `device` for that many tokens, to be asked
     /// for with the order; `None` where it needs no tiles.
-    pub fn tile_rows(&self, num_tokens: usize, top_k: usize, dtype: DType, device: &Device) -> Option<usize> {
+    ///
+    /// # Errors
+    /// A CUDA device that cannot be asked.
+    pub fn tile_rows(&self, num_tokens: usize, top_k: usize, dtype: DType, device: &Device) -> Result<Option<usize>> {
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = device {
+            return cuda::tile_rows(self, num_tokens.saturating_mul(top_k), dtype, device).map(Some);
+        }
         let _ = (num_tokens, top_k, dtype, device);
-        None
+        Ok(None)
     }
 
     /// [`forward`](Self::forward) and [`weighted_sum`] in one: `[num_tokens, hidden_size]` in `dtype`, which is f32 or that of
     /// `hidden`, rounded once. `tiles` are those of the order with [`tile_rows`](Self::tile_rows), and are made where they are
-    /// not given.
+    /// not given or others.
+    ///
+    /// On CUDA it is captured in a graph after a first call of the same shape on the same thread, whose workspace it uses: the
+    /// graph is good as long as that thread lives.
     ///
     /// # Errors
     /// As those two; another `dtype`.
@@ -224,9 +242,38 @@ impl Experts {
         if dtype != DType::F32 && dtype != hidden.dtype() {
             bail!("{OP}: dtype is {dtype:?}, expected F32 or that of hidden, {:?}", hidden.dtype())
         }
+        self.check_order(hidden, order)?;
+        check_topk_weights(topk_weights, order)?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = hidden.device() {
+            return cuda::forward_weighted(self, hidden, topk_weights, order, tiles, dtype, device);
+        }
         let _ = tiles;
-        weighted_sum(&self.forward(hidden, order)?, topk_weights, order)?.to_dtype(dtype)
+        cpu::weighted_sum(&cpu::forward(self, hidden, order)?, topk_weights, order)?.to_dtype(dtype)
     }
+
+    fn check_order(&self, hidden: &Tensor, order: &ExpertOrder) -> Result<()> {
+        check_hidden(hidden, Some(order.num_tokens()), self.hidden_size())?;
+        if order.local_experts().len() != self.num_experts() {
+            bail!(
+                "{OP}: the order covers {} local experts, expected {}",
+                order.local_experts().len(),
+                self.num_experts()
+            )
+        }
+        Ok(())
+    }
+}
+
+fn check_topk_weights(topk_weights: &Tensor, order: &ExpertOrder) -> Result<()> {
+    if topk_weights.dims() != [order.num_tokens(), order.top_k()] {
+        bail!(
+            "{OP}: topk_weights has shape {:?}, expected {:?}",
+            topk_weights.shape(),
+            [order.num_tokens(), order.top_k()]
+        )
+    }
+    Ok(())
 }
 
 /// Brings rows home: `sum over k of topk_weights[t, k] * rows[slot_rank[t * top_k + k]]`, in slot order, in float32.
@@ -237,13 +284,7 @@ impl Experts {
 /// # Errors
 /// Shapes or dtypes that do not fit.
 pub fn weighted_sum(rows: &Tensor, topk_weights: &Tensor, order: &ExpertOrder) -> Result<Tensor> {
-    if topk_weights.dims() != [order.num_tokens(), order.top_k()] {
-        bail!(
-            "{OP}: topk_weights has shape {:?}, expected {:?}",
-            topk_weights.shape(),
-            [order.num_tokens(), order.top_k()]
-        )
-    }
+    check_topk_weights(topk_weights, order)?;
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = rows.device() {
         return cuda::weighted_sum(rows, topk_weights, order, device);

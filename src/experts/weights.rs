@@ -23,20 +23,24 @@ const FP8_MAX_SCALE: f32 = (1u128 << 119) as f32;
 #[derive(Debug, Clone)]
 pub struct ExpertWeights {
     pub(super) values: Values,
-    num_experts: usize,
-    out_features: usize,
-    in_features: usize,
+    pub(super) num_experts: usize,
+    pub(super) out_features: usize,
+    pub(super) in_features: usize,
 }
 
 #[derive(Debug, Clone)]
 pub(super) enum Values {
     /// `[num_local_experts, out_features, in_features]`, contiguous.
     Dense(Tensor),
-    /// u8 `[num_local_experts, out_features, in_features / 32, 16]` and `[.., in_features / 32]`, contiguous.
-    Mxfp4 { blocks: Tensor, scales: Tensor },
+    /// u8 `[num_local_experts, out_features, in_features / 32, 16]` and `[.., in_features / 32]`, contiguous; no scale is above
+    /// `max_scale`.
+    Mxfp4 { blocks: Tensor, scales: Tensor, max_scale: u8 },
     /// The bits of E4M3 as u8 `[num_local_experts, out_features, in_features]` and f32 `[.., in_features / 128 rounded up]`,
     /// contiguous.
     Fp8 { values: Tensor, scales: Tensor },
+    /// On CUDA, as its tensor cores take them.
+    #[cfg(feature = "cuda")]
+    Fragments(super::cuda::fragments::Fragments),
 }
 
 impl ExpertWeights {
@@ -84,16 +88,16 @@ impl ExpertWeights {
             )
         };
         let (blocks, scales) = (blocks.contiguous()?, scales.contiguous()?);
-        with_slice(&scales, "mxfp4 weights", "scales", |scales: &[u8]| {
+        let max_scale = with_slice(&scales, "mxfp4 weights", "scales", |scales: &[u8]| {
             match scales.iter().position(|&scale| scale == u8::MAX) {
                 Some(index) => bail!(
                     "mxfp4 weights: scale of {} is 255, which stands for NaN; expected at most 254",
                     place(index, out_features, num_blocks, "block")
                 ),
-                None => Ok(()),
+                None => Ok(scales.iter().copied().max().unwrap_or(0)),
             }
         })?;
-        Ok(Self { values: Values::Mxfp4 { blocks, scales }, num_experts, out_features, in_features })
+        Ok(Self { values: Values::Mxfp4 { blocks, scales, max_scale }, num_experts, out_features, in_features })
     }
 
     /// FP8 weights as DeepSeek-V3 publishes them: `values` F8E4M3, or its bits as u8 (which are not copied),
@@ -156,12 +160,16 @@ impl ExpertWeights {
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         let values = match &self.values {
             Values::Dense(weight) => Values::Dense(weight.to_device(device)?),
-            Values::Mxfp4 { blocks, scales } => {
-                Values::Mxfp4 { blocks: blocks.to_device(device)?, scales: scales.to_device(device)? }
-            }
+            Values::Mxfp4 { blocks, scales, max_scale } => Values::Mxfp4 {
+                blocks: blocks.to_device(device)?,
+                scales: scales.to_device(device)?,
+                max_scale: *max_scale,
+            },
             Values::Fp8 { values, scales } => {
                 Values::Fp8 { values: values.to_device(device)?, scales: scales.to_device(device)? }
             }
+            #[cfg(feature = "cuda")]
+            Values::Fragments(fragments) => Values::Fragments(fragments.to_device(device)?),
         };
         Ok(Self { values, ..*self })
     }
@@ -172,6 +180,8 @@ impl ExpertWeights {
             Values::Dense(values) | Values::Mxfp4 { blocks: values, .. } | Values::Fp8 { values, .. } => {
                 values.device()
             }
+            #[cfg(feature = "cuda")]
+            Values::Fragments(fragments) => fragments.values.device(),
         }
     }
 
@@ -195,8 +205,10 @@ impl ExpertWeights {
         let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
         let all = match &self.values {
             Values::Dense(weight) => bytes(weight),
-            Values::Mxfp4 { blocks, scales } => bytes(blocks) + bytes(scales),
+            Values::Mxfp4 { blocks, scales, .. } => bytes(blocks) + bytes(scales),
             Values::Fp8 { values, scales } => bytes(values) + bytes(scales),
+            #[cfg(feature = "cuda")]
+            Values::Fragments(fragments) => fragments.bytes(),
         };
         all / self.num_experts.max(1)
     }

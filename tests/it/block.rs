@@ -839,9 +839,9 @@ fn parts_and_hidden_states_on_different_devices_and_several_ranks_on_cuda_are_re
     let cuda = cpu.to_device(device).unwrap();
     let hidden = hidden_states(48, 2, DType::F32);
     let error = line(cuda.forward_alone(&hidden).unwrap_err());
-    assert!(error.contains("moe block: hidden is on Cpu, expected Cuda"), "{error}");
+    assert!(error.contains("moe block: hidden is on Cpu, expected the device of the experts, Cuda"), "{error}");
     let error = line(cpu.forward_alone(&hidden.to_device(device).unwrap()).unwrap_err());
-    assert!(error.contains("moe block: hidden is on Cuda") && error.contains("expected Cpu"), "{error}");
+    assert!(error.contains("moe block: hidden is on Cuda") && error.contains("experts, Cpu"), "{error}");
 
     let error = line(builder(2).build().unwrap().to_device(device).unwrap_err());
     assert!(error.contains("ep_size is 2 on Cuda") && error.contains("expert parallelism on CUDA"), "{error}");
@@ -853,11 +853,11 @@ fn parts_and_hidden_states_on_different_devices_and_several_ranks_on_cuda_are_re
 
     let mixed = MoeBlock::builder(gate.clone(), router.clone(), cuda.experts().clone());
     let error = line(mixed.build().unwrap_err());
-    assert!(error.contains("the gate is on Cpu, expected Cuda"), "{error}");
+    assert!(error.contains("the gate is on Cpu, expected the device of the experts, Cuda"), "{error}");
     let mixed = MoeBlock::builder(gate, router, cpu.experts().clone());
     let shared = shared_experts(49, 1, DType::F32).to_device(device).unwrap();
     let error = line(mixed.shared_experts(shared).build().unwrap_err());
-    assert!(error.contains("the shared experts are on Cuda") && error.contains("expected Cpu"), "{error}");
+    assert!(error.contains("the shared experts are on Cuda") && error.contains("experts, Cpu"), "{error}");
 }
 
 #[test]

@@ -1,0 +1,270 @@
+// What only compute capability 9.0 has: barriers that count arrivals in shared memory, and products by a whole warpgroup (four
+// warps, the first of them divisible by four) that run beside the threads. One name for an instruction, and what the emulated
+// driver does instead. A kernel's body stands under `#ifdef MOE_HOPPER`; elsewhere it traps.
+#pragma once
+
+#include "common/matrix.cuh"
+
+#if defined(CANDLE_MOE_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MOE_HOPPER 1
+#endif
+
+namespace moe {
+
+constexpr uint32_t kWarpgroup = 128;
+constexpr int kMostSums = 64;  // of a thread: 128 columns of products
+
+// Where something is in shared memory. A barrier there is 8 bytes; its phases, numbered from 0, end one after another, each
+// with the last of its arrivals.
+#ifdef CANDLE_MOE_EMULATOR
+using SharedAddress = unsigned char*;
+#else
+using SharedAddress = uint32_t;
+#endif
+constexpr uint32_t kBarrierBytes = 8;
+
+// Operands of a warpgroup in shared memory: rows of 64 elements of 16 bits, whose pieces of 16 bytes are exchanged (the
+// "128-byte swizzle"), from a multiple of kSwizzleAlignment bytes on.
+constexpr uint32_t kSwizzledRowBytes = 128;
+constexpr uint32_t kSwizzleAlignment = 1024;
+
+// Where piece `piece` of row `row` is.
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t piece) {
+    return row * kSwizzledRowBytes + (piece ^ row % 8) * 16;
+}
+
+#if defined(CANDLE_MOE_EMULATOR)
+
+// The dynamic shared memory of the block, whose size is a multiple of kSwizzleAlignment.
+__device__ __forceinline__ SharedAddress aligned_shared() {
+    unsigned char* const start = static_cast<unsigned char*>(emulator::dynamic_shared());
+    emulator::check_alignment(start, kSwizzleAlignment);
+    return start;
+}
+__device__ __forceinline__ uint4 read_16(SharedAddress from) {
+    emulator::check_alignment(from, 16);
+    return *reinterpret_cast<const uint4*>(from);
+}
+__device__ __forceinline__ uint32_t read_4(SharedAddress from) { return *reinterpret_cast<const uint32_t*>(from); }
+__device__ __forceinline__ void write_16(SharedAddress to, uint4 value) {
+    emulator::check_alignment(to, 16);
+    *reinterpret_cast<uint4*>(to) = value;
+}
+__device__ __forceinline__ void copy_16_to(SharedAddress to, const void* from) { copy_16(to, from); }
+__device__ __forceinline__ const void* element_at(const void* first, uint32_t row, uint32_t row_bytes) {
+    return static_cast<const unsigned char*>(first) + uint64_t(row) * row_bytes;
+}
+
+// State of a barrier: arrivals that the phase still needs, arrivals of each phase << 16, number of the phase << 32.
+__device__ __forceinline__ void start_barrier(SharedAddress barrier, uint32_t arrivals) {
+    *reinterpret_cast<uint64_t*>(barrier) = uint64_t(arrivals) << 16 | arrivals;
+}
+__device__ __forceinline__ void arrive(SharedAddress barrier) {
+    uint64_t& state = *reinterpret_cast<uint64_t*>(barrier);
+    const uint64_t arrivals = state >> 16 & 0xffffu, left = (state & 0xffffu) - 1;
+    state = left > 0 ? state - 1 : ((state >> 32) + 1) << 32 | arrivals << 16 | arrivals;
+}
+__device__ __forceinline__ void arrive_with_copies(SharedAddress barrier) { arrive(barrier); }
+__device__ __forceinline__ void wait_for_phase(SharedAddress barrier, uint32_t parity) {
+    while ((*reinterpret_cast<volatile uint64_t*>(barrier) >> 32 & 1) == parity) emulator::yield();
+}
+
+__device__ __forceinline__ void show_to_multiplies() {}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {}
+template <int kRegisters>
+__device__ __forceinline__ void leave_registers() {}
+
+__device__ __forceinline__ void begin_multiplies() {}
+__device__ __forceinline__ void end_multiplies() {}
+template <int kLeft>
+__device__ __forceinline__ void wait_for_multiplies() {}
+template <int kNumber>
+__device__ __forceinline__ void settle(float (&)[kNumber]) {}
+
+// c += a b in time, through a copy of the warp's fragments in shared memory.
+template <typename T, int kColumns>
+__device__ __forceinline__ void multiply(float (&c)[kMostSums], const uint32_t (&a)[4], SharedAddress b, uint32_t step) {
+    __shared__ uint32_t all[32][32][4];
+    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t(*const warp)[4] = all[threadIdx.x / 32];
+    for (int i = 0; i < 4; ++i) warp[lane][i] = a[i];
+    __syncwarp();
+    for (int i = 0; i < kColumns / 2; ++i) {
+        const uint32_t row = g + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * t + i % 2;
+        double sum = c[i];
+        for (uint32_t k = 0; k < 16; ++k) {
+            const uint32_t x = warp[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+            const uint32_t at = swizzled(column, step * 2 + k / 8) + k % 8 * 2;
+            const uint32_t y = *reinterpret_cast<const uint16_t*>(b + at);
+            sum += double(low_of<T>(x >> (16 * (k % 2)))) * low_of<T>(y);
+        }
+        c[i] = static_cast<float>(sum);
+    }
+    __syncwarp();
+}
+
+#elif defined(MOE_HOPPER)
+
+// ------------------------------------------------------------------------------------------------------------------
+// Shared memory
+
+// The dynamic shared memory of the block, whose size is a multiple of kSwizzleAlignment.
+__device__ __forceinline__ SharedAddress aligned_shared() {
+    extern __shared__ __align__(1024) unsigned char moe_aligned_shared[];
+    const SharedAddress start = shared_address(moe_aligned_shared);
+    if (start % kSwizzleAlignment != 0) __trap();
+    return __shfl_sync(0xffffffffu, start, 0);  // kept in a register by it, instead of made again at each use
+}
+__device__ __forceinline__ uint4 read_16(SharedAddress from) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "r"(from) : "memory");
+    return value;
+}
+__device__ __forceinline__ uint32_t read_4(SharedAddress from) {
+    uint32_t value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+    return value;
+}
+__device__ __forceinline__ void write_16(SharedAddress to, uint4 value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+}
+// As copy_16().
+__device__ __forceinline__ void copy_16_to(SharedAddress to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// first + row * row_bytes, in one instruction where the compiler would keep products in registers instead.
+__device__ __forceinline__ const void* element_at(const void* first, uint32_t row, uint32_t row_bytes) {
+    const void* at;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(row), "r"(row_bytes), "l"(first));
+    return at;
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Barriers
+
+// For `arrivals` in each phase. A barrier of the block stands between this and the first use.
+__device__ __forceinline__ void start_barrier(SharedAddress barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// What this thread did before is seen by those that have waited for the phase.
+__device__ __forceinline__ void arrive(SharedAddress barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives when all copies that this thread has begun (copy_16_to) have arrived, without waiting for them.
+__device__ __forceinline__ void arrive_with_copies(SharedAddress barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Waits until a phase has ended whose number has this parity; the phase before the first counts as one of parity 1.
+__device__ __forceinline__ void wait_for_phase(SharedAddress barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
+        "@ended bra done;\n"
+        "bra again;\n"
+        "done:\n"
+        "}" ::"r"(barrier), "r"(parity)
+        : "memory");
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Registers, which a warpgroup may pass on to others; kRegisters is a multiple of 8.
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void leave_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Products of a warpgroup
+
+// What other threads have written to shared memory, and this one has waited for, is seen by the products that follow.
+__device__ __forceinline__ void show_to_multiplies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The descriptor of rows: address / 16 in bits 0 to 13 (of a block that is in no cluster), 1024 / 16 for 8 rows in bits 32 to
+// 45, the swizzle in bits 62 and 63. Bits 16 to 29 do not count where a row is one swizzled line.
+__device__ __forceinline__ uint64_t descriptor_of(SharedAddress rows) {
+    return uint64_t(1u << 30 | 1024 / 16) << 32 | rows >> 4;
+}
+
+// Before the first product of a group: registers that the threads have written are seen by it.
+__device__ __forceinline__ void begin_multiplies() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Closes a group of products.
+__device__ __forceinline__ void end_multiplies() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until all but the last kLeft groups are done; before that nobody may touch their registers.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_multiplies() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
+// Keeps the compiler from reading sums before the wait that stands before this.
+template <int kNumber>
+__device__ __forceinline__ void settle(float (&c)[kNumber]) {
+#pragma unroll
+    for (int i = 0; i < kNumber; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
+
+// c += a b, when the group is done: a is the warpgroup's 64 x 16 weights in registers, warp w of it having rows 16 w ..
+// 16 w + 16 as one A operand of m16n8k16; b is columns 16 step .. 16 step + 16 of kColumns rows in shared memory; the first
+// kColumns / 2 of c are as many C operands of m16n8k16, of 8 columns each.
+template <typename T, int kColumns>
+__device__ __forceinline__ void multiply(float (&c)[kMostSums], const uint32_t (&a)[4], SharedAddress b, uint32_t step);
+
+#define MOE_SUMS_0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define MOE_SUMS_1 MOE_SUMS_0 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define MOE_SUMS_2 MOE_SUMS_1 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define MOE_SUMS_3 MOE_SUMS_2 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define MOE_SUMS_4 MOE_SUMS_3 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define MOE_SUMS_5 MOE_SUMS_4 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define MOE_SUMS_6 MOE_SUMS_5 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define MOE_SUMS_7 MOE_SUMS_6 ", %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define MOE_EIGHT(i)                                                                                                     \
+    "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define MOE_REGISTERS_0 MOE_EIGHT(0)
+#define MOE_REGISTERS_1 MOE_REGISTERS_0, MOE_EIGHT(8)
+#define MOE_REGISTERS_2 MOE_REGISTERS_1, MOE_EIGHT(16)
+#define MOE_REGISTERS_3 MOE_REGISTERS_2, MOE_EIGHT(24)
+#define MOE_REGISTERS_4 MOE_REGISTERS_3, MOE_EIGHT(32)
+#define MOE_REGISTERS_5 MOE_REGISTERS_4, MOE_EIGHT(40)
+#define MOE_REGISTERS_6 MOE_REGISTERS_5, MOE_EIGHT(48)
+#define MOE_REGISTERS_7 MOE_REGISTERS_6, MOE_EIGHT(56)
+
+// The operands behind the sums: weights, descriptor, and 1 for "add to the sums".
+#define MOE_MULTIPLY(T, NAME, COLUMNS, LAST, A0, A1, A2, A3, B, ADD)                                                     \
+    template <>                                                                                                          \
+    __device__ __forceinline__ void multiply<T, COLUMNS>(float (&c)[kMostSums], const uint32_t (&a)[4],                  \
+                                                         SharedAddress b, uint32_t step) {                               \
+        asm volatile(                                                                                                    \
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\n"                                                       \
+            "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" MOE_SUMS_##LAST "}, "             \
+            "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, 0;\n}"                                        \
+            : MOE_REGISTERS_##LAST                                                                                       \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor_of(b + step * 32)), "r"(1));                    \
+    }
+#define MOE_MULTIPLIES(T, NAME)                             \
+    MOE_MULTIPLY(T, NAME, 16, 0, 8, 9, 10, 11, 12, 13)      \
+    MOE_MULTIPLY(T, NAME, 32, 1, 16, 17, 18, 19, 20, 21)    \
+    MOE_MULTIPLY(T, NAME, 48, 2, 24, 25, 26, 27, 28, 29)    \
+    MOE_MULTIPLY(T, NAME, 64, 3, 32, 33, 34, 35, 36, 37)    \
+    MOE_MULTIPLY(T, NAME, 80, 4, 40, 41, 42, 43, 44, 45)    \
+    MOE_MULTIPLY(T, NAME, 96, 5, 48, 49, 50, 51, 52, 53)    \
+    MOE_MULTIPLY(T, NAME, 112, 6, 56, 57, 58, 59, 60, 61)   \
+    MOE_MULTIPLY(T, NAME, 128, 7, 64, 65, 66, 67, 68, 69)
+
+MOE_MULTIPLIES(__nv_bfloat16, "bf16")
+MOE_MULTIPLIES(__half, "f16")
+
+#endif
+
+}  // namespace moe

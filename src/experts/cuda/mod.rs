@@ -1,0 +1,353 @@
+//! Experts on CUDA: the launches of `cuda/experts/`.
+
+pub(super) mod fragments;
+mod held;
+mod path;
+
+use super::weights::Values;
+use super::{Activation, ExpertProjection, Experts, GateUpRows, OP};
+use crate::cuda::{Binary, Launch, launch, properties, workspace};
+use crate::host::checked_product;
+use crate::order::{ExpertOrder, TileMap};
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::{CudaDevice, DType, Result, Tensor, bail};
+use held::{Fresh, Held, output};
+use path::{Path, general_format, general_launch};
+
+/// Threads of a block that brings rows home, and columns of a thread.
+const HOME_THREADS: u32 = 256;
+const HOME_WIDTH: usize = 4;
+/// Tokens of a tile of the kernel of linear layers.
+const LINEAR_ROWS: usize = 16;
+
+/// What the kernels are told; `ProjectionArguments` of the source.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Arguments {
+    weights: u64,
+    scales: u64,
+    bias: u64,
+    input: u64,
+    output: u64,
+    sorted_slots: u64,
+    expert_offsets: u64,
+    tile_experts: u64,
+    tile_starts: u64,
+    num_rows: u32,
+    top_k: u32,
+    in_features: u32,
+    out_features: u32,
+    max_tiles: u32,
+    gate_up_rows: u32,
+    activation: u32,
+    alpha: f32,
+    limit: f32,
+    warps: u32,
+}
+
+/// `HomeArguments` of the source.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct HomeArguments {
+    rows: u64,
+    topk_weights: u64,
+    slot_rank: u64,
+    sums: u64,
+    num_tokens: u64,
+    top_k: u32,
+    hidden_size: u32,
+}
+
+// SAFETY: plain numbers and device addresses, in the C layout of the kernels' parameters.
+unsafe impl DeviceRepr for Arguments {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for HomeArguments {}
+
+/// The numbers of a projection on the device.
+struct Weights<'a> {
+    projection: &'a ExpertProjection,
+    values: Held,
+    scales: Option<Held>,
+    bias: Option<Held>,
+}
+
+impl<'a> Weights<'a> {
+    fn new(projection: &'a ExpertProjection, device: &CudaDevice) -> Result<Self> {
+        let held = |tensor: &Tensor, argument| Held::new(tensor, device, argument);
+        let (values, scales) = match &projection.weights.values {
+            Values::Dense(weight) => (weight, None),
+            Values::Mxfp4 { blocks, scales, .. } => (blocks, Some(scales)),
+            Values::Fp8 { values, scales } => (values, Some(scales)),
+            Values::Fragments(fragments) => (&fragments.values, fragments.scales.as_ref()),
+        };
+        Ok(Self {
+            projection,
+            values: held(values, "weights")?,
+            scales: scales.map(|scales| held(scales, "scales")).transpose()?,
+            bias: projection.bias.as_ref().map(|bias| held(bias, "bias")).transpose()?,
+        })
+    }
+
+    fn arguments(&self, out_features: usize) -> Result<Arguments> {
+        let address = |held: &Option<Held>| held.as_ref().map_or(Ok(0), Held::address);
+        Ok(Arguments {
+            weights: self.values.address()?,
+            scales: address(&self.scales)?,
+            bias: address(&self.bias)?,
+            in_features: self.projection.weights.in_features() as u32,
+            out_features: out_features as u32,
+            ..Arguments::default()
+        })
+    }
+}
+
+/// The order and the tiles of a call, with the kernels that work through them.
+struct Call<'a> {
+    experts: &'a Experts,
+    device: &'a CudaDevice,
+    path: Path,
+    dtype: DType,
+    top_k: usize,
+    num_slots: usize,
+    max_tiles: usize,
+    hidden: Held,
+    sorted_slots: Held,
+    expert_offsets: Held,
+    tile_experts: Held,
+    tile_starts: Held,
+}
+
+impl<'a> Call<'a> {
+    fn new(
+        experts: &'a Experts,
+        hidden: &Tensor,
+        order: &ExpertOrder,
+        tiles: Option<&TileMap>,
+        device: &'a CudaDevice,
+    ) -> Result<Self> {
+        let (dtype, num_slots) = (hidden.dtype(), order.num_tokens() * order.top_k());
+        let path = Path::choose(experts, num_slots, dtype, properties(device)?);
+        let tiles = match tiles {
+            Some(tiles) if tiles.tile_rows() == path.tile_rows() => tiles.clone(),
+            _ => order.tile_map(path.tile_rows())?,
+        };
+        let held = |tensor: &Tensor, argument| Held::new(tensor, device, argument);
+        Ok(Self {
+            experts,
+            device,
+            path,
+            dtype,
+            top_k: order.top_k(),
+            num_slots,
+            max_tiles: tiles.tile_experts.elem_count(),
+            hidden: held(hidden, "hidden")?,
+            sorted_slots: held(&order.sorted_slots, "the order")?,
+            expert_offsets: held(&order.expert_offsets, "the order")?,
+            tile_experts: held(&tiles.tile_experts, "the order")?,
+            tile_starts: held(&tiles.tile_starts, "the order")?,
+        })
+    }
+
+    /// Whether there is nothing to multiply.
+    fn is_empty(&self) -> bool {
+        self.max_tiles == 0 || self.experts.hidden_size() == 0
+    }
+
+    fn of_order(&self, arguments: Arguments) -> Result<Arguments> {
+        Ok(Arguments {
+            sorted_slots: self.sorted_slots.address()?,
+            expert_offsets: self.expert_offsets.address()?,
+            tile_experts: self.tile_experts.address()?,
+            tile_starts: self.tile_starts.address()?,
+            max_tiles: self.max_tiles as u32,
+            top_k: self.top_k as u32,
+            ..arguments
+        })
+    }
+
+    /// Puts `activated`, `[num_slots, intermediate_size]` in the dtype of the hidden states, on the stream.
+    fn gate_up(&self, activated: u64) -> Result<()> {
+        let experts = self.experts;
+        if experts.intermediate_size() == 0 || self.max_tiles == 0 {
+            return Ok(());
+        }
+        let (activation, alpha, limit) = match experts.activation {
+            Activation::Silu => (0, 0.0, 0.0),
+            Activation::SwigluOss { alpha, limit } => (1, alpha, limit),
+        };
+        let weights = Weights::new(&experts.gate_up, self.device)?;
+        let arguments = Arguments {
+            input: self.hidden.address()?,
+            output: activated,
+            gate_up_rows: u32::from(experts.gate_up_rows == GateUpRows::Interleaved),
+            activation,
+            alpha,
+            limit,
+            ..self.of_order(weights.arguments(experts.intermediate_size())?)?
+        };
+        self.project("gate_up", &experts.gate_up, arguments)
+    }
+
+    /// Puts `rows`, f32 `[num_slots, hidden_size]`, on the stream.
+    fn down(&self, activated: u64, rows: u64) -> Result<()> {
+        let experts = self.experts;
+        let weights = Weights::new(&experts.down, self.device)?;
+        let arguments = weights.arguments(experts.hidden_size())?;
+        let arguments = Arguments { input: activated, output: rows, ..self.of_order(arguments)? };
+        self.project("down", &experts.down, arguments)
+    }
+
+    fn project(&self, kind: &str, projection: &ExpertProjection, arguments: Arguments) -> Result<()> {
+        let device = properties(self.device)?;
+        let kernel = self.path.kernel(kind, &projection.weights, self.max_tiles, self.dtype, device);
+        let arguments = Arguments { warps: kernel.warps as u32, ..arguments };
+        // SAFETY: `Arguments` is the kernel's parameter; `Experts::new` has checked that the weights fit the features, the
+        // order's tiles name its places, input and output have a row for each of them, and what is freed is freed in the
+        // stream's order. Kernels that start early wait for what they read.
+        unsafe { launch(self.device, self.path.binary(), &kernel.name, kernel.launch, arguments) }
+    }
+
+    /// Bytes of `activated`.
+    fn activated_bytes(&self) -> Result<usize> {
+        let row = self.experts.intermediate_size() * self.dtype.size_in_bytes();
+        checked_product(OP, ("num_slots", self.num_slots), ("bytes of a row", row))
+    }
+
+    fn rows_bytes(&self) -> Result<usize> {
+        let row = self.experts.hidden_size() * size_of::<f32>();
+        checked_product(OP, ("num_slots", self.num_slots), ("bytes of a row", row))
+    }
+}
+
+/// Rows of a tile for that many slots.
+pub(super) fn tile_rows(experts: &Experts, num_slots: usize, dtype: DType, device: &CudaDevice) -> Result<usize> {
+    Ok(Path::choose(experts, num_slots, dtype, properties(device)?).tile_rows())
+}
+
+pub(super) fn forward(experts: &Experts, hidden: &Tensor, order: &ExpertOrder, device: &CudaDevice) -> Result<Tensor> {
+    let call = Call::new(experts, hidden, order, None, device)?;
+    // Places behind the last one in use stay 0.
+    output(DType::F32, device, (call.num_slots, experts.hidden_size()), Fresh::Zero, |rows| {
+        if call.is_empty() {
+            return Ok(());
+        }
+        let [activated] = workspace(device, OP, [call.activated_bytes()?])?;
+        call.gate_up(activated)?;
+        call.down(activated, rows)
+    })
+}
+
+pub(super) fn forward_weighted(
+    experts: &Experts,
+    hidden: &Tensor,
+    topk_weights: &Tensor,
+    order: &ExpertOrder,
+    tiles: Option<&TileMap>,
+    dtype: DType,
+    device: &CudaDevice,
+) -> Result<Tensor> {
+    let call = Call::new(experts, hidden, order, tiles, device)?;
+    let home = Home::new(topk_weights, order, experts.hidden_size(), device)?;
+    let [activated, rows] = match call.is_empty() {
+        true => [0, 0],
+        false => workspace(device, OP, [call.activated_bytes()?, call.rows_bytes()?])?,
+    };
+    home.sums(dtype, || {
+        call.gate_up(activated)?;
+        call.down(activated, rows)?;
+        Ok(rows)
+    })
+}
+
+pub(super) fn linear(projection: &ExpertProjection, hidden: &Tensor, device: &CudaDevice) -> Result<Tensor> {
+    let (dtype, num_tokens) = (hidden.dtype(), hidden.dims()[0]);
+    let out_features = projection.weights.out_features();
+    let Ok(num_rows) = u32::try_from(num_tokens) else {
+        bail!("{OP}: num_tokens is {num_tokens}, expected at most {}", u32::MAX)
+    };
+    let (hidden, weights) = (Held::new(hidden, device, "hidden")?, Weights::new(projection, device)?);
+    output(dtype, device, (num_tokens, out_features), Fresh::Undefined, |address| {
+        if num_tokens == 0 || out_features == 0 {
+            return Ok(());
+        }
+        let arguments =
+            Arguments { input: hidden.address()?, output: address, num_rows, ..weights.arguments(out_features)? };
+        let how = general_launch(num_tokens.div_ceil(LINEAR_ROWS), out_features);
+        let name = format!("linear_{}_{}", general_format(&projection.weights), dtype.as_str());
+        // SAFETY: `Arguments` is the kernel's parameter; `hidden` has `num_rows` rows of `in_features`, the output as many of
+        // `out_features`.
+        unsafe { launch(device, Binary::Experts, &name, how, arguments) }
+    })
+}
+
+pub(super) fn weighted_sum(
+    rows: &Tensor,
+    topk_weights: &Tensor,
+    order: &ExpertOrder,
+    device: &CudaDevice,
+) -> Result<Tensor> {
+    let &[num_rows, hidden_size] = rows.dims() else {
+        bail!("{OP}: rows has shape {:?}, expected [num_rows, hidden_size]", rows.shape())
+    };
+    let num_slots = order.num_tokens() * order.top_k();
+    if num_rows != num_slots {
+        bail!("{OP}: rows has {num_rows} rows, expected the {num_slots} slots of the order on CUDA")
+    }
+    let rows = Held::new(rows, device, "rows")?;
+    if rows.dtype() != DType::F32 {
+        bail!("{OP}: rows has dtype {:?}, expected F32", rows.dtype())
+    }
+    Home::new(topk_weights, order, hidden_size, device)?.sums(DType::F32, || rows.address())
+}
+
+/// The way home of rows.
+struct Home<'a> {
+    device: &'a CudaDevice,
+    num_tokens: usize,
+    top_k: usize,
+    hidden_size: usize,
+    topk_weights: Held,
+    slot_rank: Held,
+}
+
+impl<'a> Home<'a> {
+    fn new(topk_weights: &Tensor, order: &ExpertOrder, hidden_size: usize, device: &'a CudaDevice) -> Result<Self> {
+        if topk_weights.dtype() != DType::F32 {
+            bail!("{OP}: topk_weights has dtype {:?}, expected F32", topk_weights.dtype())
+        }
+        Ok(Self {
+            device,
+            num_tokens: order.num_tokens(),
+            top_k: order.top_k(),
+            hidden_size,
+            topk_weights: Held::new(topk_weights, device, "topk_weights")?,
+            slot_rank: Held::new(&order.slot_rank, device, "the order")?,
+        })
+    }
+
+    /// The weighted sums in `dtype` of the rows that `rows` puts on the stream and says the address of.
+    fn sums(&self, dtype: DType, rows: impl FnOnce() -> Result<u64>) -> Result<Tensor> {
+        let len = checked_product(OP, ("num_tokens", self.num_tokens), ("hidden_size", self.hidden_size))?;
+        output(dtype, self.device, (self.num_tokens, self.hidden_size), Fresh::Undefined, |sums| {
+            if len == 0 {
+                return Ok(());
+            }
+            let arguments = HomeArguments {
+                rows: rows()?,
+                topk_weights: self.topk_weights.address()?,
+                slot_rank: self.slot_rank.address()?,
+                sums,
+                num_tokens: self.num_tokens as u64,
+                top_k: self.top_k as u32,
+                hidden_size: self.hidden_size as u32,
+            };
+            let width = if self.hidden_size.is_multiple_of(HOME_WIDTH) { HOME_WIDTH } else { 1 };
+            let how = Launch::new((len / width).div_ceil(HOME_THREADS as usize), HOME_THREADS, 0);
+            let how = Launch { starts_early: true, ..how };
+            let name = format!("home_{}_{width}", dtype.as_str());
+            // SAFETY: `HomeArguments` is the kernel's parameter; ranks of the order are below its slots, which the rows have
+            // a row for, the sums have `len` elements, and the kernel waits for the one in front of it.
+            unsafe { launch(self.device, Binary::ExpertsHome, &name, how, arguments) }
+        })
+    }
+}
