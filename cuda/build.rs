@@ -15,7 +15,7 @@ use std::process::{Command, exit};
 use std::thread;
 
 /// The kernels: room and file.
-const KERNELS: [(&str, &str); 10] = [
+const KERNELS: [(&str, &str); 11] = [
     ("routing", "topk"),
     ("routing", "backward"),
     ("order", "order"),
@@ -25,6 +25,7 @@ const KERNELS: [(&str, &str); 10] = [
     ("experts", "resident"),
     ("experts", "pack"),
     ("experts", "home"),
+    ("experts", "tiled"),
     ("block", "block"),
 ];
 
@@ -92,26 +93,23 @@ fn compile(nvcc: &Path, targets: &[String], out: &Path, room: &str, name: &str) 
         .map_err(|error| error.to_string())
 }
 
-/// All that the machine code follows from: this script, the compiler, the targets, the source and every header.
+/// All that the machine code follows from: this script, the compiler, the targets, the source and the headers that it includes.
 fn fingerprint(nvcc: &Path, targets: &[String], source: &Path) -> io::Result<String> {
     let mut files = vec![PathBuf::from("cuda/build.rs"), source.to_path_buf()];
-    for room in fs::read_dir("cuda")? {
-        let room = room?.path();
-        if room.is_dir() {
-            let headers = fs::read_dir(room)?.collect::<io::Result<Vec<_>>>()?;
-            files.extend(
-                headers
-                    .into_iter()
-                    .map(|entry| entry.path())
-                    .filter(|path| path.extension().is_some_and(|e| e == "cuh")),
-            );
-        }
-    }
-    files.sort();
     let mut hasher = DefaultHasher::new();
     (nvcc, fs::metadata(nvcc)?.modified()?, targets).hash(&mut hasher);
-    for file in files {
-        (&file, fs::read(&file)?).hash(&mut hasher);
+    let mut next = 0;
+    while let Some(file) = files.get(next).cloned() {
+        let text = fs::read_to_string(&file)?;
+        (&file, &text).hash(&mut hasher);
+        let included = text.lines().filter_map(|line| line.trim_start().strip_prefix("#include \""));
+        for header in included.filter_map(|rest| rest.split('"').next()).map(|header| Path::new("cuda").join(header)) {
+            // Those of the emulator are no files of a device's code.
+            if header.is_file() && !files.contains(&header) {
+                files.push(header);
+            }
+        }
+        next += 1;
     }
     Ok(format!("{:016x}", hasher.finish()))
 }

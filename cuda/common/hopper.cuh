@@ -69,6 +69,14 @@ __device__ __forceinline__ void wait_for_phase(SharedAddress barrier, uint32_t p
     while ((*reinterpret_cast<volatile uint64_t*>(barrier) >> 32 & 1) == parity) emulator::yield();
 }
 
+__device__ __forceinline__ void show_barriers() {}
+__device__ __forceinline__ void bring(
+    SharedAddress to, const void* from, uint32_t bytes, SharedAddress to_too, const void* from_too, uint32_t bytes_too,
+    SharedAddress barrier) {
+    memcpy(to, from, bytes);
+    if (bytes_too > 0) memcpy(to_too, from_too, bytes_too);
+    arrive(barrier);
+}
 __device__ __forceinline__ void show_to_multiplies() {}
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {}
@@ -172,6 +180,25 @@ __device__ __forceinline__ void wait_for_phase(SharedAddress barrier, uint32_t p
         "done:\n"
         "}" ::"r"(barrier), "r"(parity)
         : "memory");
+}
+
+// Barriers that were started are known to the copy engine after this.
+__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void copy_by_engine(SharedAddress to, const void* from, uint32_t bytes, SharedAddress barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// Has the copy engine bring two pieces of memory, whose sizes and addresses are multiples of 16, and then end a phase of the
+// barrier, of which this is the only arrival.
+__device__ __forceinline__ void bring(
+    SharedAddress to, const void* from, uint32_t bytes, SharedAddress to_too, const void* from_too, uint32_t bytes_too,
+    SharedAddress barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes + bytes_too) : "memory");
+    copy_by_engine(to, from, bytes, barrier);
+    if (bytes_too > 0) copy_by_engine(to_too, from_too, bytes_too, barrier);
 }
 
 // ------------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@
 //     translate.py   what device.h cannot do
 //     self_test.*    whether all this works: LD_LIBRARY_PATH=DIR DIR/self-test
 //
-// It is about right and wrong, and says nothing about speed. One device of compute capability 9.0, that of an H100. Every
-// operation is done when it is called; on a stream that is being captured it is recorded, and done by cuGraphLaunch.
+// It is about right and wrong, and says nothing about speed. One device of compute capability 9.0, that of an H100, but for
+// what CANDLE_MOE_EMULATOR_MULTIPROCESSORS=n and CANDLE_MOE_EMULATOR_SHARED=bytes (of a block, at most) say. Every operation
+// is done when it is called; on a stream that is being captured it is recorded, and done by cuGraphLaunch.
 // Images of modules are not read: kernels are found by name among all that are emulated (kernels/*.so in the folder of this
 // library), so no two may share a name. Functions of the driver that are not here give CUDA_ERROR_NOT_SUPPORTED and say so
 // on stderr.
@@ -44,7 +45,6 @@ namespace {
 using emulator::Kernel;
 using emulator::Launch;
 
-constexpr int kMultiprocessors = 132;
 constexpr int kDefaultShared = 48 * 1024;
 constexpr int kSharedPerMultiprocessor = 228 * 1024;
 constexpr int kThreadsPerMultiprocessor = 2048;
@@ -52,6 +52,22 @@ constexpr int kPortableCluster = 8;
 constexpr int kLargestCluster = 16;
 
 using Work = std::function<void()>;
+
+int number_from_environment(const char* name, int otherwise) {
+    const char* text = getenv(name);
+    return text == nullptr ? otherwise : atoi(text);
+}
+
+int multiprocessors() {
+    static const int number = std::max(1, number_from_environment("CANDLE_MOE_EMULATOR_MULTIPROCESSORS", 132));
+    return number;
+}
+
+int shared_of_block() {
+    constexpr int kMost = static_cast<int>(emulator::kMaxShared);
+    static const int bytes = std::clamp(number_from_environment("CANDLE_MOE_EMULATOR_SHARED", kMost), kDefaultShared, kMost);
+    return bytes;
+}
 
 }  // namespace
 
@@ -279,7 +295,7 @@ EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, C
     switch (attribute) {
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
-        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = kMultiprocessors; break;
+        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = multiprocessors(); break;
         case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
         case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X:
         case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Y: *value = static_cast<int>(emulator::kMaxThreads); break;
@@ -288,7 +304,7 @@ EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, C
         case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y:
         case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z: *value = 65535; break;
         case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: *value = kDefaultShared; break;
-        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = emulator::kMaxShared; break;
+        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = shared_of_block(); break;
         case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = kSharedPerMultiprocessor; break;
         case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: *value = 1024; break;
         case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: *value = kThreadsPerMultiprocessor; break;
@@ -404,7 +420,7 @@ EXPORT CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute att
     const Guard guard(the_lock);
     if (function == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) {
-        if (value < 0 || value > static_cast<int>(emulator::kMaxShared)) return CUDA_ERROR_INVALID_VALUE;
+        if (value < 0 || value > shared_of_block()) return CUDA_ERROR_INVALID_VALUE;
         function->max_dynamic = std::max(value, kDefaultShared);
     } else if (attribute == CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED) {
         function->any_cluster = value != 0;
@@ -440,7 +456,7 @@ EXPORT CUresult cuOccupancyMaxPotentialBlockSize(
     int* grid, int* block, CUfunction function, CUoccupancyB2DSize, size_t shared, int limit) {
     const unsigned bound = function->kernel->max_threads == 0 ? emulator::kMaxThreads : function->kernel->max_threads;
     *block = limit > 0 ? std::min<int>(limit, static_cast<int>(bound)) : static_cast<int>(bound);
-    *grid = kMultiprocessors * std::max(1, blocks_per_multiprocessor(*function, *block, shared));
+    *grid = multiprocessors() * std::max(1, blocks_per_multiprocessor(*function, *block, shared));
     return CUDA_SUCCESS;
 }
 EXPORT CUresult cuOccupancyMaxPotentialClusterSize(int* size, CUfunction function, const CUlaunchConfig*) {

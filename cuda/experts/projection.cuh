@@ -36,7 +36,8 @@ struct ProjectionArguments {
     uint32_t activation;
     float alpha;
     float limit;
-    uint32_t warps;                 // of experts/resident.cuh
+    uint32_t warps;                 // experts/resident.cuh: that multiply, in a group
+    uint32_t token_features;        // experts/resident.cuh: room for this many in a token's row
 };
 
 __device__ __forceinline__ void keep(float* to, float value) { *to = value; }

@@ -1,6 +1,6 @@
 // The experts' projections for few tokens of an expert: they stay in shared memory while the weights go past them once.
 //
-//     item      kBands bands of 16 rows of one tile's expert; a block takes items side by side, a tile after the other
+//     item      one band of 16 rows of one tile's expert; a block takes items side by side, a tile after the other
 //     group     W warps that multiply and one that finishes; the groups of a block take its items in turn
 //     warp w    of those that multiply has the units U w / W .. U (w + 1) / W of its group's items
 //     finisher  adds up what the W warps have for an item, in their order; bias, activation, rounding
@@ -8,20 +8,20 @@
 // Made for m16n8k16 with the weights as its rows, so that 8 tokens fill it. Why it is fast: what limits is how fast weights
 // come from memory.
 //
-// 1. Every byte of them is read once, 16 bytes a lane and side by side, and straight from the fragment order
-//    (experts/fragments.cuh): a lane decodes what it has copied itself.
+// 1. Every byte of them is read once, side by side and in fragment order (experts/fragments.cuh), 16 bytes a lane.
 // 2. A warp has pieces of the coming items under way at any time, whatever the others do: sums are handed over through
-//    kSums rooms, so that no warp that multiplies waits for one that finishes.
+//    kSums rooms, so that no warp that multiplies waits for one that finishes. At compute capability 9.0 the copy engine
+//    brings them: a warp that copies by itself stands still while more is under way than its multiprocessor can count.
 // 3. `down` has its first pieces under way before the kernel in front of it has ended.
 // 4. Few instructions for each weight, since at full speed a multiprocessor has 40 cycles for a unit and four schedulers:
-//    a scale is multiplied in together with the 2^126 that raw operands lack, and two bands share the tokens' operands and
-//    whatever is done once for an item.
+//    a scale is multiplied in together with the 2^126 that raw operands lack.
 //
 // Wide scales (and half) instead scale the sums of 32 columns in float32, which any power of two allows.
 #pragma once
 
 #include <type_traits>
 
+#include "common/hopper.cuh"
 #include "experts/fragments.cuh"
 
 namespace moe {
@@ -31,15 +31,14 @@ constexpr int kSlots = 3;
 template <typename Format> constexpr uint32_t kPieceUnits = Format::kWords == 1 ? 3 : 1;
 template <typename Format> constexpr uint32_t kUnitBytes = Format::kWords * 512;
 constexpr uint32_t kScaleBytes = 32;  // of a unit
-// Bytes of a piece: the values of its bands, then their scales.
-template <typename Format, int kBands>
-constexpr uint32_t kPieceBytes =
-    kBands * kPieceUnits<Format> * (kUnitBytes<Format> + (Format::kHasScales ? kScaleBytes : 0));
+// Bytes of a piece: values, then scales.
+template <typename Format>
+constexpr uint32_t kPieceBytes = kPieceUnits<Format> * (kUnitBytes<Format> + (Format::kHasScales ? kScaleBytes : 0));
 
 // Groups of a block, at most, and items of a group whose sums have room.
 constexpr uint32_t kMaxGroups = 2, kSums = 2;
-// Barriers: the sums of an item are there, or no longer needed; the tokens are.
-constexpr uint32_t kFull = 1, kEmpty = kFull + kMaxGroups * kSums, kTokens = kEmpty + kMaxGroups * kSums;
+// Barriers: the sums of an item are there, or no longer needed; the tokens are; the input of `down` is.
+constexpr uint32_t kFull = 1, kEmpty = kFull + kMaxGroups * kSums, kTokens = kEmpty + kMaxGroups * kSums, kInput = kTokens + 1;
 
 // How MXFP4 is scaled: the weights, or the sums of 32 columns.
 template <bool kWide> struct Scaled : MxFp4 {
@@ -66,14 +65,14 @@ struct Accumulators {
 };
 
 // What a kernel is made for.
-template <typename Format_, typename T_, Kind kKind_, int kBlocks_, int kBands_>
+template <typename Format_, typename T_, Kind kKind_, int kBlocks_>
 struct Made {
     using Format = Format_;
     using T = T_;
     static constexpr Kind kKind = kKind_;
-    static constexpr int kBlocks = kBlocks_, kBands = kBands_;
+    static constexpr int kBlocks = kBlocks_;
     static constexpr uint32_t kUnits = kPieceUnits<Format>;
-    static constexpr uint32_t kPiece = kPieceBytes<Format, kBands>;
+    static constexpr uint32_t kPiece = kPieceBytes<Format>;
     static constexpr uint32_t kColumnBytes = kUnitColumns * sizeof(T);
 };
 
@@ -85,11 +84,11 @@ struct Place {
     uint32_t group, warp;          // `warp` is `warps` for the one that finishes
     T* tokens;                     // [8 kBlocks, pitch]
     uint32_t pitch;        // a row is 16 bytes longer than it must be, so that the 8 rows of a matrix lie in different banks
-    float4* sums;          // of this lane, of the group's [kSums, warps, kBands, kBlocks, 32 lanes]
+    float4* sums;          // of this lane, of the group's [kSums, warps, kBlocks, 32 lanes]
     SharedAddress pieces;  // of this warp, [kSlots] pieces
 
     __device__ __forceinline__ Place(unsigned char* memory, const ProjectionArguments& a)
-        : lane(threadIdx.x % 32), warps(a.warps), groups(blockDim.x / 32 / (a.warps + 1)), pitch(a.in_features + 8) {
+        : lane(threadIdx.x % 32), warps(a.warps), groups(blockDim.x / 32 / (a.warps + 1)), pitch(a.token_features + 8) {
         const uint32_t of_block = threadIdx.x / 32, multiplying = groups * warps;
         group = of_block < multiplying ? of_block / warps : of_block - multiplying;
         warp = of_block < multiplying ? of_block % warps : warps;
@@ -98,7 +97,7 @@ struct Place {
         sums = all + group * (kSums * sums_of_item()) + lane;
         pieces = shared_address(all + groups * (kSums * sums_of_item())) + of_block * (kSlots * M::kPiece);
     }
-    __device__ __forceinline__ uint32_t sums_of_item() const { return warps * M::kBands * M::kBlocks * 32; }
+    __device__ __forceinline__ uint32_t sums_of_item() const { return warps * M::kBlocks * 32; }
     // The threads of the group, of which all but the last 32 multiply; those of all groups that multiply.
     __device__ __forceinline__ uint32_t threads() const { return warps * 32 + 32; }
     __device__ __forceinline__ uint32_t multiplying() const { return groups * warps * 32; }
@@ -106,13 +105,13 @@ struct Place {
 
 // A group's way through its items.
 struct Walk {
-    uint32_t tile, band, bands, step;  // bands are counted in items
+    uint32_t tile, band, bands, step;
     uint32_t left;  // items of the block from here on
 
-    // From the item `first` of all, the first of `count` of a block that `groups` groups take in turn; a tile has no fewer.
-    __device__ __forceinline__ Walk(uint64_t first, uint32_t count, uint32_t bands, uint32_t groups, uint32_t group)
-        : tile(static_cast<uint32_t>(first / bands)), band(static_cast<uint32_t>(first % bands)), bands(bands), step(groups),
-          left(count) {
+    // Group `group` of `groups` that take `count` items in turn; a tile has no fewer than groups.
+    __device__ __forceinline__ Walk(
+        uint32_t tile, uint32_t band, uint32_t count, uint32_t bands, uint32_t groups, uint32_t group)
+        : tile(tile), band(band), bands(bands), step(groups), left(count) {
         skip(group);
     }
     __device__ __forceinline__ bool ends() const { return left == 0; }
@@ -129,6 +128,68 @@ struct Walk {
     }
 };
 
+// The items of a block. There are fewer than 2^32: 64-bit divisions by every thread would take longer than a small batch.
+struct Span {
+    uint32_t count, bands;  // items; bands of a tile
+    uint32_t tile, band;    // of the first item
+    uint32_t last_tile;
+
+    template <typename M>
+    static __device__ __forceinline__ Span of(const ProjectionArguments& a, uint32_t num_tiles) {
+        const uint32_t bands = a.out_features / (M::kKind == kGateUp ? 8 : 16);
+        const uint32_t all = num_tiles * bands, each = all / gridDim.x, longer = all - each * gridDim.x;
+        const uint32_t first = blockIdx.x * each + min(blockIdx.x, longer), count = each + (blockIdx.x < longer);
+        const uint32_t tile = first / bands, band = first - tile * bands;
+        return {count, bands, tile, band, tile + (band + max(count, 1u) - 1) / bands};
+    }
+    template <typename M>
+    __device__ __forceinline__ Walk walk(const Place<M>& place) const {
+        return Walk(tile, band, count, bands, place.groups, place.group);
+    }
+};
+
+// The slots of a warp, which pieces of kPiece bytes go round.
+template <uint32_t kPiece>
+struct Ring {
+    SharedAddress slots;
+    uint32_t filled = 0, taken = 0;  // bytes before the slot that is the next to be filled, or taken
+#ifdef MOE_HOPPER
+    SharedAddress barriers;  // [kSlots], each a phase for every piece
+    uint32_t parity = 0;     // of the pieces that are taken
+
+    __device__ __forceinline__ explicit Ring(SharedAddress slots) : slots(slots) {
+        __shared__ uint64_t all[32][kSlots];
+        barriers = shared_address(all[threadIdx.x / 32]);
+        if (threadIdx.x % 32 == 0) {
+            for (int i = 0; i < kSlots; ++i) start_barrier(barriers + i * kBarrierBytes, 1);
+            show_barriers();
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ SharedAddress barrier_of(uint32_t bytes) const {
+        return barriers + bytes / kPiece * kBarrierBytes;
+    }
+    // All lanes may look at the piece.
+    __device__ __forceinline__ void wait() const { wait_for_phase(barrier_of(taken), parity); }
+#else
+    __device__ __forceinline__ explicit Ring(SharedAddress slots) : slots(slots) {}
+    __device__ __forceinline__ void wait() const {
+        wait_for_copies<kSlots - 2>();
+        __syncwarp();  // scales were copied by other lanes
+    }
+#endif
+    // No lane needs the piece any more.
+    __device__ __forceinline__ void take() {
+        __syncwarp();
+        const bool last = taken == (kSlots - 1) * kPiece;
+        taken = last ? 0 : taken + kPiece;
+#ifdef MOE_HOPPER
+        parity ^= last;
+#endif
+    }
+    __device__ __forceinline__ void fill() { filled = filled == (kSlots - 1) * kPiece ? 0 : filled + kPiece; }
+};
+
 // The pieces of weights of a warp, item after item. Whole: every warp has kPieceUnits of each item, one piece.
 template <typename M, bool kWhole>
 struct Stream {
@@ -140,22 +201,21 @@ struct Stream {
     uint32_t first, mine;  // of the warp's units in a band, and their number
     uint32_t tile;         // whose expert `values` points into
     uint32_t done = 0;     // units of the item before the next piece
-    const unsigned char *values, *scales;  // of the next piece, this lane's part
-    SharedAddress slots;   // this lane's part
-    uint32_t filled = 0;   // bytes before the next slot
+    const unsigned char *values, *scales;  // of the next piece
+    Ring<M::kPiece>& ring;
 
     __device__ __forceinline__ Stream(
-        const ProjectionArguments& a, Walk walk, uint32_t units, uint32_t first, uint32_t mine, SharedAddress slots)
-        : a(a), walk(walk), units(units), first(first), mine(mine), slots(slots + threadIdx.x % 32 * 16) {
-        if (!walk.ends()) enter_tile();
+        const ProjectionArguments& a, Walk walk, uint32_t units, uint32_t first, uint32_t mine, Ring<M::kPiece>& ring)
+        : a(a), walk(walk), units(units), first(first), mine(mine), ring(ring) {
+        if (mine == 0) this->walk.left = 0;
+        if (!this->walk.ends()) enter_tile();
     }
 
     __device__ __forceinline__ void enter_tile() {
         tile = walk.tile;
-        const uint64_t unit = (uint64_t(a.tile_experts[tile]) * walk.bands + walk.band) * M::kBands * units + first;
-        const uint32_t part = threadIdx.x % 32 * 16;
-        values = static_cast<const unsigned char*>(a.weights) + unit * kUnitBytes<Format> + part;
-        scales = static_cast<const unsigned char*>(a.scales) + unit * kScaleBytes + part;
+        const uint64_t unit = (uint64_t(a.tile_experts[tile]) * walk.bands + walk.band) * units + first;
+        values = static_cast<const unsigned char*>(a.weights) + unit * kUnitBytes<Format>;
+        scales = static_cast<const unsigned char*>(a.scales) + unit * kScaleBytes;
     }
 
     __device__ __forceinline__ void advance(uint32_t count) {
@@ -163,39 +223,43 @@ struct Stream {
         if (Format::kHasScales) scales += uint64_t(count) * kScaleBytes;
     }
 
+    // Brings the next `count` units.
+    __device__ __forceinline__ void bring_units(uint32_t count) {
+        const SharedAddress to = ring.slots + ring.filled, to_scales = to + M::kUnits * kUnitBytes<Format>;
+#ifdef MOE_HOPPER
+        if (threadIdx.x % 32 == 0) {
+            const uint32_t scale_bytes = Format::kHasScales ? count * kScaleBytes : 0;
+            bring(to, values, count * kUnitBytes<Format>, to_scales, scales, scale_bytes, ring.barrier_of(ring.filled));
+        }
+#else
+        const uint32_t part = threadIdx.x % 32 * 16;
+#pragma unroll
+        for (uint32_t i = 0; i < M::kUnits * Format::kWords; ++i) {
+            if (kWhole || i < count * Format::kWords) copy_16(to + i * 512 + part, values + i * 512 + part);
+        }
+        if (Format::kHasScales && part < count * kScaleBytes) copy_16(to_scales + part, scales + part);
+#endif
+    }
+
     // Puts the next piece under way, or an empty group, so that groups can be counted.
     __device__ __forceinline__ void fetch() {
         if (!walk.ends()) {
             const uint32_t count = kWhole ? M::kUnits : min(M::kUnits, mine - done);
-            const SharedAddress slot = slots + filled;
-#pragma unroll
-            for (uint32_t band = 0; band < M::kBands; ++band) {
-                const unsigned char* const from = values + uint64_t(band) * units * kUnitBytes<Format>;
-#pragma unroll
-                for (uint32_t i = 0; i < M::kUnits * Format::kWords; ++i) {
-                    const SharedAddress to = slot + band * (M::kUnits * kUnitBytes<Format>) + i * 512;
-                    if (kWhole || i < count * Format::kWords) copy_16(to, from + i * 512);
-                }
-            }
-            if (Format::kHasScales && threadIdx.x % 32 < count * 2) {
-#pragma unroll
-                for (uint32_t band = 0; band < M::kBands; ++band) {
-                    const SharedAddress to = slot + M::kBands * M::kUnits * kUnitBytes<Format> + band * M::kUnits * kScaleBytes;
-                    copy_16(to, scales + uint64_t(band) * units * kScaleBytes);
-                }
-            }
-            filled = filled == (kSlots - 1) * M::kPiece ? 0 : filled + M::kPiece;
+            bring_units(count);
+            ring.fill();
             if (kWhole || (done += count) == mine) {
                 done = 0;
                 // To the same units of the group's next item.
-                advance(walk.step * M::kBands * units - (kWhole ? 0 : mine - count));
+                advance(walk.step * units - (kWhole ? 0 : mine - count));
                 walk.next();
                 if (walk.tile != tile && !walk.ends()) enter_tile();
             } else {
                 advance(count);
             }
         }
+#ifndef MOE_HOPPER
         commit_copies();
+#endif
     }
 };
 
@@ -316,49 +380,44 @@ struct Sources {
     }
 };
 
-// A warp that multiplies.
-template <typename M, bool kWhole>
+// A warp that multiplies; `wait_for_input` stands in front of the first read of tokens.
+template <bool kWhole, typename M, typename WaitForInput>
 __device__ __forceinline__ void multiply_items(
-    const ProjectionArguments& a, const Place<M>& place, Walk walk, uint32_t first_tile, uint32_t last_tile) {
+    const ProjectionArguments& a, const Place<M>& place, const Span& span, Ring<M::kPiece>& ring, WaitForInput wait_for_input) {
     using T = typename M::T;
     using Format = typename M::Format;
+    Walk walk = span.walk(place);
     const uint32_t units = a.in_features / kUnitColumns;
     const uint32_t first = units * place.warp / place.warps, mine = units * (place.warp + 1) / place.warps - first;
-    Stream<M, kWhole> stream(a, walk, units, first, mine, place.pieces);
+    Stream<M, kWhole> stream(a, walk, units, first, mine, ring);
 #pragma unroll
     for (int i = 0; i + 1 < kSlots; ++i) stream.fetch();
     __shared__ uint32_t rows[2][8 * M::kBlocks], counts[2];
     const Sources<M> sources{rows, counts};
     const bool looks_up = threadIdx.x < 32;
-    if (looks_up) sources.look_up(a, first_tile, last_tile);
-    if (M::kKind == kDown) wait_for_previous_kernel();
+    if (looks_up) sources.look_up(a, span.tile, span.last_tile);
+    wait_for_input();
 
     const uint32_t row_bytes = place.pitch * sizeof(T), block_bytes = 8 * row_bytes;
     const SharedAddress tokens =
         shared_address(place.tokens) + place.lane % 8 * row_bytes + place.lane / 8 * 16 + first * M::kColumnBytes;
     const SharedAddress values = place.pieces + place.lane * 16;
-    const SharedAddress scales = place.pieces + M::kBands * M::kUnits * kUnitBytes<Format> + place.lane / 4 * 4;
-    uint32_t taken = 0, room = 0, items = 0;  // bytes before the slot, room of sums
-    for (uint32_t tile = first_tile; tile <= last_tile; ++tile) {
+    const SharedAddress scales = place.pieces + M::kUnits * kUnitBytes<Format> + place.lane / 4 * 4;
+    uint32_t room = 0, items = 0;
+    for (uint32_t tile = span.tile; tile <= span.last_tile; ++tile) {
         wait_at_barrier(kTokens, place.multiplying());  // nobody needs the tile before any more
         sources.load(a, tile, place.tokens, place.pitch, place.multiplying());
-        if (looks_up) sources.look_up(a, tile + 1, last_tile);
+        if (looks_up) sources.look_up(a, tile + 1, span.last_tile);
         wait_at_barrier(kTokens, place.multiplying());
         for (; !walk.ends() && walk.tile == tile; walk.next(), ++items) {
-            Accumulators<M::kBlocks> c[M::kBands];
+            Accumulators<M::kBlocks> c;
             for (uint32_t done = 0; done < mine; done += M::kUnits) {
-                wait_for_copies<kSlots - 2>();
-                __syncwarp();  // scales were copied by other lanes
+                ring.wait();
                 const auto add = [&](uint32_t i) {
-                    Unit<Format> unit[M::kBands];
-#pragma unroll
-                    for (uint32_t band = 0; band < M::kBands; ++band) {
-                        const uint32_t at = band * M::kUnits + i;
-                        unit[band].load(values + taken + at * kUnitBytes<Format>, scales + taken + at * kScaleBytes);
-                    }
+                    Unit<Format> unit;
+                    unit.load(values + ring.taken + i * kUnitBytes<Format>, scales + ring.taken + i * kScaleBytes);
                     const Columns<M::kBlocks> columns(tokens + (done + i) * M::kColumnBytes, block_bytes);
-#pragma unroll
-                    for (int band = 0; band < M::kBands; ++band) add_unit<Format, T>(unit[band], columns, c[band]);
+                    add_unit<Format, T>(unit, columns, c);
                 };
                 if (kWhole || mine - done >= M::kUnits) {
 #pragma unroll
@@ -367,18 +426,16 @@ __device__ __forceinline__ void multiply_items(
 #pragma unroll 1
                     for (uint32_t i = 0; i < mine - done; ++i) add(i);
                 }
-                taken = taken == (kSlots - 1) * M::kPiece ? 0 : taken + M::kPiece;
-                __syncwarp();
+                ring.take();
                 stream.fetch();
                 if (kWhole) break;
             }
             const uint32_t barrier = place.group * kSums + room;
             if (items >= kSums) wait_at_barrier(kEmpty + barrier, place.threads());
-            float4* const sums = place.sums + room * place.sums_of_item() + place.warp * (M::kBands * M::kBlocks * 32);
+            float4* const sums = place.sums + room * place.sums_of_item() + place.warp * (M::kBlocks * 32);
 #pragma unroll
-            for (int i = 0; i < M::kBands * M::kBlocks; ++i) {
-                const float(&of)[4] = c[i / M::kBlocks].sums[i % M::kBlocks];
-                sums[i * 32] = make_float4(of[0], of[1], of[2], of[3]);
+            for (int i = 0; i < M::kBlocks; ++i) {
+                sums[i * 32] = make_float4(c.sums[i][0], c.sums[i][1], c.sums[i][2], c.sums[i][3]);
             }
             pass_barrier(kFull + barrier, place.threads());
             room = room + 1 == kSums ? 0 : room + 1;
@@ -424,64 +481,138 @@ struct Bias {
 
 // A warp that finishes.
 template <typename M>
-__device__ __forceinline__ void finish_items(const ProjectionArguments& a, const Place<M>& place, Walk walk) {
-    constexpr int kParts = M::kBands * M::kBlocks;
+__device__ __forceinline__ void finish_items(const ProjectionArguments& a, const Place<M>& place, const Span& span) {
     Tile tile{};
     uint32_t of_tile = kNothing, room = 0;
-    for (; !walk.ends(); walk.next()) {
+    for (Walk walk = span.walk(place); !walk.ends(); walk.next()) {
         if (walk.tile != of_tile) {
             of_tile = walk.tile;
             tile = tile_of(a, of_tile, 8 * M::kBlocks);
         }
-        float c[kParts][4];
-#pragma unroll
-        for (int band = 0; band < M::kBands; ++band) {
-            const Bias<M::kKind> bias(a, tile.expert, walk.band * M::kBands + band);
-#pragma unroll
-            for (int i = 0; i < 4 * M::kBlocks; ++i) c[band * M::kBlocks + i / 4][i % 4] = bias.of[i % 4 / 2];
-        }
+        const Bias<M::kKind> bias(a, tile.expert, walk.band);
         const uint32_t barrier = place.group * kSums + room;
         wait_at_barrier(kFull + barrier, place.threads());
-        float4 all[kParts] = {};
+        float4 c[M::kBlocks] = {};
         const float4* const sums = place.sums + room * place.sums_of_item();
 #pragma unroll 4
         for (uint32_t w = 0; w < place.warps; ++w) {
 #pragma unroll
-            for (int i = 0; i < kParts; ++i) {
-                const float4 more = sums[(w * kParts + i) * 32];
-                all[i].x += more.x, all[i].y += more.y, all[i].z += more.z, all[i].w += more.w;
+            for (int i = 0; i < M::kBlocks; ++i) {
+                const float4 more = sums[(w * M::kBlocks + i) * 32];
+                c[i].x += more.x, c[i].y += more.y, c[i].z += more.z, c[i].w += more.w;
             }
         }
         if (walk.left > kSums * walk.step) pass_barrier(kEmpty + barrier, place.threads());
 #pragma unroll
-        for (int i = 0; i < kParts; ++i) {
-            c[i][0] += all[i].x, c[i][1] += all[i].y, c[i][2] += all[i].z, c[i][3] += all[i].w;
-            write_results<typename M::T, M::kKind>(
-                a, tile, walk.band * M::kBands + i / M::kBlocks, i % M::kBlocks, c[i]);
+        for (int i = 0; i < M::kBlocks; ++i) {
+            const float results[4] = {c[i].x + bias.of[0], c[i].y + bias.of[0], c[i].z + bias.of[1], c[i].w + bias.of[1]};
+            write_results<typename M::T, M::kKind>(a, tile, walk.band, i, results);
         }
         room = room + 1 == kSums ? 0 : room + 1;
+    }
+}
+
+// A warp's part of a projection.
+template <typename M, typename WaitForInput>
+__device__ __forceinline__ void project_span(
+    const ProjectionArguments& a, const Place<M>& place, const Span& span, Ring<M::kPiece>& ring, WaitForInput wait_for_input) {
+    if (place.warp == place.warps) {
+        finish_items(a, place, span);
+    } else if (a.in_features == place.warps * M::kUnits * kUnitColumns) {
+        multiply_items<true>(a, place, span, ring, wait_for_input);
+    } else {
+        multiply_items<false>(a, place, span, ring, wait_for_input);
     }
 }
 
 template <typename M>
 __device__ __forceinline__ void project_resident(const ProjectionArguments& a) {
     MOE_DYNAMIC_SHARED(unsigned char, memory);
-    const Place<M> place(memory, a);
-    const uint32_t bands = a.out_features / ((M::kKind == kGateUp ? 8 : 16) * M::kBands);
     allow_next_kernel();
     // The order was there before the kernel in front of `down` began.
     if (M::kKind == kGateUp) wait_for_previous_kernel();
-    const uint64_t all = uint64_t(count_tiles(a)) * bands;
-    const uint64_t first = all * blockIdx.x / gridDim.x, end = all * (blockIdx.x + 1) / gridDim.x;
-    if (first == end) return;
-    const Walk walk(first, static_cast<uint32_t>(end - first), bands, place.groups, place.group);
-    const uint32_t first_tile = static_cast<uint32_t>(first / bands), last_tile = static_cast<uint32_t>((end - 1) / bands);
-    if (place.warp == place.warps) {
-        finish_items(a, place, walk);
-    } else if (a.in_features == place.warps * M::kUnits * kUnitColumns) {
-        multiply_items<M, true>(a, place, walk, first_tile, last_tile);
+    const Span span = Span::of<M>(a, count_tiles(a));
+    if (span.count == 0) return;
+    const Place<M> place(memory, a);
+    Ring<M::kPiece> ring(place.pieces);
+    project_span(a, place, span, ring, [] {
+        if (M::kKind == kDown) wait_for_previous_kernel();
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Both projections in one launch, for a handful of tokens: what a launch costs, `down` has instead under way from the first
+// pieces of its weights on.
+
+struct LayerArguments {
+    ProjectionArguments gate_up, down;
+    uint32_t* meeting;  // two numbers: warps that have come, and how often all have; 0 before the first launch
+};
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* at) {
+#ifdef CANDLE_MOE_EMULATOR
+    emulator::yield();
+    return __atomic_load_n(at, __ATOMIC_ACQUIRE);
+#else
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+#endif
+}
+
+// Where all finishing warps of the grid meet, whose blocks are all there (a cooperative launch): what they wrote before is
+// seen by all blocks after.
+struct Meeting {
+    uint32_t* come;
+    uint32_t* times;
+    uint32_t before;  // how often all had met when this warp came to the kernel
+
+    __device__ __forceinline__ explicit Meeting(uint32_t* at) : come(at), times(at + 1), before(load_acquire(times)) {}
+
+    __device__ __forceinline__ void wait(uint32_t num_warps) const {
+        __threadfence();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            if (atomicAdd(come, 1u) + 1 == num_warps) {
+                *come = 0;
+                __threadfence();
+                atomicAdd(times, 1u);
+            } else {
+                while (load_acquire(times) == before) {
+                }
+            }
+            __threadfence();
+        }
+        __syncwarp();
+    }
+};
+
+template <typename Format, typename T, int kBlocks>
+__device__ __forceinline__ void run_layer(const LayerArguments& a) {
+    using GateUp = Made<Format, T, kGateUp, kBlocks>;
+    using Down = Made<Format, T, kDown, kBlocks>;
+    MOE_DYNAMIC_SHARED(unsigned char, memory);
+    const Place<GateUp> of_gate_up(memory, a.gate_up);
+    const Place<Down> of_down(memory, a.down);
+    allow_next_kernel();
+    wait_for_previous_kernel();
+    const uint32_t num_tiles = count_tiles(a.gate_up);
+    const Span gate_up = Span::of<GateUp>(a.gate_up, num_tiles), down = Span::of<Down>(a.down, num_tiles);
+    Ring<Down::kPiece> ring(of_down.pieces);
+    if (of_down.warp == of_down.warps) {
+        const Meeting meeting(a.meeting);
+        if (gate_up.count > 0) finish_items(a.gate_up, of_gate_up, gate_up);
+        meeting.wait(gridDim.x * of_down.groups);
+        pass_barrier(kInput, blockDim.x);
+        if (down.count > 0) finish_items(a.down, of_down, down);
     } else {
-        multiply_items<M, false>(a, place, walk, first_tile, last_tile);
+        if (gate_up.count > 0) project_span(a.gate_up, of_gate_up, gate_up, ring, [] {});
+        const auto wait_for_input = [] { wait_at_barrier(kInput, blockDim.x); };
+        if (down.count > 0) {
+            project_span(a.down, of_down, down, ring, wait_for_input);
+        } else {
+            wait_for_input();
+        }
     }
 }
 

@@ -37,7 +37,7 @@ constexpr uint32_t kBlockBands = kTiledWorkers / 32;
 constexpr uint32_t kStageColumns = 64;
 constexpr int kStageSteps = kStageColumns / 16;
 constexpr uint32_t kTokenBytes = kTileTokens * kSwizzledRowBytes;  // of a stage
-constexpr uint32_t kUnitBytes = kUnitLanes * 16;
+constexpr uint32_t kUnitBytes = 512;  // of 16 bytes for each lane
 
 #ifdef MOE_HOPPER
 
@@ -57,11 +57,7 @@ struct TiledMxFp4 {
         const uint32_t word[kStageSteps] = {words.x, words.y, words.z, words.w};
         // Of rows g and g + 8, in columns 0..32, then in columns 32..64.
         uint32_t powers[4];
-#pragma unroll
-        for (uint32_t i = 0; i < 4; ++i) {
-            // Byte i in both halves, times 2^7, and 126 << 7 in both: pair_of_scale().
-            powers[i] = __byte_perm(scale, 0, 0x4040u + 0x0101u * i) * 128u + 126u * 0x00800080u;
-        }
+        pairs_of_scales(scale, powers);
 #pragma unroll
         for (int s = 0; s < kStageSteps; ++s) {
             MxFp4::raw_operands(word[s], a[s]);

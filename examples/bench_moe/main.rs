@@ -1,5 +1,5 @@
 //! Times routing, expert order, perfect-router plans and one whole MoE layer on the CPU, learned-like random routing beside
-//! perfect routing; with the feature `cuda` and `--device cuda`, routing and expert order on a CUDA device.
+//! perfect routing; with the feature `cuda` and `--device cuda`, routing, expert order and whole layers on a CUDA device.
 //!
 //! ```text
 //! cargo run --release --example bench_moe -- --profile gpt-oss-20b --num-tokens 1 --only layer
@@ -37,10 +37,14 @@ use report::{Lines, Metadata, Report, Row};
 use serde::Serialize;
 use std::hint::black_box;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
-use workload::{Choice, DEEPSEEK_V3, GPT_OSS_20B, Inputs, Layer, Profile, Random, TINY, WeightFormat, planned_experts};
+use workload::{
+    Choice, DEEPSEEK_V3, GPT_OSS_20B, GPT_OSS_120B, Inputs, Layer, Profile, QWEN3_30B_A3B, Random, TINY, WeightFormat,
+    planned_experts,
+};
 
 /// Ranks wait for each other no longer than this.
 const DEADLINE: Duration = Duration::from_secs(600);
@@ -48,8 +52,10 @@ const WARM_UP: usize = 1;
 /// Bytes of a layer that is measured without being asked for by its profile's name.
 const MAX_LAYER_OF_ALL: usize = 1 << 30;
 
-/// Time routing, expert order and one whole MoE layer on the CPU, random against perfect routing; routing and expert order on
-/// CUDA.
+/// Time routing, expert order and one whole MoE layer on the CPU or on CUDA, random against perfect routing.
+///
+/// On CUDA --shape chooses what routing and order are measured on, --profile the layers; with one of them alone the other is
+/// left out unless --only asks for it.
 ///
 /// Perfect routing is for measuring: the output of a model that runs with it is meaningless.
 #[derive(Debug, Parser)]
@@ -58,7 +64,7 @@ struct Args {
     /// Where to compute: cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: DeviceName,
-    /// Sizes of the layer; several separated by commas [default: all]
+    /// Sizes of the layer; several separated by commas [default: all, on CUDA all but tiny]
     #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',')]
     profile: Vec<ProfileName>,
     /// On CUDA: experts and slots per token, as 256x8; several separated by commas [default: those of many models]
@@ -69,12 +75,17 @@ struct Args {
     #[arg(long, value_name = "NAME", value_parser = method)]
     method: Option<RoutingMethod>,
     /// Tokens of a call on each rank; several separated by commas [default: 1,8,32,128; on CUDA all powers of two up to
-    /// 32768]
+    /// 32768, for layers up to 8192 tokens of all ranks]
     #[arg(long, alias = "num_tokens", value_name = "N", value_delimiter = ',')]
     num_tokens: Vec<NonZeroUsize>,
-    /// Ranks that share the experts, as threads
-    #[arg(long, alias = "ep_size", value_name = "N", default_value = "1")]
-    ep_size: NonZeroUsize,
+    /// Ranks that share the experts, as threads; on CUDA the busiest rank of so many is measured, and several numbers may be
+    /// separated by commas [default: 1, on CUDA 8 for deepseek-v3]
+    #[arg(long, alias = "ep_size", value_name = "N", value_delimiter = ',')]
+    ep_size: Vec<NonZeroUsize>,
+    /// On CUDA: how much random routing prefers some experts, as the standard deviation of what is added to an expert's
+    /// logits; those of a token have one of 1.5
+    #[arg(long, value_name = "DEVIATION", default_value_t = 0.0, value_parser = skew)]
+    skew: f32,
     /// Dtype of the hidden states and the gate, on CUDA of the logits [default: f32, on CUDA bf16]
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
@@ -99,6 +110,9 @@ struct Args {
     /// What to measure; several separated by commas [default: all]
     #[arg(long, value_enum, value_name = "PART", value_delimiter = ',')]
     only: Vec<Part>,
+    /// On CUDA: draw the time of layers against the number of tokens
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
     /// What to print
     #[arg(long, value_enum, default_value_t = OutputFormat::Table)]
     output: OutputFormat,
@@ -111,12 +125,26 @@ enum ProfileName {
     /// hidden 2880, intermediate 2880, 32 experts, top-4
     #[value(name = "gpt-oss-20b", alias = "gpt_oss_20b")]
     GptOss20b,
+    /// hidden 2880, intermediate 2880, 128 experts, top-4
+    #[value(name = "gpt-oss-120b", alias = "gpt_oss_120b")]
+    GptOss120b,
     /// hidden 7168, intermediate 2048, 256 experts, top-8 of 4 out of 8 groups, without the shared expert
     #[value(name = "deepseek-v3", alias = "deepseek_v3")]
     DeepSeekV3,
-    /// Every profile; the layers of those only that fit a gigabyte
+    /// hidden 2048, intermediate 768, 128 experts, top-8
+    #[value(name = "qwen3-30b-a3b", alias = "qwen3_30b_a3b")]
+    Qwen330bA3b,
+    /// Every profile; the layers of those only that fit a gigabyte, or the memory of the CUDA device
     All,
 }
+
+const PROFILES: [(ProfileName, Profile); 5] = [
+    (ProfileName::Tiny, TINY),
+    (ProfileName::GptOss20b, GPT_OSS_20B),
+    (ProfileName::GptOss120b, GPT_OSS_120B),
+    (ProfileName::DeepSeekV3, DEEPSEEK_V3),
+    (ProfileName::Qwen330bA3b, QWEN3_30B_A3B),
+];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -196,8 +224,18 @@ enum Part {
     RoutedOrder,
     /// The plan of the perfect router: which expert each slot goes to, worked out anew, on one thread
     Plan,
-    /// Gate, routing, order, experts and combination
+    /// Gate, routing, order, experts and combination; on CUDA without the gate
     Layer,
+}
+
+/// As the command line has it.
+fn part_name(part: Part) -> String {
+    part.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
+}
+
+fn skew(text: &str) -> Result<f32, String> {
+    let skew = text.parse::<f32>().ok().filter(|skew| skew.is_finite() && *skew >= 0.0);
+    skew.ok_or("expected a number that is not negative".into())
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -235,6 +273,10 @@ fn run_on_cpu(args: &Args) -> Result<Verdict> {
         let text = "--shape, --method and --only routed-order are for --device cuda; choose a --profile on the CPU";
         return Err(BadArguments(text.into()).into());
     }
+    if args.plot.is_some() || args.skew > 0.0 || args.ep_size.len() > 1 {
+        let text = "--plot, --skew and several numbers for --ep-size are for --device cuda; leave them out on the CPU";
+        return Err(BadArguments(text.into()).into());
+    }
     let bench = Bench::new(args)?;
     let report = bench.run()?;
     match args.output {
@@ -263,9 +305,7 @@ impl Bench {
         let all = args.profile.is_empty() || args.profile.contains(&ProfileName::All);
         let named = |name| args.profile.contains(&name);
         let precision = args.dtype.unwrap_or(Precision::F32);
-        let profiles =
-            [(ProfileName::Tiny, TINY), (ProfileName::GptOss20b, GPT_OSS_20B), (ProfileName::DeepSeekV3, DEEPSEEK_V3)];
-        let wanted = profiles.into_iter().filter(|(name, _)| named(*name) || all);
+        let wanted = PROFILES.into_iter().filter(|(name, _)| named(*name) || all);
         let parts_of = |name, profile: &Profile| -> Vec<Part> {
             let fits = named(name) || args.weights.layer_bytes(profile) <= MAX_LAYER_OF_ALL;
             let asked = |part: &Part| args.only.is_empty() || args.only.contains(part);
@@ -279,7 +319,7 @@ impl Bench {
                 [] => vec![1, 8, 32, 128],
                 asked => asked.iter().map(|n| n.get()).collect(),
             },
-            ep_size: args.ep_size.get(),
+            ep_size: args.ep_size.first().map_or(1, |n| n.get()),
             dtype: precision.dtype(),
             precision,
             weights: args.weights,
@@ -411,8 +451,12 @@ impl<'a> Workload<'a> {
     fn row(&self, part: Part, choice: Choice, bandwidth: &Bandwidth, bar: &ProgressBar) -> Result<Row> {
         let &Self { profile, num_tokens, .. } = self;
         let Profile { num_experts, top_k, .. } = *profile;
-        let part_name = part.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
-        bar.set_message(format!("{}: {part_name}, {} routing, {num_tokens} tokens", profile.name, choice.name()));
+        bar.set_message(format!(
+            "{}: {}, {} routing, {num_tokens} tokens",
+            profile.name,
+            part_name(part),
+            choice.name()
+        ));
         let seconds = match part {
             Part::Routing => self.time_routing(choice)?,
             Part::Order | Part::RoutedOrder => self.time_order(choice)?,

@@ -2,7 +2,7 @@
 
 use crate::common::report::{Column, digits, row, table};
 use crate::memory::Bandwidth;
-use crate::{Part, Precision};
+use crate::{Part, Precision, part_name};
 use clap::ValueEnum;
 use serde::Serialize;
 
@@ -127,7 +127,7 @@ impl Report {
         for line in &self.rows {
             table.add_row(row([
                 line.profile.to_string(),
-                line.part.to_possible_value().map_or(String::new(), |value| value.get_name().to_string()),
+                part_name(line.part),
                 line.routing.to_string(),
                 line.num_tokens.to_string(),
                 digits(line.median_us),

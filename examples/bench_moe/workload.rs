@@ -1,6 +1,6 @@
 //! What is measured: layers with random weights, and inputs that keep the weights out of the cache.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Shape, Tensor, WithDType};
 use candle_moe::block::MoeBlock;
 use candle_moe::ep::Topology;
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, MXFP4_BLOCK};
@@ -38,6 +38,19 @@ pub(crate) const GPT_OSS_20B: Profile = Profile {
     activation: Activation::GPT_OSS,
     expert_bias: true,
 };
+/// A layer of GPT-OSS 120B.
+pub(crate) const GPT_OSS_120B: Profile = Profile { name: "gpt-oss-120b", num_experts: 128, ..GPT_OSS_20B };
+/// A layer of Qwen3-30B-A3B.
+pub(crate) const QWEN3_30B_A3B: Profile = Profile {
+    name: "qwen3-30b-a3b",
+    hidden_size: 2048,
+    intermediate_size: 768,
+    num_experts: 128,
+    top_k: 8,
+    method: RoutingMethod::RenormalizeNaive,
+    activation: Activation::Silu,
+    expert_bias: false,
+};
 /// A layer of DeepSeek-V3 without its shared expert.
 pub(crate) const DEEPSEEK_V3: Profile = Profile {
     name: "deepseek-v3",
@@ -56,7 +69,12 @@ pub(crate) const DEEPSEEK_V3: Profile = Profile {
 impl Profile {
     /// Multiplications and additions of the experts.
     pub(crate) fn flops(&self, num_tokens: usize) -> f64 {
-        6.0 * (self.hidden_size * self.intermediate_size) as f64 * (num_tokens * self.top_k) as f64
+        self.flops_per_slot() * (num_tokens * self.top_k) as f64
+    }
+
+    /// Multiplications and additions of one expert for one token.
+    pub(crate) fn flops_per_slot(&self) -> f64 {
+        6.0 * (self.hidden_size * self.intermediate_size) as f64
     }
 
     /// The plan that stands in for the gate on a rank.
@@ -84,7 +102,12 @@ impl WeightFormat {
 
     /// Bytes of a layer's experts, without biases.
     pub(crate) fn layer_bytes(self, profile: &Profile) -> usize {
-        let values = 3 * profile.hidden_size * profile.intermediate_size * profile.num_experts;
+        self.expert_bytes(profile) * profile.num_experts
+    }
+
+    /// Bytes of one expert, without biases.
+    pub(crate) fn expert_bytes(self, profile: &Profile) -> usize {
+        let values = 3 * profile.hidden_size * profile.intermediate_size;
         match self {
             Self::Mxfp4 => values / 2 + values / MXFP4_BLOCK,
             Self::Bf16 => values * 2,
@@ -129,28 +152,69 @@ impl Random {
         Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)
     }
 
+    /// As [`floats`](Self::floats), in float32, from few different numbers: fast.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn many_floats(&mut self, shape: &[usize], scale: f32) -> Result<Tensor> {
+        let value = |byte: u8| (f32::from(byte) / 127.5 - 1.0) * scale;
+        Tensor::from_vec(self.fill(shape.iter().product(), value), shape, &Device::Cpu)
+    }
+
+    /// A matrix per expert; the values of the first `distinct` experts are repeated for the others.
     fn weights(
         &mut self,
         format: WeightFormat,
+        distinct: usize,
         (num_experts, out_features, in_features): (usize, usize, usize),
     ) -> Result<ExpertWeights> {
         match format {
             WeightFormat::Mxfp4 => {
                 let num_blocks = in_features / MXFP4_BLOCK;
-                let blocks = self.fill(num_experts * out_features * num_blocks * 16, |byte| byte);
-                let blocks = Tensor::from_vec(blocks, (num_experts, out_features, num_blocks, 16), &Device::Cpu)?;
+                let blocks = self.fill(distinct * out_features * num_blocks * 16, |byte| byte);
+                let blocks = repeated(blocks, (num_experts, out_features, num_blocks, 16))?;
                 // 2^-9 to 2^-6: with values up to 6, weights of the size that models have.
-                let scales = self.fill(num_experts * out_features * num_blocks, |byte| 118 + byte % 4);
-                let scales = Tensor::from_vec(scales, (num_experts, out_features, num_blocks), &Device::Cpu)?;
-                ExpertWeights::mxfp4(blocks, scales)
+                let scales = self.fill(distinct * out_features * num_blocks, |byte| 118 + byte % 4);
+                ExpertWeights::mxfp4(blocks, repeated(scales, (num_experts, out_features, num_blocks))?)
             }
             WeightFormat::Bf16 => {
                 let value = |byte: u8| bf16::from_f32((f32::from(byte) - 127.5) / 4096.0);
-                let values = self.fill(num_experts * out_features * in_features, value);
-                ExpertWeights::dense(Tensor::from_vec(values, (num_experts, out_features, in_features), &Device::Cpu)?)
+                let values = self.fill(distinct * out_features * in_features, value);
+                ExpertWeights::dense(repeated(values, (num_experts, out_features, in_features))?)
             }
         }
     }
+
+    /// `num_experts` experts of a layer, of which the first `distinct` are repeated for the others.
+    pub(crate) fn experts(
+        &mut self,
+        profile: &Profile,
+        format: WeightFormat,
+        num_experts: usize,
+        distinct: usize,
+    ) -> Result<Experts> {
+        let mut projection = |out_features, in_features| {
+            let shape = (num_experts, out_features, in_features);
+            let weights = self.weights(format, distinct.min(num_experts), shape)?;
+            let bias = match profile.expert_bias {
+                true => Some(self.floats(&[num_experts, out_features], 0.1, DType::F32)?),
+                false => None,
+            };
+            ExpertProjection::new(weights, bias)
+        };
+        let (hidden, intermediate) = (profile.hidden_size, profile.intermediate_size);
+        let (gate_up, down) = (projection(2 * intermediate, hidden)?, projection(hidden, intermediate)?);
+        Experts::new(gate_up, down, GateUpRows::Interleaved, profile.activation)
+    }
+}
+
+/// `values` again and again.
+fn repeated<T: WithDType>(mut values: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
+    let shape = shape.into();
+    let (first, len) = (values.len(), shape.elem_count());
+    values.reserve_exact(len - first);
+    while values.len() < len {
+        values.extend_from_within(..first.min(len - values.len()));
+    }
+    Tensor::from_vec(values, shape, &Device::Cpu)
 }
 
 /// The gate of a layer and its experts, shard by shard.
@@ -190,19 +254,9 @@ impl Layer {
         with_experts: bool,
         random: &mut Random,
     ) -> Result<Self> {
-        let (hidden, intermediate) = (profile.hidden_size, profile.intermediate_size);
         let mut shard = |rank| {
             let num_experts = Topology::new(profile.num_experts, ep_size, rank)?.local_experts().len();
-            let mut projection = |out_features, in_features| {
-                let weights = random.weights(format, (num_experts, out_features, in_features))?;
-                let bias = match profile.expert_bias {
-                    true => Some(random.floats(&[num_experts, out_features], 0.1, DType::F32)?),
-                    false => None,
-                };
-                ExpertProjection::new(weights, bias)
-            };
-            let (gate_up, down) = (projection(2 * intermediate, hidden)?, projection(hidden, intermediate)?);
-            Experts::new(gate_up, down, GateUpRows::Interleaved, profile.activation)
+            random.experts(profile, format, num_experts, num_experts)
         };
         Ok(Self {
             gate,

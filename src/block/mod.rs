@@ -324,9 +324,10 @@ impl MoeBlock {
     /// The layer for `hidden [num_tokens, hidden_size]` in f32, bf16 or f16, where `num_tokens` is this rank's count in
     /// `step`. A collective: every rank of the group calls it, with zero tokens if it has none.
     ///
-    /// On CUDA nothing waits for the device and nothing is copied to the host, so that a CUDA graph can capture it once it
-    /// has run with as many tokens before (of perfect routing the graph keeps the address:
-    /// [`PerfectRouterStore::reserve`] makes it last). Hidden states that are not contiguous are copied first.
+    /// On CUDA nothing waits for the device and nothing is copied to the host, so that a CUDA graph can capture it after a
+    /// first call of as many tokens on the same thread, whose workspace it uses; the graph is good as long as that thread and
+    /// the block live. Planned logits stay where they are as long as the [store](PerfectRouterStore) does not grow, which
+    /// [`reserve`](PerfectRouterStore::reserve) sees to. Hidden states that are not contiguous are copied first.
     ///
     /// # Errors
     /// Shapes, dtypes or a device that do not fit, or a fault of the group. An error before or between collectives aborts the group,

@@ -1,6 +1,7 @@
 //! One allocation for all u32 outputs of a launch, handed out as views.
 
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut};
+use candle_core::backend::BackendDevice;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut, DeviceRepr};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, Result, Shape, Storage, Tensor, bail};
 use std::sync::Arc;
@@ -39,12 +40,9 @@ impl Buffer {
         op: &str,
         launch: impl FnOnce(&dyn Fn(Section) -> u64) -> Result<()>,
     ) -> Result<Sections> {
-        if self.len > isize::MAX as usize / size_of::<u32>() {
-            bail!("{op}: cannot allocate {} words on the device", self.len)
-        }
         let stream: Arc<CudaStream> = device.cuda_stream();
         // SAFETY: the caller's kernel writes what is read.
-        let mut words: CudaSlice<u32> = unsafe { device.alloc(self.len.max(1))? };
+        let mut words: CudaSlice<u32> = unsafe { allocate(device, op, self.len)? };
         {
             let (address, _written) = words.device_ptr_mut(&stream);
             launch(&|section: Section| address + (section.first * size_of::<u32>()) as u64)?;
@@ -52,6 +50,22 @@ impl Buffer {
         let len = words.len();
         let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(words, device.clone()));
         Ok(Sections { words: Tensor::from_storage(storage, len, BackpropOp::none(), false) })
+    }
+}
+
+/// Memory for `len` elements, at least one since nothing else can be allocated, or an error that says for what it was.
+///
+/// # Safety
+/// What the memory holds is written before it is read.
+pub(crate) unsafe fn allocate<T: DeviceRepr>(device: &CudaDevice, op: &str, len: usize) -> Result<CudaSlice<T>> {
+    let len = len.max(1);
+    let Some(bytes) = len.checked_mul(size_of::<T>()).filter(|bytes| *bytes <= isize::MAX as usize) else {
+        bail!("{op}: cannot allocate {len} elements of {} bytes on {:?}", size_of::<T>(), device.location())
+    };
+    // SAFETY: the caller's promise.
+    match unsafe { device.alloc::<T>(len) } {
+        Ok(memory) => Ok(memory),
+        Err(error) => bail!("{op}: cannot allocate {bytes} bytes on {:?}: {error}", device.location()),
     }
 }
 

@@ -5,8 +5,8 @@
 mod buffer;
 mod workspace;
 
-pub(crate) use buffer::{Buffer, Section, Sections};
-pub(crate) use workspace::workspace;
+pub(crate) use buffer::{Buffer, Section, Sections, allocate};
+pub(crate) use workspace::{meeting, workspace};
 
 use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, DeviceRepr, sys};
@@ -28,6 +28,7 @@ pub(crate) enum Binary {
     ExpertsResident,
     ExpertsPack,
     ExpertsHome,
+    ExpertsTiled,
     Block,
 }
 
@@ -48,6 +49,7 @@ impl Binary {
             Self::ExpertsResident => built!("experts_resident"),
             Self::ExpertsPack => built!("experts_pack"),
             Self::ExpertsHome => built!("experts_home"),
+            Self::ExpertsTiled => built!("experts_tiled"),
             Self::Block => built!("block_block"),
         }
     }
@@ -61,6 +63,8 @@ pub(crate) struct Properties {
     pub(crate) max_shared: usize,
     /// Whether device and kernels know clusters of blocks, and kernels that start before the previous one has ended.
     pub(crate) has_clusters: bool,
+    /// Whether device and kernels have what only compute capability 9.0 has: `wgmma`, and registers that change hands.
+    pub(crate) is_hopper: bool,
 }
 
 /// A loaded kernel.
@@ -103,11 +107,13 @@ pub(crate) struct Launch {
     /// Whether the kernel may start before the previous one of the stream has ended, for which it waits by itself. Without
     /// effect where there is no [`Properties::has_clusters`].
     pub(crate) starts_early: bool,
+    /// Whether all blocks must be there at once, since they wait for each other.
+    pub(crate) cooperative: bool,
 }
 
 impl Launch {
     pub(crate) fn new(blocks: usize, threads: u32, shared: usize) -> Self {
-        Self { blocks, threads, shared, cluster: 1, starts_early: false }
+        Self { blocks, threads, shared, cluster: 1, starts_early: false, cooperative: false }
     }
 }
 
@@ -136,7 +142,7 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
     let function = registry().kernel(context, binary, name, shared)?.function;
     // SAFETY: a C structure that is valid when it is zero; so are the attributes.
     let zeroed = || unsafe { std::mem::zeroed::<sys::CUlaunchAttribute>() };
-    let mut attributes = [zeroed(), zeroed()];
+    let mut attributes = [zeroed(), zeroed(), zeroed()];
     let mut num_attributes = 0;
     if launch.cluster > 1 {
         let attribute = &mut attributes[num_attributes];
@@ -150,6 +156,12 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
         let attribute = &mut attributes[num_attributes];
         attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         attribute.value.programmaticStreamSerializationAllowed = 1;
+        num_attributes += 1;
+    }
+    if launch.cooperative {
+        let attribute = &mut attributes[num_attributes];
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+        attribute.value.cooperative = 1;
         num_attributes += 1;
     }
     let config = sys::CUlaunchConfig {
@@ -199,6 +211,7 @@ pub(crate) fn properties(device: &CudaDevice) -> Result<Properties> {
         num_multiprocessors: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as usize,
         max_shared: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?.max(0) as usize,
         has_clusters: major * 10 >= CLUSTERS && compiled_for >= CLUSTERS,
+        is_hopper: major * 10 == CLUSTERS && compiled_for == CLUSTERS,
     };
     registry.properties.insert(context.ordinal(), properties);
     Ok(properties)

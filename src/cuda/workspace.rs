@@ -1,9 +1,10 @@
 //! Memory between the kernels of a call, kept from call to call.
 
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, sys};
 use candle_core::{CudaDevice, Result, bail};
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Bytes between the starts of parts.
 const ALIGNMENT: usize = 256;
@@ -18,6 +19,36 @@ struct Workspace {
     bytes: Option<CudaSlice<u8>>,
     /// Smaller ones, which captured graphs may hold.
     outgrown: Vec<CudaSlice<u8>>,
+    /// Where the blocks of a cooperative kernel meet; 0 before and after.
+    meeting: Option<CudaSlice<u32>>,
+}
+
+impl Workspace {
+    /// Runs `f` on the workspace of the calling thread on the stream of `device`.
+    fn with<R>(device: &CudaDevice, f: impl FnOnce(&mut Self, &Arc<CudaStream>) -> Result<R>) -> Result<R> {
+        let stream = device.cuda_stream();
+        let place = (stream.context().ordinal(), stream.cu_stream() as usize);
+        WORKSPACES.with_borrow_mut(|workspaces| f(workspaces.entry(place).or_default(), &stream))
+    }
+}
+
+/// Refuses to allocate what a graph that is being captured would hold.
+fn check_not_captured(stream: &CudaStream, op: &str) -> Result<()> {
+    match stream.capture_status() {
+        Ok(sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE) | Err(_) => Ok(()),
+        Ok(_) => bail!("{op}: the workspace must grow while a graph is captured; make the same call once before"),
+    }
+}
+
+/// The address of two numbers that are 0 between the kernels of the calling thread's stream.
+pub(crate) fn meeting(device: &CudaDevice, op: &str) -> Result<u64> {
+    Workspace::with(device, |workspace, stream| {
+        if workspace.meeting.is_none() {
+            check_not_captured(stream, op)?;
+            workspace.meeting = Some(device.alloc_zeros::<u32>(2)?);
+        }
+        Ok(workspace.meeting.as_ref().map_or(0, |meeting| meeting.device_ptr(stream).0))
+    })
 }
 
 /// The addresses of parts of the calling thread's workspace on the stream of `device`, of as many bytes as asked for, with
@@ -33,16 +64,10 @@ pub(crate) fn workspace<const N: usize>(device: &CudaDevice, op: &str, parts: [u
             _ => bail!("{op}: a workspace of {parts:?} bytes cannot be counted"),
         };
     }
-    let stream = device.cuda_stream();
-    let place = (stream.context().ordinal(), stream.cu_stream() as usize);
-    WORKSPACES.with_borrow_mut(|workspaces| {
-        let workspace = workspaces.entry(place).or_default();
+    Workspace::with(device, |workspace, stream| {
         let held = workspace.bytes.as_ref().map_or(0, CudaSlice::len);
         if held < len {
-            if stream.capture_status().is_ok_and(|status| status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
-            {
-                bail!("{op}: the workspace must grow from {held} to {len} bytes while a graph is captured; call it once before")
-            }
+            check_not_captured(stream, op)?;
             // SAFETY: kernels write what they read of it.
             let grown = match unsafe { device.alloc::<u8>(len) } {
                 Ok(grown) => grown,
@@ -50,7 +75,7 @@ pub(crate) fn workspace<const N: usize>(device: &CudaDevice, op: &str, parts: [u
             };
             workspace.outgrown.extend(workspace.bytes.replace(grown));
         }
-        let first = workspace.bytes.as_ref().map_or(0, |bytes| bytes.device_ptr(&stream).0);
+        let first = workspace.bytes.as_ref().map_or(0, |bytes| bytes.device_ptr(stream).0);
         Ok(starts.map(|start| first + start))
     })
 }

@@ -14,9 +14,10 @@ use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 const MAX_THREADS: usize = 512;
 /// Units that a word of a mask has room for.
 const WORD_UNITS: usize = 32;
-/// Bytes of masks, counters and experts of a chunk, where a chunk of one word does not need more.
+/// Bytes of masks, counters and experts of a chunk, where a chunk of one word does not need more and a block has them.
 const MAX_CHUNK_BYTES: usize = 160 * 1024;
-/// Groups of threads that add up the rows of chunks, at most, and the sums of all of them where one group does not need more.
+/// Groups of threads that add up the rows of chunks, at most, and the sums of all of them where one group does not need more
+/// and a block has room for them.
 const MAX_GROUPS: usize = 16;
 const MAX_SUMS: usize = 16 * 1024;
 /// Up to here one launch of one block is faster than two.
@@ -114,7 +115,9 @@ impl Cut {
         device: Properties,
     ) -> Self {
         let one = Self { unit_slots, chunk_units: WORD_UNITS, num_chunks: 1, whole: true };
-        let most = (MAX_CHUNK_BYTES / one.chunk_bytes(pitch)).clamp(1, MAX_CHUNK_WORDS) * WORD_UNITS;
+        // What is not cut has its offsets beside it.
+        let bytes = MAX_CHUNK_BYTES.min(device.max_shared.saturating_sub(offset_bytes(pitch)));
+        let most = (bytes / one.chunk_bytes(pitch)).clamp(1, MAX_CHUNK_WORDS) * WORD_UNITS;
         if num_units <= whole_units.min(most) {
             return Self { chunk_units: num_units.max(1), ..one };
         }
@@ -246,6 +249,26 @@ fn pitch(num_local: usize) -> usize {
     num_local.next_multiple_of(8)
 }
 
+/// Bytes of totals, offsets of slots and tiles, and of the room for sums over the block.
+fn offset_bytes(pitch: usize) -> usize {
+    (3 * pitch + 2 + 64) * size_of::<u32>()
+}
+
+/// Groups of threads that add up rows, a power of two, so that their sums fit even where they take 32 bits.
+fn num_groups(pitch: usize, device: Properties) -> usize {
+    let fits = |groups: usize| place_bytes(groups, pitch, size_of::<u32>()) <= device.max_shared;
+    let mut groups = MAX_GROUPS;
+    while groups > 1 && (groups * pitch > MAX_SUMS || !fits(groups)) {
+        groups /= 2;
+    }
+    groups
+}
+
+/// Bytes of shared memory of `place`: both sums of each group, the offsets, the chunk's places.
+fn place_bytes(groups: usize, pitch: usize, sum: usize) -> usize {
+    2 * groups * pitch * sum + offset_bytes(pitch) + pitch * size_of::<u32>()
+}
+
 /// The launches of an order: how the first one is made, and the second one if there is one.
 #[derive(Debug, Clone, Copy)]
 struct Launches {
@@ -264,8 +287,6 @@ impl Launches {
         let num_local = spec.local_experts.len();
         let pitch = pitch(num_local);
         let what = format!("num_local_experts {num_local}");
-        // Totals, offsets of slots and tiles, the room for sums over the block.
-        let offsets = (3 * pitch + 2 + 64) * size_of::<u32>();
         let chunk = cut.chunk_bytes(pitch).next_multiple_of(size_of::<u32>());
         let mut warps = cut.chunk_units.div_ceil(warp_units);
         if cut.whole {
@@ -273,23 +294,20 @@ impl Launches {
             warps = warps.max(num_local.div_ceil(32));
         }
         let threads = (32 * warps).clamp(32, MAX_THREADS);
-        let shared = checked_shared(device, OP, &what, chunk + if cut.whole { offsets } else { 0 })?;
+        let shared = checked_shared(device, OP, &what, chunk + if cut.whole { offset_bytes(pitch) } else { 0 })?;
         let first = Launch::new(cut.num_chunks, threads as u32, shared);
         if cut.whole {
             return Ok(Self { first, second: None, chunks_per_block: 1, groups: 1, packed: false });
         }
-        let mut groups = MAX_GROUPS;
-        while groups > 1 && groups * pitch > MAX_SUMS {
-            groups /= 2;
-        }
+        let properties = properties(device)?;
+        let groups = num_groups(pitch, properties);
         // Rows go round the groups, a few at once where they are short.
         let at_once = (MAX_THREADS / groups / (pitch / 8).next_power_of_two()).max(1);
         let rows = cut.num_chunks.div_ceil(groups * at_once) * at_once;
         let packed = rows * cut.chunk_units <= u16::MAX as usize;
         let sum = if packed { size_of::<u16>() } else { size_of::<u32>() };
-        let sums = 2 * groups * pitch * sum;
-        let chunks_per_block = cut.num_chunks.div_ceil(properties(device)?.num_multiprocessors);
-        let shared = checked_shared(device, OP, &what, sums + offsets + pitch * size_of::<u32>())?;
+        let chunks_per_block = cut.num_chunks.div_ceil(properties.num_multiprocessors);
+        let shared = checked_shared(device, OP, &what, place_bytes(groups, pitch, sum))?;
         let second = Launch::new(cut.num_chunks.div_ceil(chunks_per_block), MAX_THREADS as u32, shared);
         let second = Some(Launch { starts_early: true, ..second });
         Ok(Self { first, second, chunks_per_block, groups, packed })
@@ -460,25 +478,47 @@ pub(super) fn tile_map(
 mod tests {
     use super::*;
 
-    const H100: Properties = Properties { num_multiprocessors: 132, max_shared: 232_448, has_clusters: true };
+    const H100: Properties =
+        Properties { num_multiprocessors: 132, max_shared: 232_448, has_clusters: true, is_hopper: true };
+    const A100: Properties = Properties { num_multiprocessors: 108, max_shared: 166_912, has_clusters: false };
+    const L4: Properties = Properties { num_multiprocessors: 58, max_shared: 101_376, has_clusters: false };
 
-    /// Every unit lies in exactly one chunk, and counters hold a chunk.
+    /// Every unit lies in exactly one chunk, and a block has room for a chunk.
     #[test]
     fn cuts_cover_all_units() {
-        for device in [H100, Properties { num_multiprocessors: 1, ..H100 }] {
-            for pitch in [0, 8, 256, 4096, 16384] {
-                for (unit_slots, limits) in [(1, (1024, 256)), (8, (64, 32)), (32, (16, 8))] {
-                    for num_units in (1..300).chain([1023, 1024, 1025, 4224, 4225, 1 << 20, (1 << 32) / unit_slots - 1])
-                    {
-                        let cut = Cut::new(num_units, unit_slots, limits, pitch, device);
-                        assert!(cut.num_chunks * cut.chunk_units >= num_units, "{cut:?}");
-                        assert!((cut.num_chunks - 1) * cut.chunk_units < num_units, "{cut:?}");
-                        assert!(cut.chunk_units <= u16::MAX as usize, "{cut:?}");
-                        assert!(cut.chunk_words() == 1 || cut.chunk_bytes(pitch) <= MAX_CHUNK_BYTES, "{cut:?}");
-                        assert!(!cut.whole || cut.num_chunks == 1 && num_units <= limits.0, "{cut:?}");
+        for device in [H100, A100, L4, Properties { num_multiprocessors: 1, ..H100 }] {
+            for pitch in [0, 8, 256, 896, 2048, 4096, 16384] {
+                for (unit_slots, limits) in [(1, (1024, 256)), (8, (64, 32)), (16, (64, 32)), (32, (16, 8))] {
+                    let counts = (1..300).chain([928, 960, 1023, 1024, 1025, 4224, 4225, 1 << 18, 1 << 20]);
+                    for num_units in counts.chain([(1 << 32) / unit_slots - 1]) {
+                        check_cut(Cut::new(num_units, unit_slots, limits, pitch, device), num_units, pitch, device);
                     }
                 }
             }
         }
+    }
+
+    fn check_cut(cut: Cut, num_units: usize, pitch: usize, device: Properties) {
+        assert!(cut.num_chunks * cut.chunk_units >= num_units, "{cut:?}");
+        assert!((cut.num_chunks - 1) * cut.chunk_units < num_units, "{cut:?}");
+        assert!(cut.chunk_units <= u16::MAX as usize, "{cut:?}");
+        assert!(cut.chunk_words() == 1 || cut.chunk_bytes(pitch) <= MAX_CHUNK_BYTES, "{cut:?}");
+        assert!(!cut.whole || cut.num_chunks == 1, "{cut:?}");
+        if pitch <= 2048 {
+            let bytes = cut.chunk_bytes(pitch) + if cut.whole { offset_bytes(pitch) } else { 0 };
+            assert!(bytes <= device.max_shared, "{cut:?} with {pitch} experts takes {bytes} bytes of {device:?}");
+        }
+    }
+
+    /// As many groups as fit, down to one: on an H100 up to 8000 experts and more.
+    #[test]
+    fn sums_of_groups_fit_a_block() {
+        for (device, most) in [(H100, 9672), (A100, 6936), (L4, 4208)] {
+            for pitch in (8..=most).step_by(8) {
+                let bytes = place_bytes(num_groups(pitch, device), pitch, size_of::<u32>());
+                assert!(bytes <= device.max_shared, "{pitch} experts take {bytes} bytes of {device:?}");
+            }
+        }
+        assert_eq!([32, 256, 1024, 4096, 8000].map(|pitch| num_groups(pitch, H100)), [16, 16, 16, 4, 1]);
     }
 }

@@ -2,13 +2,13 @@
 
 use super::Plan;
 use super::store::OP;
-use crate::cuda::{Binary, Launch, launch, slice_of};
+use crate::cuda::{Binary, Launch, allocate, launch, slice_of};
 use crate::host::checked_product;
 use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
 use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, CudaStorage, Device, Result, Storage, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, Device, Result, Storage, Tensor};
 
 /// Threads of a block; each warp writes a row.
 const THREADS: u32 = 256;
@@ -66,12 +66,8 @@ pub(super) fn generate<L: CudaDType + DeviceRepr>(
 ) -> Result<Tensor> {
     let num_experts = plan.num_experts();
     let len = checked_product(OP, ("num_tokens", rows), ("num_experts", num_experts))?;
-    let bytes = checked_product(OP, ("logits", len), ("bytes", size_of::<L>()))?;
     // SAFETY: the kernel writes every logit before anything reads it.
-    let mut logits = match unsafe { device.alloc::<L>(len.max(1)) } {
-        Ok(logits) => logits,
-        Err(error) => bail!("{OP}: cannot allocate {bytes} bytes on {:?}: {error}", device.location()),
-    };
+    let mut logits = unsafe { allocate::<L>(device, OP, len)? };
     if rows > 0 {
         let stream = device.cuda_stream();
         let DevicePlan { kind, slots, cells } = plan.for_device(rows)?;

@@ -38,7 +38,7 @@ pub struct StoreStatistics {
     pub entries: usize,
     /// Rows of all buffers.
     pub rows: usize,
-    /// Bytes of all buffers.
+    /// Bytes of all buffers, those on CUDA that were outgrown too.
     pub bytes: usize,
     /// Requests that an existing buffer served.
     pub hits: u64,
@@ -50,7 +50,9 @@ pub struct StoreStatistics {
 ///
 /// One growing buffer per key and device serves every request as a narrowed view of its first rows: no copy and, once
 /// [reserved](Self::reserve), no allocation and a stable address. Growth builds a new buffer and leaves views of the old
-/// one alive and unchanged.
+/// one alive and unchanged. On CUDA the old one itself stays too, until [`clear`](Self::clear): a captured graph knows
+/// its address only. Buffers at least double, as long as there is memory, so all old ones together take no more than the
+/// newest.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -71,6 +73,9 @@ pub struct PerfectRouterStore {
 #[derive(Debug, Default)]
 struct State {
     buffers: HashMap<(PerfectRouterKey, DeviceLocation), Tensor>,
+    /// Buffers on CUDA that were outgrown: graphs may read them, and kernels of other threads, whose streams do not wait
+    /// for the one on which they would be freed.
+    outgrown: Vec<Tensor>,
     hits: u64,
     misses: u64,
 }
@@ -141,13 +146,16 @@ impl PerfectRouterStore {
         StoreStatistics {
             entries: state.buffers.len(),
             rows: state.buffers.values().map(|buffer| buffer.dims()[0]).sum(),
-            bytes: state.buffers.values().map(bytes).sum(),
+            bytes: state.buffers.values().chain(&state.outgrown).map(bytes).sum(),
             hits: state.hits,
             misses: state.misses,
         }
     }
 
     /// Forgets every buffer and the statistics. Views that are still alive stay valid.
+    ///
+    /// A graph that was captured with a view must not be launched any more, and what other threads have put on their
+    /// streams must be done.
     pub fn clear(&self) {
         *self.lock() = State::default();
     }
@@ -169,7 +177,8 @@ impl State {
         let twice = held.map_or(MIN_ROWS, |buffer| buffer.dims()[0].saturating_mul(2));
         // Doubling is a convenience: what was asked for is enough.
         let buffer = generate(key, rows.max(twice), device).or_else(|_| generate(key, rows, device))?;
-        self.buffers.insert(place, buffer.clone());
+        let outgrown = self.buffers.insert(place, buffer.clone());
+        self.outgrown.extend(outgrown.filter(|buffer| buffer.device().is_cuda()));
         Ok((buffer, true))
     }
 }

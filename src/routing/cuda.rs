@@ -1,7 +1,7 @@
 //! Routing on CUDA: the launches of `cuda/routing/topk.cu`, which says how.
 
 use super::{OP, Router, RoutingMethod};
-use crate::cuda::{Binary, Buffer, Launch, Section, checked_shared, launch, slice_of};
+use crate::cuda::{Binary, Buffer, Launch, Section, allocate, checked_shared, launch, slice_of};
 use crate::host::checked_product;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDType;
@@ -122,7 +122,7 @@ pub(crate) fn write_weights(
     let (device, stream) = (storage.device(), storage.device().cuda_stream());
     let num_slots = num_slots(layout, router)?;
     // SAFETY: the kernel writes every slot, of padding tokens too, before anything reads it.
-    let mut weights = unsafe { device.alloc::<f32>(num_slots.max(1))? };
+    let mut weights = unsafe { allocate::<f32>(device, OP, num_slots)? };
     if num_slots > 0 {
         let (logits, _logits) = match storage.dtype() {
             DType::F32 => device_address(storage.as_cuda_slice::<f32>()?, &stream),
@@ -217,7 +217,7 @@ fn backward_as<L: CudaDType + DeviceRepr>(
 ) -> Result<Tensor> {
     let (num_tokens, num_experts) = logits.dims2()?;
     // SAFETY: the kernel writes every element before anything reads it.
-    let mut grad_logits = unsafe { device.alloc::<L>(logits.elem_count().max(1))? };
+    let mut grad_logits = unsafe { allocate::<L>(device, OP, logits.elem_count())? };
     if num_tokens > 0 {
         let stream = device.cuda_stream();
         let (topk_ids, topk_weights) = (topk_ids.contiguous()?, topk_weights.contiguous()?);

@@ -1,5 +1,7 @@
 //! The example `bench_moe` as a user runs it.
 
+#[cfg(feature = "cuda")]
+use crate::program::run;
 use crate::program::{assert_rejected, json_of, run_unread, stdout_of, text};
 use serde_json::{Value, json};
 
@@ -27,7 +29,9 @@ fn help_names_every_flag() {
         "seed",
         "threads",
         "schedule",
+        "skew",
         "only",
+        "plot",
         "output",
     ];
     let help = stdout_of(BENCH, &["--help"]);
@@ -119,6 +123,10 @@ fn what_belongs_to_the_other_device_is_refused() {
     assert_rejected(BENCH, &["--device", "cuda:x"], &["expected cpu, cuda or cuda:N"]);
     assert_rejected(BENCH, &["--shape", "8x2"], &["--device cuda"]);
     assert_rejected(BENCH, &["--only", "routed-order"], &["--device cuda"]);
+    assert_rejected(BENCH, &["--plot", "layers.svg"], &["--device cuda"]);
+    assert_rejected(BENCH, &["--ep-size", "1,8"], &["--device cuda"]);
+    assert_rejected(BENCH, &["--skew", "1"], &["--device cuda"]);
+    assert_rejected(BENCH, &["--skew", "-1"], &["--skew", "not negative"]);
     assert_rejected(BENCH, &["--device", "cuda", "--shape", "8x9"], &["top_k is 9, expected 1 to 8"]);
     assert_rejected(BENCH, &["--device", "cuda", "--shape", "8"], &["EXPERTSxTOP_K"]);
 }
@@ -135,8 +143,6 @@ fn bench_moe_measures_routing_and_order_on_cuda() {
     if crate::devices::cuda().is_none() {
         return;
     }
-    assert_rejected(BENCH, &["--device", "cuda", "--only", "layer"], &["measured on the CPU only"]);
-    assert_rejected(BENCH, &["--device", "cuda", "--profile", "tiny"], &["--shape"]);
     let short = ["--device", "cuda", "--shape", "32x4,60x4", "--num-tokens", "1,70", "--iters", "3", "--seconds", "0"];
     let report = json_of(BENCH, &[&short[..], &["--output", "json"]].concat());
     let metadata = &report["metadata"];
@@ -153,6 +159,88 @@ fn bench_moe_measures_routing_and_order_on_cuda() {
         assert!(number("bytes") > 0.0 && number("floor_us") > 0.0, "{row}");
         assert_eq!(row["candle"].is_object(), i % 3 == 0, "Candle composes the routing, {row}");
     }
+    assert_eq!(
+        (&metadata["matmul_tflop_per_s"], &report["layers"]),
+        (&Value::Null, &json!([])),
+        "shapes have no layers"
+    );
     let table = stdout_of(BENCH, &[&short[..], &["--method", "Llama4", "--only", "routed-order"]].concat());
     assert!(table.contains("Llama4") && table.contains("Copy bandwidth") && !table.contains("NaN"), "{table}");
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn arguments_of_layers_on_cuda_must_fit_each_other() {
+    let rejected = |args: &[&str], words: &[&str]| {
+        assert_rejected(BENCH, &[&["--device", "cuda"], args].concat(), words);
+    };
+    rejected(&["--only", "plan"], &["--only plan is measured on the CPU only", "layer"]);
+    rejected(&["--only", "order", "--profile", "tiny"], &["for layers", "--shape"]);
+    rejected(&["--shape", "32x4", "--ep-size", "8"], &["for layers", "--only layer"]);
+    rejected(&["--shape", "32x4", "--plot", "layers.svg"], &["for layers"]);
+    rejected(&["--only", "layer", "--shape", "32x4"], &["for routing and order", "--profile"]);
+    rejected(&["--only", "layer", "--method", "Llama4"], &["for routing and order", "--profile"]);
+    rejected(&["--profile", "tiny", "--ep-size", "1,3"], &["profile tiny has 8 experts", "--ep-size"]);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn a_layer_too_large_for_the_device_is_refused() {
+    if crate::devices::cuda().is_some() {
+        let huge = ["--device", "cuda", "--profile", "tiny", "--num-tokens", "1000000000000"];
+        assert_rejected(BENCH, &huge, &["GB are free", "fewer --num-tokens"]);
+    }
+}
+
+/// Stdout of a run on CUDA; the emulated driver says what it lacks.
+#[cfg(feature = "cuda")]
+fn layers_on_cuda(args: &[&str]) -> String {
+    let short = ["--device", "cuda", "--profile", "tiny", "--num-tokens", "1", "--iters", "3", "--seconds", "0"];
+    let output = run(BENCH, &[&short[..], args].concat());
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{args:?}: {stderr}");
+    assert!(stderr.lines().all(|line| line.ends_with("is not emulated")), "{args:?}: {stderr}");
+    text(&output.stdout)
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn bench_moe_measures_layers_on_cuda() {
+    if crate::devices::cuda().is_none() {
+        return;
+    }
+    let plot = std::env::temp_dir().join(format!("bench_moe_{}.svg", std::process::id()));
+    let stdout = layers_on_cuda(&["--ep-size", "2", "--output", "json", "--plot", plot.to_str().unwrap()]);
+    let report: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(report["rows"], json!([]), "{report}");
+    let rate = &report["metadata"]["matmul_tflop_per_s"];
+    assert!(rate.is_null() || rate.as_f64() > Some(0.0), "{rate}");
+    let layers = report["layers"].as_array().unwrap();
+    assert_eq!(layers.len(), 2, "random and perfect routing");
+    for (row, routing) in layers.iter().zip(["random", "perfect"]) {
+        assert_eq!(
+            (&row["part"], &row["profile"], &row["routing"]),
+            (&json!("layer"), &json!("tiny"), &json!(routing))
+        );
+        assert_eq!((&row["ep_size"], &row["num_tokens"], &row["weights"]), (&json!(2), &json!(1), &json!("mxfp4")));
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}"));
+        assert!(number("p10_us") <= number("median_us") && number("median_us") <= number("p90_us"), "{row}");
+        for key in ["routed_order_us", "experts_us", "floor_us", "floor_ratio", "bytes", "flops", "num_layers"] {
+            assert!(number(key) > 0.0, "{key} in {row}");
+        }
+        // Two tokens, one of each rank, with four slots each, on two ranks.
+        assert_eq!(number("mean_slots"), 4.0, "{row}");
+        assert!((4.0..=8.0).contains(&number("slots")), "the busiest rank, {row}");
+        assert!((2.0..=4.0).contains(&number("distinct_experts")), "{row}");
+    }
+    assert_eq!(layers[1]["slots"], 4.0, "perfect routing leaves no rank busier");
+    let drawing = std::fs::read_to_string(&plot).unwrap();
+    std::fs::remove_file(&plot).unwrap();
+    assert!(drawing.starts_with("<svg") && drawing.contains("busiest of 2 ranks"), "{drawing}");
+    assert!(!drawing.contains("NaN") && !drawing.contains("inf"), "{drawing}");
+    let table = layers_on_cuda(&["--ep-size", "8", "--weights", "bf16", "--skew", "2"]);
+    for words in ["routing + order us", "random / perfect", "bf16 weights", "meaningless", "without the gate"] {
+        assert!(table.contains(words), "{words:?} is missing in\n{table}");
+    }
+    assert!(!table.contains("NaN"), "{table}");
 }

@@ -123,6 +123,16 @@ fn more_than_8192_slots_are_sorted() {
 }
 
 #[test]
+fn ids_that_start_inside_their_buffer_are_ordered() {
+    for num_tokens in [4, 10, 700, 5000] {
+        let ids = random_ids(&mut Random(7), num_tokens * 2, 40, 5);
+        let ids = Tensor::from_vec(ids, (num_tokens, 2), &Device::Cpu).unwrap();
+        check(&ids.narrow(0, 3, num_tokens - 3).unwrap(), 40, 0..40);
+        check(&ids.narrow(1, 1, 1).unwrap(), 40, 10..30);
+    }
+}
+
+#[test]
 fn every_tile_height_covers_experts_of_every_size_around_it() {
     // Experts with 0 to 130 slots each: every count just below, at and above a multiple of every tile height.
     let ids: Vec<u32> = (0..=130u32).flat_map(|e| std::iter::repeat_n(e, e as usize)).collect();

@@ -1,25 +1,27 @@
-//! Routing and expert order on a CUDA device.
+//! Routing, expert order and whole layers on a CUDA device.
 //!
 //! A row is the time of one call inside a captured graph, from events around its replay: as many calls as there are inputs,
-//! so that logits come from memory and not from the cache. The outputs of a call are freed inside the graph, which
+//! so that logits come from memory and not from the cache (`layer` says what stands in for that in layers). The outputs of a call are freed inside the graph, which
 //! takes nodes of its own; `allocation_us` says what an allocation of one output costs beside an empty kernel.
 
 mod graph;
+mod layer;
+mod plot;
 mod report;
 
 use crate::common::progress;
 use crate::common::report::{BadArguments, OutputFormat, Verdict, plain, print, print_json};
 use crate::common::stats::{Budget, Summary, measure};
 use crate::workload::Random;
-use crate::{Args, Part, Precision, Shape};
+use crate::{Args, Part, Precision, Shape, part_name};
 use anyhow::{Context, Result, anyhow};
 use candle_core::{CudaDevice, D, DType, Device, Tensor};
 use candle_moe::order::{ExpertOrder, OrderOptions, RoutedOrder};
 use candle_moe::routing::{ExpertGroups, Router, RoutingMethod};
-use clap::ValueEnum;
 use graph::{Graph, Stopwatch};
 use report::{Candle, Metadata, Report, Row, Timing};
 use std::hint::black_box;
+use std::path::PathBuf;
 
 /// Bytes of logits that the calls of a graph read at least, where that takes no more than the most calls.
 const ROTATED_BYTES: usize = 128 << 20;
@@ -27,6 +29,8 @@ const MAX_CALLS: usize = 32;
 const MIN_CALLS: usize = 4;
 /// Bytes of each buffer of the copy that bandwidth is measured by.
 const COPY_BYTES: usize = 512 << 20;
+/// Rows and columns of the matrices whose product is the rate of a large one.
+const MATMUL_SIZE: usize = 8192;
 /// Rows of a tile map.
 const TILE_ROWS: usize = 64;
 
@@ -56,11 +60,40 @@ fn default_shapes() -> Vec<(Shape, RoutingMethod)> {
 pub(crate) fn run(args: &Args, ordinal: usize) -> Result<Verdict> {
     let bench = Bench::new(args, ordinal)?;
     let report = bench.run()?;
+    if let Some(file) = &bench.plot {
+        std::fs::write(file, plot::svg(&report)).with_context(|| format!("cannot write {}", file.display()))?;
+    }
     match args.output {
         OutputFormat::Json => print_json(&report)?,
         OutputFormat::Table => print(report.text())?,
     }
     Ok(Verdict::Passed)
+}
+
+/// The parts that are measured on shapes, and whether layers are measured.
+fn parts(args: &Args) -> Result<(Vec<Part>, bool), BadArguments> {
+    let of_shapes = [Part::Routing, Part::Order, Part::RoutedOrder];
+    if let Some(&part) = args.only.iter().find(|part| !of_shapes.contains(part) && **part != Part::Layer) {
+        let text = format!(
+            "--only {} is measured on the CPU only; choose routing, order, routed-order or layer",
+            part_name(part)
+        );
+        return Err(BadArguments(text));
+    }
+    let (names_shapes, names_layers) = (!args.shape.is_empty() || args.method.is_some(), !args.profile.is_empty());
+    let asked = |part: &Part, otherwise| if args.only.is_empty() { otherwise } else { args.only.contains(part) };
+    let parts: Vec<_> = of_shapes.into_iter().filter(|part| asked(part, names_shapes || !names_layers)).collect();
+    let layers = asked(&Part::Layer, names_layers || !names_shapes);
+    if !layers && (names_layers || !args.ep_size.is_empty() || args.skew > 0.0 || args.plot.is_some()) {
+        let text = "--profile, --ep-size, --skew and --plot are for layers; choose --only layer, or --shape EXPERTSxTOP_K for \
+                    routing and order";
+        return Err(BadArguments(text.into()));
+    }
+    if parts.is_empty() && names_shapes {
+        let text = "--shape and --method are for routing and order; choose a --profile for layers";
+        return Err(BadArguments(text.into()));
+    }
+    Ok((parts, layers))
 }
 
 struct Bench {
@@ -69,6 +102,8 @@ struct Bench {
     parts: Vec<Part>,
     shapes: Vec<(Shape, RoutingMethod)>,
     num_tokens: Vec<usize>,
+    layers: Option<layer::Options>,
+    plot: Option<PathBuf>,
     precision: Precision,
     budget: Budget,
     seed: u64,
@@ -76,17 +111,8 @@ struct Bench {
 
 impl Bench {
     fn new(args: &Args, ordinal: usize) -> Result<Self> {
-        let measured = [Part::Routing, Part::Order, Part::RoutedOrder];
-        if let Some(part) = args.only.iter().find(|part| !measured.contains(part)) {
-            let name = part.to_possible_value().map_or(String::new(), |value| value.get_name().into());
-            let text = format!("--only {name} is measured on the CPU only; choose routing, order or routed-order");
-            return Err(BadArguments(text).into());
-        }
-        if !args.profile.is_empty() || args.ep_size.get() > 1 {
-            let text =
-                "--profile and --ep-size are of the CPU's layers; choose --shape EXPERTSxTOP_K with --device cuda";
-            return Err(BadArguments(text.into()).into());
-        }
+        let (parts, measures_layers) = parts(args)?;
+        let layers = measures_layers.then(|| layer::Options::new(args)).transpose()?;
         let method = args.method.unwrap_or(RoutingMethod::Renormalize);
         let shapes = match (&args.shape[..], args.method) {
             ([], None) => default_shapes(),
@@ -97,12 +123,14 @@ impl Bench {
             .map_err(|error| anyhow!("cannot use CUDA device {ordinal}: {}", plain(&error)))?;
         Ok(Self {
             stopwatch: Stopwatch::new(cuda(&device)?)?,
-            parts: measured.into_iter().filter(|part| args.only.is_empty() || args.only.contains(part)).collect(),
-            shapes,
+            shapes: if parts.is_empty() { Vec::new() } else { shapes },
+            parts,
             num_tokens: match &args.num_tokens[..] {
                 [] => (0..=15).map(|power| 1 << power).collect(),
                 asked => asked.iter().map(|n| n.get()).collect(),
             },
+            layers,
+            plot: args.plot.clone(),
             precision: args.dtype.unwrap_or(Precision::Bf16),
             budget: Budget { warm_up: 3, iterations: args.iters.get(), time: args.seconds },
             seed: args.seed,
@@ -111,7 +139,9 @@ impl Bench {
     }
 
     fn run(&self) -> Result<Report> {
-        let bar = progress::bar(1 + self.shapes.len() * self.num_tokens.len() * (self.parts.len() + 1));
+        let num_layer_rows = self.layers.as_ref().map_or(0, layer::Options::num_rows);
+        let num_rows = self.shapes.len() * self.num_tokens.len() * (self.parts.len() + 1) + num_layer_rows;
+        let bar = progress::bar(1 + num_rows);
         bar.set_message("floors");
         let metadata = self.metadata()?;
         bar.inc(1);
@@ -133,8 +163,21 @@ impl Bench {
                 }
             }
         }
+        let layers = match &self.layers {
+            Some(layers) => layers.run(self, &metadata, &bar)?,
+            None => Vec::new(),
+        };
         bar.finish_and_clear();
-        Ok(Report { metadata, rows })
+        Ok(Report { metadata, rows, layers })
+    }
+
+    /// The replays of a graph of `calls` calls, each with outputs of its own.
+    fn replays<T>(&self, calls: usize, call: impl Fn(usize) -> candle_core::Result<T>) -> Result<Summary> {
+        let all = || (0..calls).try_for_each(|input| call(input).map(|output| drop(black_box(output))));
+        // First calls load kernels.
+        all()?;
+        let graph = Graph::capture(cuda(&self.device)?, || Ok(all()?))?;
+        self.stopwatch.replays(Budget { warm_up: 1, ..self.budget }, &graph)
     }
 
     fn metadata(&self) -> Result<Metadata> {
@@ -153,6 +196,7 @@ impl Bench {
             iters: self.budget.iterations,
             seconds: self.budget.time.as_secs_f64(),
             copy_gb_per_s: self.copy_gb_per_s()?,
+            matmul_tflop_per_s: self.layers.as_ref().and_then(|_| self.matmul_tflop_per_s()),
             empty_kernel_us: self.empty_kernel_us(false),
             allocation_us: match (self.empty_kernel_us(true), self.empty_kernel_us(false)) {
                 (Some(both), Some(kernel)) => Some(both - kernel),
@@ -169,6 +213,25 @@ impl Bench {
         let budget = Budget { warm_up: 2, iterations: 20, ..self.budget };
         let seconds = self.stopwatch.measure(budget, || Ok(device.memcpy_dtod(&source, &mut target)?))?;
         Ok(2.0 * COPY_BYTES as f64 / seconds.median / 1e9)
+    }
+
+    /// Of Candle's product of two large matrices in bf16; nothing where the device has none.
+    fn matmul_tflop_per_s(&self) -> Option<f64> {
+        let mut random = Random::new(self.seed);
+        let mut square = |size: usize| {
+            let matrix = random.many_floats(&[size, size], 1.0)?.to_dtype(DType::BF16)?;
+            matrix.to_device(&self.device)
+        };
+        // A small one says whether there is any.
+        let small = square(16).ok()?;
+        small.matmul(&small).ok()?;
+        let (a, b) = (square(MATMUL_SIZE).ok()?, square(MATMUL_SIZE).ok()?);
+        let budget = Budget { warm_up: 3, iterations: 20, ..self.budget };
+        let seconds = self.stopwatch.measure(budget, || {
+            black_box(a.matmul(&b)?);
+            Ok(())
+        });
+        Some(2.0 * (MATMUL_SIZE as f64).powi(3) / seconds.ok()?.median / 1e12)
     }
 
     /// A launch of nothing, in a graph; with an allocation that is freed beside it, if asked for. Nothing where the driver
@@ -201,6 +264,8 @@ struct Workload<'a> {
     bench: &'a Bench,
     shape: Shape,
     router: Router,
+    /// The router's selection bias, if it has one.
+    bias: Option<Tensor>,
     num_tokens: usize,
     /// Of every call, in turn.
     logits: Vec<Tensor>,
@@ -215,9 +280,12 @@ impl<'a> Workload<'a> {
         let num_inputs = ROTATED_BYTES.div_ceil(bytes).clamp(MIN_CALLS, MAX_CALLS);
         let mut random = Random::new(bench.seed ^ (num_experts * 31 + top_k) as u64 ^ (num_tokens as u64) << 32);
         let one = random.floats(&[num_tokens, num_experts], 1.5, dtype)?;
+        let mut bias = None;
         if method.takes_selection_bias() {
             // As the models have one.
-            router = router.with_selection_bias(&random.floats(&[num_experts], 0.1, DType::F32)?)?;
+            let values = random.floats(&[num_experts], 0.1, DType::F32)?;
+            router = router.with_selection_bias(&values)?;
+            bias = Some(values.to_device(&bench.device)?);
         }
         // Different rows first, so that every call chooses differently; the host's random numbers are made once.
         let turned = |turn: usize| {
@@ -227,7 +295,7 @@ impl<'a> Workload<'a> {
             turned.to_device(&bench.device)
         };
         let logits = (0..num_inputs).map(turned).collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(Self { bench, shape, router, num_tokens, logits })
+        Ok(Self { bench, shape, router, bias, num_tokens, logits })
     }
 
     fn row(&self, part: Part, metadata: &Metadata, candle: Option<Candle>) -> Result<Row> {
@@ -273,13 +341,9 @@ impl<'a> Workload<'a> {
         }
     }
 
-    /// The replays of a graph in which `call` is done for every input, each time with outputs of its own.
+    /// The replays of a graph in which `call` is done for every input.
     fn replays<T>(&self, call: impl Fn(usize) -> candle_core::Result<T>) -> Result<Summary> {
-        // The first call loads kernels.
-        black_box(call(0)?);
-        let all = || (0..self.logits.len()).try_for_each(|input| call(input).map(|output| drop(black_box(output))));
-        let graph = Graph::capture(cuda(&self.bench.device)?, || Ok(all()?))?;
-        self.bench.stopwatch.replays(self.bench.budget, &graph)
+        self.bench.replays(self.logits.len(), call)
     }
 
     fn time_routing(&self) -> Result<Summary> {
@@ -297,24 +361,36 @@ impl<'a> Workload<'a> {
         self.replays(|input| RoutedOrder::new(&self.router, &self.logits[input], &options))
     }
 
-    /// The same routing composed of Candle's own operations; nothing for methods that it takes more than a softmax to
-    /// compose.
-    fn candle(&self) -> Result<Option<Candle>> {
-        let divides = match self.router.method() {
-            RoutingMethod::Renormalize | RoutingMethod::RenormalizeNaive => true,
-            RoutingMethod::Default => false,
-            _ => return Ok(None),
+    /// Ids and weights composed of Candle's own operations.
+    fn compose(&self, input: usize) -> candle_core::Result<(Tensor, Tensor)> {
+        use RoutingMethod::{DeepSeekV4, Default, Llama4, Renormalize, RenormalizeNaive};
+        let (logits, method) = (self.logits[input].to_dtype(DType::F32)?, self.router.method());
+        let scores = match method {
+            Default | Renormalize | RenormalizeNaive => candle_nn::ops::softmax_last_dim(&logits)?,
+            DeepSeekV4 { .. } => (logits.exp()? + 1.0)?.log()?.sqrt()?,
+            _ => candle_nn::ops::sigmoid(&logits)?,
         };
+        let choice = match &self.bias {
+            Some(bias) => scores.broadcast_add(bias)?,
+            None => scores.clone(),
+        };
+        let choice = if method.groups().is_limit() { keep_best_groups(&choice, method.groups())? } else { choice };
+        let ids = choice.arg_sort_last_dim(false)?.narrow(D::Minus1, 0, self.shape.top_k)?.contiguous()?;
+        let weights = scores.gather(&ids, D::Minus1)?;
+        let weights = match method {
+            Default | Llama4 => weights,
+            _ => weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?,
+        };
+        let factor = f64::from(method.routed_scaling_factor());
+        Ok((ids, if factor == 1.0 { weights } else { (weights * factor)? }))
+    }
+
+    /// The time of the same routing by [`compose`](Self::compose).
+    fn candle(&self) -> Result<Option<Candle>> {
         if !self.bench.parts.contains(&Part::Routing) {
             return Ok(None);
         }
-        let compose = |input: usize| -> candle_core::Result<(Tensor, Tensor)> {
-            let scores = candle_nn::ops::softmax_last_dim(&self.logits[input].to_dtype(DType::F32)?)?;
-            let ids = scores.arg_sort_last_dim(false)?.narrow(D::Minus1, 0, self.shape.top_k)?.contiguous()?;
-            let weights = scores.gather(&ids, D::Minus1)?;
-            let weights = if divides { weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)? } else { weights };
-            Ok((ids, weights))
-        };
+        let compose = |input: usize| self.compose(input);
         if let Err(error) = compose(0) {
             return Ok(Some(Candle { median_us: None, timing: Timing::Failed, error: Some(plain(&error)) }));
         }
@@ -334,4 +410,20 @@ impl<'a> Workload<'a> {
         let median_us = Some(seconds.median * 1e6 / self.logits.len() as f64);
         Ok(Some(Candle { median_us, timing: Timing::Wall, error: None }))
     }
+}
+
+/// Scores that are very low outside of the groups whose two best experts have the greatest sums.
+fn keep_best_groups(scores: &Tensor, groups: ExpertGroups) -> candle_core::Result<Tensor> {
+    const LOW: f64 = -1e9;
+    let ExpertGroups { num_groups, topk_group } = groups;
+    let (num_tokens, num_experts) = scores.dims2()?;
+    let size = num_experts / num_groups;
+    let grouped = scores.reshape((num_tokens, num_groups, size))?;
+    let (sorted, _) = grouped.sort_last_dim(false)?;
+    let sums = sorted.narrow(D::Minus1, 0, size.min(2))?.sum(D::Minus1)?;
+    let kept = sums.arg_sort_last_dim(false)?.narrow(D::Minus1, 0, topk_group)?.contiguous()?;
+    let ones = kept.ones_like()?.to_dtype(DType::F32)?;
+    let is_kept = sums.zeros_like()?.scatter_add(&kept, &ones, D::Minus1)?;
+    let penalty = is_kept.affine(-LOW, LOW)?.unsqueeze(D::Minus1)?;
+    grouped.broadcast_add(&penalty)?.reshape((num_tokens, num_experts))
 }

@@ -6,13 +6,13 @@ mod path;
 
 use super::weights::Values;
 use super::{Activation, ExpertProjection, Experts, GateUpRows, OP};
-use crate::cuda::{Binary, Launch, launch, properties, workspace};
+use crate::cuda::{Binary, Launch, launch, meeting, properties, workspace};
 use crate::host::checked_product;
 use crate::order::{ExpertOrder, TileMap};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use held::{Fresh, Held, output};
-use path::{Path, general_format, general_launch};
+use path::{Kernel, Path, general_format, general_launch};
 
 /// Threads of a block that brings rows home, and columns of a thread.
 const HOME_THREADS: u32 = 256;
@@ -43,6 +43,22 @@ struct Arguments {
     alpha: f32,
     limit: f32,
     warps: u32,
+    token_features: u32,
+}
+
+/// `LayerArguments` of the source.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct LayerArguments {
+    gate_up: Arguments,
+    down: Arguments,
+    meeting: u64,
+}
+
+impl Kernel {
+    fn with(&self, arguments: Arguments) -> Arguments {
+        Arguments { warps: self.warps as u32, token_features: self.token_features as u32, ..arguments }
+    }
 }
 
 /// `HomeArguments` of the source.
@@ -60,6 +76,8 @@ struct HomeArguments {
 
 // SAFETY: plain numbers and device addresses, in the C layout of the kernels' parameters.
 unsafe impl DeviceRepr for Arguments {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for LayerArguments {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for HomeArguments {}
 
@@ -140,7 +158,7 @@ impl<'a> Call<'a> {
             top_k: order.top_k(),
             num_slots,
             max_tiles: tiles.tile_experts.elem_count(),
-            hidden: held(hidden, "hidden")?,
+            hidden: held(hidden, "hidden")?.aligned()?,
             sorted_slots: held(&order.sorted_slots, "the order")?,
             expert_offsets: held(&order.expert_offsets, "the order")?,
             tile_experts: held(&tiles.tile_experts, "the order")?,
@@ -165,46 +183,55 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// Puts `activated`, `[num_slots, intermediate_size]` in the dtype of the hidden states, on the stream.
-    fn gate_up(&self, activated: u64) -> Result<()> {
-        let experts = self.experts;
-        if experts.intermediate_size() == 0 || self.max_tiles == 0 {
+    /// Puts `rows`, f32 `[num_slots, hidden_size]`, on the stream, and on the way there `activated`, `[num_slots,
+    /// intermediate_size]` in the dtype of the hidden states.
+    fn project(&self, activated: u64, rows: u64) -> Result<()> {
+        if self.is_empty() {
             return Ok(());
         }
-        let (activation, alpha, limit) = match experts.activation {
+        let experts = self.experts;
+        let weights = (Weights::new(&experts.gate_up, self.device)?, Weights::new(&experts.down, self.device)?);
+        let gate_up = self.gate_up(&weights.0, activated)?;
+        let down = self.down(&weights.1, activated, rows)?;
+        let device = properties(self.device)?;
+        if let Some(kernel) = self.path.layer_kernel(experts, self.max_tiles, self.dtype, device) {
+            let (gate_up, down) = (kernel.with(gate_up), kernel.with(down));
+            let arguments = LayerArguments { gate_up, down, meeting: meeting(self.device, OP)? };
+            // SAFETY: `LayerArguments` is the kernel's parameter, and the rest is as below.
+            return unsafe { launch(self.device, self.path.binary(), &kernel.name, kernel.launch, arguments) };
+        }
+        for (kind, projection, arguments) in [("gate_up", &experts.gate_up, gate_up), ("down", &experts.down, down)] {
+            if arguments.out_features == 0 {
+                continue;
+            }
+            let kernel = self.path.kernel(kind, &projection.weights, self.max_tiles, self.dtype, device);
+            // SAFETY: `Arguments` is the kernel's parameter; `Experts::new` has checked that the weights fit the features, the
+            // order's tiles name its places, input and output have a row for each of them, and what is freed is freed in the
+            // stream's order. Kernels that start early wait for what they read.
+            unsafe { launch(self.device, self.path.binary(), &kernel.name, kernel.launch, kernel.with(arguments))? };
+        }
+        Ok(())
+    }
+
+    fn gate_up(&self, weights: &Weights<'_>, activated: u64) -> Result<Arguments> {
+        let (activation, alpha, limit) = match self.experts.activation {
             Activation::Silu => (0, 0.0, 0.0),
             Activation::SwigluOss { alpha, limit } => (1, alpha, limit),
         };
-        let weights = Weights::new(&experts.gate_up, self.device)?;
-        let arguments = Arguments {
+        Ok(Arguments {
             input: self.hidden.address()?,
             output: activated,
-            gate_up_rows: u32::from(experts.gate_up_rows == GateUpRows::Interleaved),
+            gate_up_rows: u32::from(self.experts.gate_up_rows == GateUpRows::Interleaved),
             activation,
             alpha,
             limit,
-            ..self.of_order(weights.arguments(experts.intermediate_size())?)?
-        };
-        self.project("gate_up", &experts.gate_up, arguments)
+            ..self.of_order(weights.arguments(self.experts.intermediate_size())?)?
+        })
     }
 
-    /// Puts `rows`, f32 `[num_slots, hidden_size]`, on the stream.
-    fn down(&self, activated: u64, rows: u64) -> Result<()> {
-        let experts = self.experts;
-        let weights = Weights::new(&experts.down, self.device)?;
-        let arguments = weights.arguments(experts.hidden_size())?;
-        let arguments = Arguments { input: activated, output: rows, ..self.of_order(arguments)? };
-        self.project("down", &experts.down, arguments)
-    }
-
-    fn project(&self, kind: &str, projection: &ExpertProjection, arguments: Arguments) -> Result<()> {
-        let device = properties(self.device)?;
-        let kernel = self.path.kernel(kind, &projection.weights, self.max_tiles, self.dtype, device);
-        let arguments = Arguments { warps: kernel.warps as u32, ..arguments };
-        // SAFETY: `Arguments` is the kernel's parameter; `Experts::new` has checked that the weights fit the features, the
-        // order's tiles name its places, input and output have a row for each of them, and what is freed is freed in the
-        // stream's order. Kernels that start early wait for what they read.
-        unsafe { launch(self.device, self.path.binary(), &kernel.name, kernel.launch, arguments) }
+    fn down(&self, weights: &Weights<'_>, activated: u64, rows: u64) -> Result<Arguments> {
+        let arguments = self.of_order(weights.arguments(self.experts.hidden_size())?)?;
+        Ok(Arguments { input: activated, output: rows, ..arguments })
     }
 
     /// Bytes of `activated`.
@@ -232,8 +259,7 @@ pub(super) fn forward(experts: &Experts, hidden: &Tensor, order: &ExpertOrder, d
             return Ok(());
         }
         let [activated] = workspace(device, OP, [call.activated_bytes()?])?;
-        call.gate_up(activated)?;
-        call.down(activated, rows)
+        call.project(activated, rows)
     })
 }
 
@@ -253,8 +279,7 @@ pub(super) fn forward_weighted(
         false => workspace(device, OP, [call.activated_bytes()?, call.rows_bytes()?])?,
     };
     home.sums(dtype, || {
-        call.gate_up(activated)?;
-        call.down(activated, rows)?;
+        call.project(activated, rows)?;
         Ok(rows)
     })
 }

@@ -18,10 +18,14 @@ const RESIDENT_MAX_WARPS: usize = 16;
 const RESIDENT_MAX_GROUPS: usize = 2;
 /// Warps of a block whose tokens are one block of 8, or two.
 const MAX_WARPS: [usize; 2] = [32, 17];
-/// Bands of an item.
-const RESIDENT_BANDS: usize = 1;
-/// Slots per expert up to which tiles of 8 places are few enough, and those of 16.
-const FEW_SLOTS: usize = 4;
+/// Shared memory that its kernels have beside that of the launch.
+const RESIDENT_STATIC_SHARED: usize = 1024;
+/// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
+const FEW_SLOTS: usize = 8;
+/// Of `cuda/experts/tiled.cuh`: places of a tile, threads and shared memory of a block.
+const TILED_ROWS: usize = 128;
+const TILED_THREADS: u32 = 512;
+const TILED_SHARED: [usize; 2] = [230_400, 205_824];
 
 /// The kernels of a call, both projections'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,17 +34,19 @@ pub(super) enum Path {
     General,
     /// `cuda/experts/resident.cuh`: few tokens for each expert, in tiles of 8 times `blocks` places.
     Resident { blocks: usize },
+    /// `cuda/experts/tiled.cuh`: many tokens, on compute capability 9.0.
+    Tiled,
 }
 
 impl Path {
     /// The fastest that takes `num_slots` slots of hidden states in `dtype`.
     pub(super) fn choose(experts: &Experts, num_slots: usize, dtype: DType, device: Properties) -> Self {
         let weights = [experts.gate_up.weights(), experts.down.weights()];
-        let fits = |path: &Self| weights.iter().all(|weights| path.takes(weights, dtype, device));
+        let fits = |path: &Self| weights.iter().all(|weights| path.takes(weights, num_slots, dtype, device));
         let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
         let few = Self::Resident { blocks: 1 };
         let more = Self::Resident { blocks: 2 };
-        let wanted = if per_expert <= FEW_SLOTS { [few, more] } else { [more, few] };
+        let wanted = if per_expert <= FEW_SLOTS { [few, more, few] } else { [Self::Tiled, more, few] };
         wanted.into_iter().find(fits).unwrap_or(Self::General)
     }
 
@@ -49,6 +55,7 @@ impl Path {
         match self {
             Self::General => Binary::Experts,
             Self::Resident { .. } => Binary::ExpertsResident,
+            Self::Tiled => Binary::ExpertsTiled,
         }
     }
 
@@ -57,14 +64,26 @@ impl Path {
         match self {
             Self::General => GENERAL_TILE_ROWS,
             Self::Resident { blocks } => 8 * blocks,
+            Self::Tiled => TILED_ROWS,
         }
     }
 
-    fn takes(self, weights: &ExpertWeights, dtype: DType, device: Properties) -> bool {
-        match self {
-            Self::General => true,
-            Self::Resident { blocks } => fragments(weights, dtype)
-                .is_some_and(|format| Resident::new(format, weights.in_features(), blocks, device).is_some()),
+    fn takes(self, weights: &ExpertWeights, num_slots: usize, dtype: DType, device: Properties) -> bool {
+        let max_tiles = (num_slots / self.tile_rows()).saturating_add(weights.num_experts());
+        let max_items = max_tiles.saturating_mul(weights.out_features() / BAND_ROWS);
+        match (self, fragments(weights, dtype)) {
+            (Self::General, _) => true,
+            (_, None) => false,
+            (Self::Resident { blocks }, Some(format)) => {
+                u32::try_from(max_items).is_ok() && Resident::new(format, &[weights], blocks, device).is_some()
+            }
+            (Self::Tiled, Some(format)) => {
+                let is_exact = match format {
+                    Format::Mxfp4 { has_small_scales } => has_small_scales && dtype == DType::BF16,
+                    Format::Bf16 | Format::F16 => true,
+                };
+                device.is_hopper && is_exact && tiled_shared(format) <= device.max_shared
+            }
         }
     }
 
@@ -77,17 +96,49 @@ impl Path {
         dtype: DType,
         device: Properties,
     ) -> Kernel {
-        if let (Self::Resident { blocks }, Some(format)) = (self, fragments(weights, dtype))
-            && let Some(resident) = Resident::new(format, weights.in_features(), blocks, device)
-        {
-            let (weights_name, dtype) = (weights_name(format, dtype), dtype.as_str());
-            let name = format!("resident_{kind}_{weights_name}_{dtype}_{blocks}x{RESIDENT_BANDS}");
-            let launch = resident.launch(max_tiles * weights.out_features() / BAND_ROWS, device);
-            return Kernel { name, launch, warps: resident.warps };
+        match (self, fragments(weights, dtype)) {
+            (Self::Resident { blocks }, Some(format)) => {
+                if let Some(resident) = Resident::new(format, &[weights], blocks, device) {
+                    let name = format!("resident_{kind}_{}_{}_{blocks}", weights_name(format, dtype), dtype.as_str());
+                    return resident.kernel(name, max_tiles * weights.out_features() / BAND_ROWS, device);
+                }
+            }
+            (Self::Tiled, Some(format)) => {
+                let name = format!("tiled_{kind}_{}_{}", format.name(), dtype.as_str());
+                let launch = Launch::new(device.num_multiprocessors, TILED_THREADS, tiled_shared(format));
+                return Kernel { name, launch: Launch { starts_early: true, ..launch }, warps: 0, token_features: 0 };
+            }
+            _ => {}
         }
         let features = weights.out_features() / if kind == "gate_up" { 2 } else { 1 };
         let name = format!("{kind}_{}_{}", general_format(weights), dtype.as_str());
-        Kernel { name, launch: general_launch(max_tiles, features), warps: 0 }
+        Kernel { name, launch: general_launch(max_tiles, features), warps: 0, token_features: 0 }
+    }
+
+    /// One kernel for both projections, where there is one: for few tokens a launch counts.
+    pub(super) fn layer_kernel(
+        self,
+        experts: &Experts,
+        max_tiles: usize,
+        dtype: DType,
+        device: Properties,
+    ) -> Option<Kernel> {
+        if self != (Self::Resident { blocks: 1 }) || !device.has_clusters {
+            return None;
+        }
+        let weights = [experts.gate_up.weights(), experts.down.weights()];
+        let format = fragments(weights[0], dtype).filter(|format| fragments(weights[1], dtype) == Some(*format))?;
+        let weights_name = weights_name(format, dtype);
+        if weights_name == "mxfp4_wide" || (weights_name, dtype) == ("mxfp4", DType::F16) {
+            return None;
+        }
+        let resident = Resident::new(format, &weights, 1, device)?;
+        let name = format!("resident_layer_{weights_name}_{}_1", dtype.as_str());
+        let mut kernel = resident.kernel(name, max_tiles * weights[1].out_features() / BAND_ROWS, device);
+        // Blocks wait for each other, so one to a multiprocessor.
+        kernel.launch.blocks = kernel.launch.blocks.min(device.num_multiprocessors);
+        kernel.launch.cooperative = true;
+        Some(kernel)
     }
 }
 
@@ -95,8 +146,9 @@ impl Path {
 pub(super) struct Kernel {
     pub(super) name: String,
     pub(super) launch: Launch,
-    /// Warps of a group that multiply, of `cuda/experts/resident.cuh`.
+    /// Of `cuda/experts/resident.cuh`: warps of a group that multiply, and features that a token has room for.
     pub(super) warps: usize,
+    pub(super) token_features: usize,
 }
 
 /// The format in the names of kernels; scales that cannot be multiplied into bfloat16 weights have kernels of their own.
@@ -104,6 +156,14 @@ fn weights_name(format: Format, dtype: DType) -> &'static str {
     match format {
         Format::Mxfp4 { has_small_scales: false } if dtype == DType::BF16 => "mxfp4_wide",
         _ => format.name(),
+    }
+}
+
+/// Bytes of shared memory of a block of `cuda/experts/tiled.cuh`.
+fn tiled_shared(format: Format) -> usize {
+    match format {
+        Format::Mxfp4 { .. } => TILED_SHARED[0],
+        Format::Bf16 | Format::F16 => TILED_SHARED[1],
     }
 }
 
@@ -139,32 +199,37 @@ struct Resident {
     /// Of a group, that multiply.
     warps: usize,
     groups: usize,
+    token_features: usize,
     shared: usize,
 }
 
 impl Resident {
-    /// As many warps as share the units of a row best, in as many groups as have room.
-    fn new(format: Format, in_features: usize, blocks: usize, device: Properties) -> Option<Self> {
-        let units = in_features / UNIT_COLUMNS;
-        let tokens = 8 * blocks * (in_features + 8) * size_of::<u16>();
+    /// For all of `weights`: as many warps as share the units of the longest row best, in as many groups as have room.
+    fn new(format: Format, weights: &[&ExpertWeights], blocks: usize, device: Properties) -> Option<Self> {
+        let token_features = weights.iter().map(|weights| weights.in_features()).max()?;
+        // A group has a band of its own.
+        let min_bands = weights.iter().map(|weights| weights.out_features() / BAND_ROWS).min()?;
+        let units = token_features / UNIT_COLUMNS;
+        let tokens = 8 * blocks * (token_features + 8) * size_of::<u16>();
         let (values, scales) = format.unit_bytes();
         let piece = (values + scales) * if scales > 0 { 3 } else { 1 };
         let of_warp = RESIDENT_SUMS * blocks * 512 + RESIDENT_SLOTS * piece;
-        let fits = |warps: usize, groups: usize| tokens + groups * warps * of_warp <= device.max_shared;
+        let max_shared = device.max_shared.saturating_sub(RESIDENT_STATIC_SHARED);
+        let fits = |warps: usize, groups: usize| tokens + groups * warps * of_warp <= max_shared;
         // Units that each step of the slowest warp brings forward.
         let at_once = |warps: usize| units as f64 / units.div_ceil(warps) as f64;
         let fitting = (1..=RESIDENT_MAX_WARPS.min(units)).filter(|&warps| fits(warps, 1));
         let warps = fitting.reduce(|best, warps| if at_once(warps) > at_once(best) { warps } else { best })?;
         let has_room = |groups: &usize| fits(warps, *groups) && groups * (warps + 1) <= MAX_WARPS[blocks - 1];
-        let groups = (1..=RESIDENT_MAX_GROUPS).rev().find(has_room).unwrap_or(1);
-        Some(Self { warps, groups, shared: tokens + groups * warps * of_warp })
+        let groups = (1..=RESIDENT_MAX_GROUPS.min(min_bands)).rev().find(has_room)?;
+        Some(Self { warps, groups, token_features, shared: tokens + groups * warps * of_warp })
     }
 
-    fn launch(self, max_items: usize, device: Properties) -> Launch {
+    fn kernel(self, name: String, max_items: usize, device: Properties) -> Kernel {
         let warps = self.groups * (self.warps + 1);
         let per_multiprocessor = (device.max_shared / self.shared).clamp(1, (MAX_WARPS[0] / warps).max(1));
         let blocks = (device.num_multiprocessors * per_multiprocessor).min(max_items).max(1);
-        let launch = Launch::new(blocks, 32 * warps as u32, self.shared);
-        Launch { starts_early: true, ..launch }
+        let launch = Launch { starts_early: true, ..Launch::new(blocks, 32 * warps as u32, self.shared) };
+        Kernel { name, launch, warps: self.warps, token_features: self.token_features }
     }
 }
