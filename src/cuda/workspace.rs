@@ -4,14 +4,33 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr
 use candle_core::{CudaDevice, Result, bail};
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 /// Bytes between the starts of parts.
 const ALIGNMENT: usize = 256;
 
 thread_local! {
     /// By device and stream. A thread has a stream of its own, so calls that share a workspace follow each other.
-    static WORKSPACES: RefCell<HashMap<(usize, usize), Workspace>> = RefCell::default();
+    static WORKSPACES: RefCell<Workspaces> = RefCell::default();
+}
+
+/// Those of threads that have ended, by device: nothing can be freed in the order of a stream that ends with its thread.
+static LEFT: LazyLock<Mutex<HashMap<usize, Vec<Workspace>>>> = LazyLock::new(Mutex::default);
+
+fn left() -> MutexGuard<'static, HashMap<usize, Vec<Workspace>>> {
+    LEFT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Default)]
+struct Workspaces(HashMap<(usize, usize), Workspace>);
+
+impl Drop for Workspaces {
+    fn drop(&mut self) {
+        for ((ordinal, _), workspace) in self.0.drain() {
+            left().entry(ordinal).or_default().push(workspace);
+        }
+    }
 }
 
 #[derive(Default)]
@@ -27,8 +46,28 @@ impl Workspace {
     /// Runs `f` on the workspace of the calling thread on the stream of `device`.
     fn with<R>(device: &CudaDevice, f: impl FnOnce(&mut Self, &Arc<CudaStream>) -> Result<R>) -> Result<R> {
         let stream = device.cuda_stream();
-        let place = (stream.context().ordinal(), stream.cu_stream() as usize);
-        WORKSPACES.with_borrow_mut(|workspaces| f(workspaces.entry(place).or_default(), &stream))
+        let ordinal = stream.context().ordinal();
+        let place = (ordinal, stream.cu_stream() as usize);
+        WORKSPACES.with_borrow_mut(|workspaces| {
+            let workspace = match workspaces.0.entry(place) {
+                Entry::Occupied(held) => held.into_mut(),
+                Entry::Vacant(free) => free.insert(Self::new(device, ordinal)?),
+            };
+            f(workspace, &stream)
+        })
+    }
+
+    /// One that a thread has left, when the device has done what that thread gave it; an empty one where there is none.
+    fn new(device: &CudaDevice, ordinal: usize) -> Result<Self> {
+        let is_captured = check_not_captured(&device.cuda_stream(), "").is_err();
+        let inherited = if is_captured { None } else { left().get_mut(&ordinal).and_then(Vec::pop) };
+        match inherited {
+            Some(workspace) => match device.cuda_stream().context().synchronize() {
+                Ok(()) => Ok(workspace),
+                Err(error) => bail!("cuda: device {ordinal} cannot be waited for: {error}"),
+            },
+            None => Ok(Self::default()),
+        }
     }
 }
 
