@@ -15,7 +15,7 @@ use std::process::{Command, exit};
 use std::thread;
 
 /// The kernels: room and file.
-const KERNELS: [(&str, &str); 10] = [
+const KERNELS: [(&str, &str); 11] = [
     ("routing", "topk"),
     ("routing", "backward"),
     ("order", "order"),
@@ -26,6 +26,7 @@ const KERNELS: [(&str, &str); 10] = [
     ("experts", "pack"),
     ("experts", "home"),
     ("experts", "tiled"),
+    ("block", "block"),
 ];
 
 /// Least compute capability that the kernels are written for.

@@ -1,9 +1,9 @@
 //! The command line, and what it means for a model.
 
-use crate::common::report::{BadArguments, OutputFormat};
+use crate::common::report::{BadArguments, OutputFormat, plain};
 use crate::text::Text;
 use anyhow::Result;
-use candle_core::DType;
+use candle_core::{DType, Device};
 use candle_moe::ep::Reduction;
 use candle_moe::models::gpt_oss::{Config, MoeOptions, Sampler, SamplingConfig};
 use candle_moe::perfect_router::enabled_by_environment;
@@ -22,15 +22,15 @@ pub(crate) struct Arguments {
     /// Folder with config.json and safetensors files [default: the tiny checkpoint of this repository]
     #[arg(long, value_name = "DIR", default_value = TINY, hide_default_value = true)]
     pub(crate) model: PathBuf,
-    /// cpu; cuda and cuda:N are for a later version
+    /// cpu, cuda or cuda:N; CUDA is for programs built with --features cuda
     #[arg(long, default_value = "cpu", value_parser = parse_device)]
     pub(crate) device: String,
     /// Dtype of the hidden states
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
-    /// Ranks, each a thread with its own experts
-    #[arg(long, alias = "ep_size", value_name = "N", default_value_t = 4)]
-    ep_size: usize,
+    /// Ranks, each a thread with its own experts [default: 4; on CUDA 1, which has no more]
+    #[arg(long, alias = "ep_size", value_name = "N")]
+    ep_size: Option<usize>,
     /// How results of a token's experts are summed
     #[arg(long, value_enum, default_value = "slot-order")]
     pub(crate) reduction: ReductionName,
@@ -95,10 +95,15 @@ pub(crate) struct Plan {
 impl Arguments {
     pub(crate) fn plan(&self, config: &Config, text: &Text) -> Result<Plan> {
         let bad = |message: String| Err(BadArguments(message).into());
-        if self.ep_size == 0 || self.ep_size > config.num_experts {
+        let device = self.open_device()?;
+        let ep_size = self.ep_size.unwrap_or(if device.is_cpu() { 4.min(config.num_experts) } else { 1 });
+        if ep_size == 0 || ep_size > config.num_experts {
+            return bad(format!("--ep-size {ep_size}: expected 1 to {}, the experts of a layer", config.num_experts));
+        }
+        if ep_size > 1 && !device.is_cpu() {
             return bad(format!(
-                "--ep-size {}: expected 1 to {}, the experts of a layer",
-                self.ep_size, config.num_experts
+                "--ep-size {ep_size}: expected 1 with --device {}; several ranks run with --device cpu",
+                self.device
             ));
         }
         let perfect_router = self.perfect_router || enabled_by_environment();
@@ -122,7 +127,8 @@ impl Arguments {
                     Dtype::F32 => DType::F32,
                     Dtype::Bf16 => DType::BF16,
                 },
-                ep_size: self.ep_size,
+                device,
+                ep_size,
                 reduction: match self.reduction {
                     ReductionName::SlotOrder => Reduction::SlotOrder,
                     ReductionName::RankPartial => Reduction::RankPartial,
@@ -134,6 +140,21 @@ impl Arguments {
             prompt_ids,
             max_new_tokens: self.max_new_tokens,
             eos_token_ids: config.eos_token_ids.clone(),
+        })
+    }
+
+    fn open_device(&self) -> Result<Device> {
+        let ordinal = match self.device.split_once(':') {
+            _ if self.device == "cpu" => return Ok(Device::Cpu),
+            Some((_, ordinal)) => ordinal.parse()?,
+            None => 0,
+        };
+        if !cfg!(feature = "cuda") {
+            let advice = "this program was built without it; build with --features cuda, or use --device cpu";
+            return Err(BadArguments(format!("--device {}: {advice}", self.device)).into());
+        }
+        Device::new_cuda(ordinal).map_err(|error| {
+            BadArguments(format!("--device {}: {}; use another, or --device cpu", self.device, plain(&error))).into()
         })
     }
 
@@ -178,9 +199,5 @@ fn read_ids(file: &std::path::Path) -> Result<Vec<u32>> {
 
 fn parse_device(name: &str) -> Result<String, String> {
     let is_cuda = name == "cuda" || name.strip_prefix("cuda:").is_some_and(|n| n.parse::<usize>().is_ok());
-    match name {
-        "cpu" => Ok(name.into()),
-        _ if is_cuda => Err("this version has no CUDA kernels yet; use --device cpu".into()),
-        _ => Err("expected cpu, cuda or cuda:N".into()),
-    }
+    if name == "cpu" || is_cuda { Ok(name.into()) } else { Err("expected cpu, cuda or cuda:N".into()) }
 }

@@ -43,12 +43,15 @@ fn generate(arguments: &Arguments) -> Result<Verdict> {
     let mut model = model?;
     let load_seconds = started.elapsed().as_secs_f64();
 
+    let expert_bytes = model.moe().expert_bytes();
+
     let main = Generation::run(&mut model, &plan, arguments.dump.as_deref())?;
     let comparison = match arguments.no_comparison {
         true => None,
         false => Some(main.repeat_with_other_routing(&mut model, &plan)?),
     };
-    let report = Report { arguments, plan: &plan, config: &config, text: &text, load_seconds, main, comparison };
+    let report =
+        Report { arguments, plan: &plan, config: &config, text: &text, load_seconds, expert_bytes, main, comparison };
     report.print()?;
     Ok(Verdict::Passed)
 }

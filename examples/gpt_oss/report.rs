@@ -21,6 +21,8 @@ pub(crate) struct Report<'a> {
     pub(crate) config: &'a Config,
     pub(crate) text: &'a Text,
     pub(crate) load_seconds: f64,
+    /// Of the weights of all experts.
+    pub(crate) expert_bytes: usize,
     pub(crate) main: Generation,
     /// The same tokens under the other routing.
     pub(crate) comparison: Option<Generation>,
@@ -38,6 +40,10 @@ impl Report<'_> {
         self.arguments.reduction.to_possible_value().map_or_else(String::new, |value| value.get_name().into())
     }
 
+    fn expert_gb_per_second(&self) -> f64 {
+        self.expert_bytes as f64 / 1e9 / self.load_seconds.max(1e-9)
+    }
+
     fn for_programs(&self) -> Result<Value> {
         let comparison = match &self.comparison {
             None => Value::Null,
@@ -49,6 +55,8 @@ impl Report<'_> {
         };
         let mut timing = timing(&self.main, self.plan.prompt_ids.len());
         timing["load_seconds"] = self.load_seconds.into();
+        timing["expert_bytes"] = self.expert_bytes.into();
+        timing["expert_gb_per_second"] = self.expert_gb_per_second().into();
         Ok(json!({
             "model": self.arguments.model,
             "device": self.arguments.device,
@@ -71,13 +79,14 @@ impl Report<'_> {
         let (config, options, main) = (self.config, &self.plan.options, &self.main);
         writeln!(
             out,
-            "{}: {} layers, {} experts, top-{}, hidden {}; read in {} s",
+            "{}: {} layers, {} experts, top-{}, hidden {}; read in {} s, {} GB/s of experts",
             self.arguments.model.file_name().unwrap_or_default().to_string_lossy(),
             config.num_layers,
             config.num_experts,
             config.top_k,
             config.hidden_size,
-            digits(self.load_seconds)
+            digits(self.load_seconds),
+            digits(self.expert_gb_per_second())
         )?;
         writeln!(
             out,

@@ -34,6 +34,7 @@ impl Generation {
         let mut choose = |_: &[f32], step: usize| Ok(self.generated_ids[step]);
         let plan = Plan {
             max_new_tokens: self.generated_ids.len(),
+            options: plan.options.clone(),
             prompt_ids: plan.prompt_ids.clone(),
             // The first run has stopped where it had to.
             eos_token_ids: Vec::new(),
@@ -49,7 +50,7 @@ impl Generation {
         dump: Option<&Path>,
         choose: &mut dyn FnMut(&[f32], usize) -> candle_core::Result<u32>,
     ) -> Result<Self> {
-        model.moe().reset_load();
+        model.moe().reset_load()?;
         let mut cache = Cache::new(model.config());
         let started = Instant::now();
         let bar = progress::bar(plan.prompt_ids.len());

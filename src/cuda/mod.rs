@@ -29,6 +29,7 @@ pub(crate) enum Binary {
     ExpertsPack,
     ExpertsHome,
     ExpertsTiled,
+    Block,
 }
 
 impl Binary {
@@ -49,6 +50,7 @@ impl Binary {
             Self::ExpertsPack => built!("experts_pack"),
             Self::ExpertsHome => built!("experts_home"),
             Self::ExpertsTiled => built!("experts_tiled"),
+            Self::Block => built!("block_block"),
         }
     }
 }

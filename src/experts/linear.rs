@@ -58,6 +58,11 @@ impl Linear {
         self.0.to_device(device).map(Self)
     }
 
+    /// Where the weight is.
+    pub fn device(&self) -> &Device {
+        self.0.weights().device()
+    }
+
     /// Columns of the weight.
     pub fn in_features(&self) -> usize {
         self.0.weights().in_features()

@@ -164,6 +164,11 @@ impl Experts {
         Ok(Self { gate_up, down, gate_up_rows: self.gate_up_rows, activation: self.activation })
     }
 
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.down.weights.device()
+    }
+
     /// Local experts.
     pub fn num_experts(&self) -> usize {
         self.down.weights.num_experts()

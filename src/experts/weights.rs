@@ -174,6 +174,17 @@ impl ExpertWeights {
         Ok(Self { values, ..*self })
     }
 
+    /// Where they are.
+    pub fn device(&self) -> &Device {
+        match &self.values {
+            Values::Dense(values) | Values::Mxfp4 { blocks: values, .. } | Values::Fp8 { values, .. } => {
+                values.device()
+            }
+            #[cfg(feature = "cuda")]
+            Values::Fragments(fragments) => fragments.values.device(),
+        }
+    }
+
     /// Local experts.
     pub fn num_experts(&self) -> usize {
         self.num_experts

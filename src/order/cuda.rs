@@ -480,8 +480,10 @@ mod tests {
 
     const H100: Properties =
         Properties { num_multiprocessors: 132, max_shared: 232_448, has_clusters: true, is_hopper: true };
-    const A100: Properties = Properties { num_multiprocessors: 108, max_shared: 166_912, has_clusters: false };
-    const L4: Properties = Properties { num_multiprocessors: 58, max_shared: 101_376, has_clusters: false };
+    const A100: Properties =
+        Properties { num_multiprocessors: 108, max_shared: 166_912, has_clusters: false, is_hopper: false };
+    const L4: Properties =
+        Properties { num_multiprocessors: 58, max_shared: 101_376, has_clusters: false, is_hopper: false };
 
     /// Every unit lies in exactly one chunk, and a block has room for a chunk.
     #[test]

@@ -1,23 +1,24 @@
 //! The sharded block: against the float64 oracle on one rank, against one rank on many, and its faults by name.
 
+use crate::devices::{self, line, to_host};
 use crate::oracle::{self, Bounded, FLOATS, Matrix, Random};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_moe::block::{MoeBlock, MoeBlockBuilder, MoeOutput};
-use candle_moe::ep::{Communicator, Reduction, Step, Threads, Topology, launch};
+use candle_moe::ep::{Communicator, Reduction, Solo, Step, Threads, Topology, launch};
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear};
 use candle_moe::order::ExpertOrder;
 use candle_moe::perfect_router::{Hotspot, Imbalance, PerfectRouterConfig, Plan, Schedule};
 use candle_moe::routing::{ExpertGroups, Router, RoutingMethod};
 use std::time::{Duration, Instant};
 
-const HIDDEN: usize = 33;
+pub(crate) const HIDDEN: usize = 33;
 const INTERMEDIATE: usize = 20;
 const PATIENT: Duration = Duration::from_secs(20);
 /// What "prompt" means for an error, however busy the machine is.
 const PROMPT: Duration = Duration::from_secs(5);
 
 /// All weights of a layer.
-struct Layer {
+pub(crate) struct Layer {
     num_experts: usize,
     gate: (Tensor, Tensor),
     gate_up: (Tensor, Tensor),
@@ -26,7 +27,7 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(seed: u64, num_experts: usize, dtype: DType) -> Self {
+    pub(crate) fn new(seed: u64, num_experts: usize, dtype: DType) -> Self {
         let mut random = Random(seed);
         let mut tensor = |shape: &[usize], scale| {
             let values = random.units(shape.iter().product(), scale);
@@ -44,13 +45,13 @@ impl Layer {
         }
     }
 
-    fn router(&self, method: RoutingMethod, top_k: usize) -> Router {
+    pub(crate) fn router(&self, method: RoutingMethod, top_k: usize) -> Router {
         let router = Router::new(method, top_k).unwrap();
         if method.takes_selection_bias() { router.with_selection_bias(&self.selection_bias).unwrap() } else { router }
     }
 
     /// The block of one rank, which is given its own experts only.
-    fn shard(&self, router: Router, ep_size: usize, ep_rank: usize) -> MoeBlockBuilder {
+    pub(crate) fn shard(&self, router: Router, ep_size: usize, ep_rank: usize) -> MoeBlockBuilder {
         let range = Topology::new(self.num_experts, ep_size, ep_rank).unwrap().local_experts();
         let local = |tensor: &Tensor| tensor.narrow(0, range.start, range.len()).unwrap();
         let projection = |(weight, bias): &(Tensor, Tensor)| {
@@ -78,7 +79,7 @@ impl Layer {
     }
 }
 
-fn hidden_states(seed: u64, num_tokens: usize, dtype: DType) -> Tensor {
+pub(crate) fn hidden_states(seed: u64, num_tokens: usize, dtype: DType) -> Tensor {
     oracle::floats(&Random(seed).units(num_tokens * HIDDEN, 1.5), &[num_tokens, HIDDEN], dtype).0
 }
 
@@ -105,6 +106,21 @@ fn random_counts(random: &mut Random, ep_size: usize) -> Vec<usize> {
 /// (num_experts, ep_size)
 const GROUPS: [(usize, usize); 7] = [(8, 1), (8, 2), (8, 3), (8, 4), (8, 8), (7, 3), (7, 7)];
 
+/// What a block of one rank computes of `hidden`, on the device of both.
+fn trace(block: &MoeBlock, hidden: &Tensor) -> Result<MoeOutput> {
+    trace_padded(block, hidden, None)
+}
+
+fn trace_padded(block: &MoeBlock, hidden: &Tensor, num_valid_tokens: Option<usize>) -> Result<MoeOutput> {
+    let mut solo = Solo::new();
+    let step = Step::agree(&mut solo, hidden.dims().first().copied().unwrap_or(0))?;
+    let step = match num_valid_tokens {
+        Some(num_valid) => step.with_valid_tokens(&Tensor::new(num_valid as u32, hidden.device())?),
+        None => step,
+    };
+    block.forward_traced(hidden, &mut solo, &step)
+}
+
 #[test]
 fn one_rank_equals_the_oracle() {
     for dtype in FLOATS {
@@ -112,46 +128,58 @@ fn one_rank_equals_the_oracle() {
             let layer = Layer::new(1, 8, dtype);
             let hidden = hidden_states(2, 12, dtype);
             let block = layer.shard(layer.router(method, 3), 1, 0).build().unwrap();
-            let output = on_ranks(1, |mut ranks| {
+            let in_a_group = on_ranks(1, |mut ranks| {
                 let step = Step::agree(&mut ranks, 12).unwrap();
                 block.forward_traced(&hidden, &mut ranks, &step).unwrap()
-            })
-            .remove(0);
-            assert_eq!(oracle::bits_of(&block.forward_alone(&hidden).unwrap()), oracle::bits_of(&output.hidden));
-            assert_eq!((output.hidden.dtype(), output.hidden.dims()), (dtype, hidden.dims()));
+            });
+            let alone = block.forward_alone(&hidden).unwrap();
+            assert_eq!(oracle::bits_of(&alone), oracle::bits_of(&in_a_group[0].hidden));
+            for device in devices::all() {
+                let block = block.to_device(&device).unwrap();
+                let output = trace(&block, &hidden.to_device(&device).unwrap()).unwrap();
+                assert_eq!((output.hidden.dtype(), output.hidden.dims()), (dtype, hidden.dims()));
+                layer.assert_output(&hidden, &output, method, dtype);
+            }
+        }
+    }
+}
 
-            let gate = &Layer::matrices(&(layer.gate.0.unsqueeze(0).unwrap(), layer.gate.1.unsqueeze(0).unwrap()))[0];
-            let (gate_up, down) = (Layer::matrices(&layer.gate_up), Layer::matrices(&layer.down));
-            let bias = layer.selection_bias.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
-            let (logits, out) = (oracle::rows_of(&output.router_logits), oracle::rows_of(&output.hidden));
-            let ids = output.routing.topk_ids.to_vec2::<u32>().unwrap();
-            for (token, x) in oracle::rows_of(&hidden).iter().enumerate() {
-                let exact: Vec<_> = x.iter().map(|&x| Bounded { value: x.into(), error: 0.0 }).collect();
-                for (expected, &found) in gate.apply(&exact).into_iter().zip(&logits[token]) {
-                    let rounded = oracle::rounded(expected, dtype);
-                    let error = rounded.error + if dtype == DType::F32 { expected.error } else { 0.0 };
-                    assert!((f64::from(found) - rounded.value).abs() <= error, "router logit {found} {expected:?}");
+impl Layer {
+    /// Three experts for each token.
+    #[track_caller]
+    fn assert_output(&self, hidden: &Tensor, output: &MoeOutput, method: RoutingMethod, dtype: DType) {
+        let gate = &Self::matrices(&(self.gate.0.unsqueeze(0).unwrap(), self.gate.1.unsqueeze(0).unwrap()))[0];
+        let (gate_up, down) = (Self::matrices(&self.gate_up), Self::matrices(&self.down));
+        let bias = self.selection_bias.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+        let host = |tensor: &Tensor| oracle::rows_of(&to_host(tensor));
+        let (logits, out) = (host(&output.router_logits), host(&output.hidden));
+        let ids = output.routing.topk_ids.to_vec2::<u32>().unwrap();
+        for (token, x) in oracle::rows_of(hidden).iter().enumerate() {
+            let exact: Vec<_> = x.iter().map(|&x| Bounded { value: x.into(), error: 0.0 }).collect();
+            for (expected, &found) in gate.apply(&exact).into_iter().zip(&logits[token]) {
+                let rounded = oracle::rounded(expected, dtype);
+                let error = rounded.error + if dtype == DType::F32 { expected.error } else { 0.0 };
+                assert!((f64::from(found) - rounded.value).abs() <= error, "router logit {found} {expected:?}");
+            }
+            let row: Vec<f64> = logits[token].iter().map(|&l| l.into()).collect();
+            let scores = oracle::scores(method, &row, Some(&bias)).unwrap_or(row.clone());
+            assert_eq!(ids[token], oracle::choose(&scores, 3), "{method}");
+            let weights = oracle::weights(method, &row, &ids[token]);
+            let mut sum = vec![Bounded { value: 0.0, error: 1e-30 }; HIDDEN];
+            for (&id, weight) in ids[token].iter().zip(&weights) {
+                let (gate_up, down) = (&gate_up[id as usize], &down[id as usize]);
+                let y = oracle::expert(gate_up, down, GateUpRows::Interleaved, Activation::GPT_OSS, x, dtype);
+                for (sum, y) in sum.iter_mut().zip(y) {
+                    sum.value += weight * y.value;
+                    // The weight is off by 1e-6, the product and two additions round.
+                    sum.error += weight * y.error + y.value.abs() * (1e-6 + weight * 4.0 * f64::from(f32::EPSILON));
                 }
-                let row: Vec<f64> = logits[token].iter().map(|&l| l.into()).collect();
-                let scores = oracle::scores(method, &row, Some(&bias)).unwrap_or(row.clone());
-                assert_eq!(ids[token], oracle::choose(&scores, 3), "{method}");
-                let weights = oracle::weights(method, &row, &ids[token]);
-                let mut sum = vec![Bounded { value: 0.0, error: 1e-30 }; HIDDEN];
-                for (&id, weight) in ids[token].iter().zip(&weights) {
-                    let (gate_up, down) = (&gate_up[id as usize], &down[id as usize]);
-                    let y = oracle::expert(gate_up, down, GateUpRows::Interleaved, Activation::GPT_OSS, x, dtype);
-                    for (sum, y) in sum.iter_mut().zip(y) {
-                        sum.value += weight * y.value;
-                        // The weight is off by 1e-6, the product and two additions round.
-                        sum.error += weight * y.error + y.value.abs() * (1e-6 + weight * 4.0 * f64::from(f32::EPSILON));
-                    }
-                }
-                for (sum, &found) in sum.into_iter().zip(&out[token]) {
-                    let rounded = oracle::rounded(sum, dtype);
-                    let error = rounded.error + if dtype == DType::F32 { sum.error } else { 0.0 };
-                    let off = (f64::from(found) - rounded.value).abs();
-                    assert!(off <= error, "{method} {dtype:?} token {token}: {found}, not {rounded:?}");
-                }
+            }
+            for (sum, &found) in sum.into_iter().zip(&out[token]) {
+                let rounded = oracle::rounded(sum, dtype);
+                let error = rounded.error + if dtype == DType::F32 { sum.error } else { 0.0 };
+                let off = (f64::from(found) - rounded.value).abs();
+                assert!(off <= error, "{method} {dtype:?} token {token}: {found}, not {rounded:?}");
             }
         }
     }
@@ -357,7 +385,7 @@ fn perfect_routing_loads_the_ranks_within_one_for_every_token_count_of_one_sende
                 let own = if rank == 0 { num_tokens } else { 0 };
                 let hidden = hidden_states(num_tokens as u64, own, DType::F32);
                 let step = Step::agree(&mut ranks, own).unwrap();
-                block.reset_load();
+                block.reset_load().unwrap();
                 let output = block.forward_traced(&hidden, &mut ranks, &step).unwrap();
                 loads.push((num_tokens, block.load().unwrap()));
                 if rank == 0 {
@@ -425,11 +453,7 @@ fn perfect_routing_reports_the_gate_as_computed_and_leaves_the_selection_bias_al
     let strong = Router::new(RoutingMethod::MiniMax2, 2).unwrap().with_selection_bias(&strong).unwrap();
     for router in [router, strong] {
         let build = |perfect| layer.shard(router.clone(), 1, 0).perfect_router(perfect).build().unwrap();
-        let trace = |block: &MoeBlock| {
-            let mut solo = candle_moe::ep::Solo::new();
-            let step = Step::agree(&mut solo, 9).unwrap();
-            block.forward_traced(&hidden, &mut solo, &step).unwrap()
-        };
+        let trace = |block: &MoeBlock| trace(block, &hidden).unwrap();
         let before = trace(&build(false));
         let perfect = trace(&build(true));
         let after = trace(&build(false));
@@ -518,7 +542,7 @@ fn a_hot_rank_of_the_perfect_router_receives_its_part() {
 // Padding and shared experts
 
 /// `num` experts that every token goes to.
-fn shared_experts(seed: u64, num: usize, dtype: DType) -> Experts {
+pub(crate) fn shared_experts(seed: u64, num: usize, dtype: DType) -> Experts {
     let mut random = Random(seed);
     let mut weights = |rows: usize, columns: usize| {
         let values = random.units(num * rows * columns, 0.4);
@@ -629,11 +653,7 @@ fn padding_is_0_and_changes_no_other_token() {
 fn the_router_dtype_is_that_of_the_logits_and_not_of_the_output() {
     let layer = Layer::new(38, 8, DType::BF16);
     let hidden = hidden_states(39, 7, DType::BF16);
-    let trace = |builder: MoeBlockBuilder| {
-        let mut solo = candle_moe::ep::Solo::new();
-        let step = Step::agree(&mut solo, 7).unwrap();
-        builder.build().unwrap().forward_traced(&hidden, &mut solo, &step).unwrap()
-    };
+    let trace = |builder: MoeBlockBuilder| trace(&builder.build().unwrap(), &hidden).unwrap();
     let builder = || layer.shard(layer.router(RoutingMethod::DeepSeekV4 { routed_scaling_factor: 1.0 }, 2), 1, 0);
     let (rounded, exact) = (trace(builder()), trace(builder().router_dtype(DType::F32)));
     assert_eq!((exact.router_logits.dtype(), exact.hidden.dtype()), (DType::F32, DType::BF16));
@@ -665,7 +685,7 @@ fn the_load_equals_a_naive_count_over_all_ranks_and_calls() {
                 ids.extend(output.routing.topk_ids.flatten_all().unwrap().to_vec1::<u32>().unwrap());
             }
             let load = block.load().unwrap();
-            block.reset_load();
+            block.reset_load().unwrap();
             assert!(block.load().unwrap().slots_per_expert.iter().all(|&count| count == 0));
             (ids, load)
         });
@@ -685,7 +705,172 @@ fn the_load_equals_a_naive_count_over_all_ranks_and_calls() {
 fn the_load_of_a_block_without_statistics_is_an_error() {
     let layer = Layer::new(13, 8, DType::F32);
     let block = layer.shard(layer.router(RoutingMethod::Default, 1), 1, 0).build().unwrap();
-    block.reset_load();
+    block.reset_load().unwrap();
     let error = block.load().unwrap_err().to_string();
     assert!(error.contains("moe block") && error.contains("statistics"), "{error}");
+}
+
+// ---------------------------------------------------------------------------------------------
+// One rank on CUDA, beside the CPU
+
+/// How far apart the outputs of devices may be, in parts of the largest. The sums are float32 in another order; what is
+/// rounded to the dtype between the projections, and at the end, may then fall to the next number.
+pub(crate) fn apart(dtype: DType) -> f32 {
+    match dtype {
+        DType::F32 => 4e-6,
+        DType::F16 => 2f32.powi(-10),
+        _ => 2f32.powi(-7),
+    }
+}
+
+#[track_caller]
+pub(crate) fn assert_close(found: &Tensor, expected: &Tensor, context: &str) {
+    assert_eq!((found.dims(), found.dtype()), (expected.dims(), expected.dtype()), "{context}");
+    let values = |t: &Tensor| oracle::rows_of(&to_host(t)).concat();
+    let (found, dtype, expected) = (values(found), found.dtype(), values(expected));
+    let largest = expected.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+    for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        let off = (found - expected).abs();
+        assert!(off <= apart(dtype) * largest, "{context}: {i} is {found}, not {expected}; the largest is {largest}");
+    }
+}
+
+/// A block of float32 logits, so that devices choose the same experts, which has everything.
+fn full_block(layer: &Layer, dtype: DType, num_shared: usize, perfect: bool) -> MoeBlock {
+    let builder = layer.shard(layer.router(RoutingMethod::MiniMax2, 3), 1, 0).router_dtype(DType::F32);
+    let builder = builder.perfect_router(perfect).statistics(true);
+    match num_shared {
+        0 => builder.build().unwrap(),
+        _ => builder.shared_experts(shared_experts(41, num_shared, dtype)).build().unwrap(),
+    }
+}
+
+#[test]
+fn cuda_gives_the_outputs_and_the_load_of_the_cpu_and_repeats_bit_for_bit() {
+    let Some(device) = devices::cuda() else { return };
+    for dtype in FLOATS {
+        let layer = Layer::new(40, 8, dtype);
+        for (num_tokens, valid) in [(1, None), (9, None), (9, Some(5)), (9, Some(0)), (70, None), (70, Some(70))] {
+            let hidden = hidden_states(42, num_tokens, dtype);
+            let there = hidden.to_device(device).unwrap();
+            for (perfect, num_shared) in [(false, 0), (false, 2), (true, 0), (true, 1)] {
+                let context = format!("{dtype:?}, {valid:?} of {num_tokens}, perfect {perfect}, {num_shared} shared");
+                let cpu = full_block(&layer, dtype, num_shared, perfect);
+                let cuda = cpu.to_device(device).unwrap();
+                assert_eq!((cuda.device().location(), cuda.is_perfect()), (device.location(), perfect));
+                let expected = trace_padded(&cpu, &hidden, valid).unwrap();
+                let found = trace_padded(&cuda, &there, valid).unwrap();
+                assert_close(&found.router_logits, &expected.router_logits, &context);
+                let ids = |output: &MoeOutput| output.routing.topk_ids.to_vec2::<u32>().unwrap();
+                assert_eq!(ids(&found), ids(&expected), "{context}");
+                assert_close(&found.routing.topk_weights, &expected.routing.topk_weights, &context);
+                assert_close(&found.hidden, &expected.hidden, &context);
+                let bits = |output: &MoeOutput| oracle::bits_of(&to_host(&output.hidden));
+                let padding = &bits(&found)[valid.unwrap_or(num_tokens) * HIDDEN..];
+                assert!(padding.iter().all(|&bits| bits == 0), "{context}: padding is not 0");
+                assert_eq!(cuda.load().unwrap(), cpu.load().unwrap(), "{context}");
+                assert_eq!(bits(&trace_padded(&cuda, &there, valid).unwrap()), bits(&found), "{context}");
+                trace_padded(&cpu, &hidden, valid).unwrap();
+                assert_eq!(cuda.load().unwrap(), cpu.load().unwrap(), "{context}: twice");
+                cuda.reset_load().unwrap();
+                assert!(cuda.load().unwrap().slots_per_expert.iter().all(|&slots| slots == 0), "{context}");
+            }
+        }
+    }
+}
+
+#[test]
+fn zero_tokens_give_empty_results_on_every_device() {
+    for device in devices::all() {
+        for dtype in FLOATS {
+            for (perfect, num_shared) in [(false, 0), (true, 1)] {
+                let block = full_block(&Layer::new(43, 8, dtype), dtype, num_shared, perfect);
+                let block = block.to_device(&device).unwrap();
+                // Nothing of no elements can be allocated on CUDA.
+                let hidden = hidden_states(44, 1, dtype).to_device(&device).unwrap().narrow(0, 0, 0).unwrap();
+                for valid in [None, Some(0), Some(3)] {
+                    let output = trace_padded(&block, &hidden, valid).unwrap();
+                    assert_eq!((output.hidden.dims(), output.hidden.dtype()), (&[0, HIDDEN][..], dtype));
+                    let logits = &output.router_logits;
+                    assert_eq!((logits.dims(), logits.dtype()), (&[0, 8][..], DType::F32));
+                    assert_eq!(output.routing.topk_ids.dims(), [0, 3]);
+                }
+                assert_eq!(block.load().unwrap().slots_per_rank, [0]);
+            }
+        }
+    }
+}
+
+#[test]
+fn hidden_states_that_do_not_fit_are_refused_with_the_same_words_on_every_device() {
+    let layer = Layer::new(45, 8, DType::F32);
+    let cpu = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 1, 0).build().unwrap();
+    for (shape, dtype, word) in [
+        (&[3, HIDDEN + 1][..], DType::F32, "[3, 34]"),
+        (&[HIDDEN], DType::F32, "[33]"),
+        (&[1, 2, HIDDEN], DType::F32, "[1, 2, 33]"),
+        (&[2, HIDDEN], DType::F64, "F64"),
+        (&[2, HIDDEN], DType::U8, "U8"),
+    ] {
+        let errors = devices::all().map(|device| {
+            let block = cpu.to_device(&device).unwrap();
+            let hidden = Tensor::zeros(shape, dtype, &device).unwrap();
+            let mut solo = Solo::new();
+            let step = Step::agree(&mut solo, shape[0]).unwrap();
+            let error = line(block.forward(&hidden, &mut solo, &step).unwrap_err());
+            // The group was given up.
+            let good = hidden_states(46, shape[0], DType::F32).to_device(&device).unwrap();
+            let after = line(block.forward(&good, &mut solo, &step).unwrap_err());
+            assert!(after.contains(&error), "{after}");
+            error
+        });
+        let errors: Vec<_> = errors.collect();
+        assert!(errors[0].contains("hidden") && errors[0].contains(word), "{errors:?}");
+        assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+    }
+}
+
+#[test]
+fn parts_and_hidden_states_on_different_devices_and_several_ranks_on_cuda_are_refused() {
+    let Some(device) = devices::cuda() else { return };
+    let layer = Layer::new(47, 8, DType::F32);
+    let builder = |ep_size| layer.shard(layer.router(RoutingMethod::Renormalize, 2), ep_size, 0);
+    let cpu = builder(1).build().unwrap();
+    let cuda = cpu.to_device(device).unwrap();
+    let hidden = hidden_states(48, 2, DType::F32);
+    let error = line(cuda.forward_alone(&hidden).unwrap_err());
+    assert!(error.contains("moe block: hidden is on Cpu, expected the device of the experts, Cuda"), "{error}");
+    let error = line(cpu.forward_alone(&hidden.to_device(device).unwrap()).unwrap_err());
+    assert!(error.contains("moe block: hidden is on Cuda") && error.contains("experts, Cpu"), "{error}");
+
+    let error = line(builder(2).build().unwrap().to_device(device).unwrap_err());
+    assert!(error.contains("ep_size is 2 on Cuda") && error.contains("expert parallelism on CUDA"), "{error}");
+    let gate = Linear::new(layer.gate.0.clone(), None).unwrap();
+    let router = layer.router(RoutingMethod::Renormalize, 2);
+    let local = builder(2).build().unwrap().experts().to_device(device).unwrap();
+    let there = MoeBlock::builder(gate.to_device(device).unwrap(), router.clone(), local).shard(2, 0);
+    assert_eq!(line(there.build().unwrap_err()), error);
+
+    let mixed = MoeBlock::builder(gate.clone(), router.clone(), cuda.experts().clone());
+    let error = line(mixed.build().unwrap_err());
+    assert!(error.contains("the gate is on Cpu, expected the device of the experts, Cuda"), "{error}");
+    let mixed = MoeBlock::builder(gate, router, cpu.experts().clone());
+    let shared = shared_experts(49, 1, DType::F32).to_device(device).unwrap();
+    let error = line(mixed.shared_experts(shared).build().unwrap_err());
+    assert!(error.contains("the shared experts are on Cuda") && error.contains("experts, Cpu"), "{error}");
+}
+
+#[test]
+fn a_block_that_was_built_from_parts_on_a_device_is_the_one_that_was_brought_there() {
+    let layer = Layer::new(50, 8, DType::BF16);
+    let cpu = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 1, 0).build().unwrap();
+    let hidden = hidden_states(51, 6, DType::BF16);
+    for device in devices::all() {
+        let gate = Linear::new(layer.gate.0.clone(), Some(layer.gate.1.clone())).unwrap().to_device(&device).unwrap();
+        let experts = cpu.experts().to_device(&device).unwrap();
+        let built = MoeBlock::builder(gate, layer.router(RoutingMethod::Renormalize, 2), experts).build().unwrap();
+        let hidden = hidden.to_device(&device).unwrap();
+        let bits = |block: &MoeBlock| oracle::bits_of(&to_host(&block.forward_alone(&hidden).unwrap()));
+        assert_eq!(bits(&built), bits(&cpu.to_device(&device).unwrap()));
+    }
 }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::gpt_oss::TINY;
+use crate::gpt_oss::tiny_folder;
 
 /// A temporary folder that goes away with the value.
 pub(crate) struct Folder(PathBuf);
@@ -72,10 +72,12 @@ fn error_of(bytes: &[u8], names: &[&str]) -> CheckpointError {
 
 #[test]
 fn reads_what_candle_reads() {
-    let checkpoint = Checkpoint::open(TINY).unwrap();
+    let checkpoint = Checkpoint::open(tiny_folder()).unwrap();
     let mut expected = HashMap::new();
     for shard in ["model-00001-of-00002", "model-00002-of-00002"] {
-        expected.extend(candle_core::safetensors::load(format!("{TINY}/{shard}.safetensors"), &Device::Cpu).unwrap());
+        expected.extend(
+            candle_core::safetensors::load(format!("{}/{shard}.safetensors", tiny_folder()), &Device::Cpu).unwrap(),
+        );
     }
     assert_eq!(checkpoint.names().count(), expected.len());
     for (name, expected) in &expected {
@@ -88,7 +90,7 @@ fn reads_what_candle_reads() {
 
 #[test]
 fn rows_touch_their_own_bytes_only() {
-    let checkpoint = Checkpoint::open(TINY).unwrap();
+    let checkpoint = Checkpoint::open(tiny_folder()).unwrap();
     let name = "model.layers.1.mlp.experts.gate_up_proj_blocks";
     let shape = [8, 384, 4, 16];
     let read = |rows| checkpoint.rows(name, &shape, &[DType::U8], rows, &Device::Cpu).unwrap();
@@ -130,7 +132,7 @@ fn what_is_not_there_is_named() {
     assert!(matches!(Checkpoint::open("/no/such/folder").unwrap_err(), CheckpointError::NotFound { .. }));
     let file = folder.write("model.safetensors", &valid()).0.join("model.safetensors");
     assert!(matches!(Checkpoint::open(file).unwrap_err(), CheckpointError::NotFound { .. }));
-    let checkpoint = Checkpoint::open(TINY).unwrap();
+    let checkpoint = Checkpoint::open(tiny_folder()).unwrap();
     let error = checkpoint.info("model.layers.0.mlp.router.weights").unwrap_err();
     assert!(error.to_string().contains("model.layers.0.mlp.router.weight"), "{error}");
 }
@@ -375,12 +377,12 @@ proptest! {
 fn a_shard_that_is_cut_off_is_an_error_that_names_it() {
     let folder = Folder::new();
     for name in ["model.safetensors.index.json", "model-00001-of-00002.safetensors"] {
-        std::fs::copy(Path::new(TINY).join(name), folder.0.join(name)).unwrap();
+        std::fs::copy(Path::new(&tiny_folder()).join(name), folder.0.join(name)).unwrap();
     }
     let error = folder.open().unwrap_err();
     assert!(matches!(error, CheckpointError::MissingShard { .. }));
     assert!(error.to_string().contains("model-00002-of-00002.safetensors"), "{error}");
-    let whole = std::fs::read(Path::new(TINY).join("model-00002-of-00002.safetensors")).unwrap();
+    let whole = std::fs::read(Path::new(&tiny_folder()).join("model-00002-of-00002.safetensors")).unwrap();
     let error = folder.write("model-00002-of-00002.safetensors", &whole[..whole.len() / 2]).open().unwrap_err();
     assert!(matches!(error, CheckpointError::Truncated { .. }));
     assert!(error.to_string().contains("model-00002-of-00002.safetensors"), "{error}");

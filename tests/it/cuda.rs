@@ -1,6 +1,7 @@
 //! What only a CUDA device can show: sizes around the kernels' thresholds, repeats, graphs, memory that runs out. Everything
 //! else runs on all devices in the tests of the rooms.
 
+mod blocks;
 mod large;
 
 use crate::devices::{self, RouteEverywhere, assert_same_order, assert_same_routing, line, to_host};

@@ -2,6 +2,8 @@
 //! numbers that they stand for; and checkpoints with something wrong.
 
 use crate::checkpoint::Folder;
+use crate::devices;
+use crate::gpt_oss::data_folder;
 use crate::oracle::{self, FLOATS, Random};
 use candle_core::{DType, Device, Tensor};
 use candle_moe::block::{MoeBlock, MoeOutput};
@@ -15,22 +17,26 @@ use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::time::Duration;
 
-const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-deepseek-v3");
 const LAYER: usize = 3;
 const PATIENT: Duration = Duration::from_secs(20);
+
+/// The tiny checkpoint.
+fn tiny_folder() -> String {
+    data_folder("tiny-deepseek-v3")
+}
 
 type Tensors = HashMap<String, Tensor>;
 
 fn goldens() -> Tensors {
-    candle_core::safetensors::load(format!("{TINY}/goldens.safetensors"), &Device::Cpu).unwrap()
+    candle_core::safetensors::load(format!("{}/goldens.safetensors", tiny_folder()), &Device::Cpu).unwrap()
 }
 
 fn published() -> Value {
-    serde_json::from_str(&std::fs::read_to_string(format!("{TINY}/config.json")).unwrap()).unwrap()
+    serde_json::from_str(&std::fs::read_to_string(format!("{}/config.json", tiny_folder())).unwrap()).unwrap()
 }
 
 fn tiny() -> Tensors {
-    candle_core::safetensors::load(format!("{TINY}/model.safetensors"), &Device::Cpu).unwrap()
+    candle_core::safetensors::load(format!("{}/model.safetensors", tiny_folder()), &Device::Cpu).unwrap()
 }
 
 fn options(ep_size: usize, reduction: Reduction) -> MoeOptions {
@@ -63,6 +69,7 @@ fn sharded(folder: &std::path::Path, config: &Config, options: &MoeOptions, hidd
         let rank = ranks.rank();
         let block = load(folder, config, options, rank).unwrap();
         let own = hidden.narrow(0, counts[..rank].iter().sum(), counts[rank]).unwrap();
+        let own = own.to_device(&options.device).unwrap();
         let step = Step::agree(&mut ranks, counts[rank]).unwrap();
         block.forward_traced(&own, &mut ranks, &step).unwrap()
     };
@@ -76,15 +83,17 @@ fn rows(outputs: &[MoeOutput], part: impl Fn(&MoeOutput) -> Tensor) -> Vec<Vec<f
 #[test]
 fn the_layer_equals_the_goldens_for_every_number_of_ranks() {
     let goldens = goldens();
-    let config = Config::from_file(format!("{TINY}/config.json")).unwrap();
+    let config = Config::from_file(format!("{}/config.json", tiny_folder())).unwrap();
     let golden_ids = goldens["topk_ids"].to_vec2::<i64>().unwrap();
     let golden_weights = oracle::rows_of(&goldens["topk_weights"]);
     let golden_output = oracle::rows_of(&goldens["output"]);
     let largest = golden_output.iter().flatten().fold(0f32, |largest, v| largest.max(v.abs()));
     let mut first: Option<Vec<Vec<f32>>> = None;
-    for ep_size in [1, 2, 4, 3] {
+    let on_cuda = devices::cuda().map(|device| (1, device.clone()));
+    for (ep_size, device) in [1, 2, 4, 3].map(|ep_size| (ep_size, Device::Cpu)).into_iter().chain(on_cuda) {
         for reduction in [Reduction::SlotOrder, Reduction::RankPartial] {
-            let outputs = sharded(TINY.as_ref(), &config, &options(ep_size, reduction), &goldens["input"]);
+            let options = MoeOptions { device: device.clone(), ..options(ep_size, reduction) };
+            let outputs = sharded(tiny_folder().as_ref(), &config, &options, &goldens["input"]);
             let ids: Vec<Vec<u32>> =
                 outputs.iter().flat_map(|o| o.routing.topk_ids.to_vec2::<u32>().unwrap()).collect();
             let weights = rows(&outputs, |output| output.routing.topk_weights.clone());
@@ -109,7 +118,7 @@ fn the_layer_equals_the_goldens_for_every_number_of_ranks() {
             {
                 assert!((found - golden).abs() <= 1e-4, "router logit {found}, not {golden}");
             }
-            if reduction == Reduction::SlotOrder {
+            if reduction == Reduction::SlotOrder && device.is_cpu() {
                 assert_eq!(first.get_or_insert_with(|| output.clone()), &output, "not the bits of one rank");
             }
         }
@@ -118,11 +127,11 @@ fn the_layer_equals_the_goldens_for_every_number_of_ranks() {
 
 #[test]
 fn a_rank_reads_its_own_experts_the_gate_and_the_shared_experts() {
-    let config = Config::from_file(format!("{TINY}/config.json")).unwrap();
+    let config = Config::from_file(format!("{}/config.json", tiny_folder())).unwrap();
     let expert = 3 * 64 * 128 * 4;
     let shared_and_gate = expert + (32 * 128 + 32) * 4;
     for (ep_size, rank) in [(1, 0), (2, 1), (3, 0), (3, 2), (32, 31)] {
-        let checkpoint = Checkpoint::open(TINY).unwrap();
+        let checkpoint = Checkpoint::open(tiny_folder()).unwrap();
         load_moe_block(&checkpoint, &config, LAYER, &options(ep_size, Reduction::SlotOrder), rank).unwrap();
         let local = Topology::new(32, ep_size, rank).unwrap().local_experts();
         assert_eq!(checkpoint.bytes_read(), (local.len() * expert + shared_and_gate) as u64);
@@ -135,13 +144,13 @@ fn a_rank_reads_its_own_experts_the_gate_and_the_shared_experts() {
 
 #[test]
 fn perfect_routing_balances_the_ranks_that_own_the_groups() {
-    let config = Config::from_file(format!("{TINY}/config.json")).unwrap();
+    let config = Config::from_file(format!("{}/config.json", tiny_folder())).unwrap();
     let hidden = goldens()["input"].narrow(0, 0, 32).unwrap();
     for ep_size in [1, 2, 4, 8] {
         let options = MoeOptions { perfect_router: true, ..options(ep_size, Reduction::SlotOrder) };
         let loads = launch(ep_size, PATIENT, |mut ranks| {
             let rank = ranks.rank();
-            let block = load(TINY.as_ref(), &config, &options, rank).unwrap();
+            let block = load(tiny_folder().as_ref(), &config, &options, rank).unwrap();
             assert!(block.is_perfect());
             let own = if rank == 0 { 32 } else { 0 };
             let step = Step::agree(&mut ranks, own).unwrap();
@@ -331,8 +340,8 @@ fn a_checkpoint_with_something_wrong_names_tensor_found_and_expected() {
 
 #[test]
 fn a_layer_without_experts_and_a_rank_that_does_not_exist_are_refused() {
-    let config = Config::from_file(format!("{TINY}/config.json")).unwrap();
-    let checkpoint = Checkpoint::open(TINY).unwrap();
+    let config = Config::from_file(format!("{}/config.json", tiny_folder())).unwrap();
+    let checkpoint = Checkpoint::open(tiny_folder()).unwrap();
     let load = |layer, ep_size, rank| {
         load_moe_block(&checkpoint, &config, layer, &options(ep_size, Reduction::SlotOrder), rank)
     };

@@ -2,7 +2,7 @@
 //! be the same. Without the feature `cuda` there is the CPU alone; with it and without a device tests say that they skip
 //! CUDA, or fail if `CANDLE_MOE_REQUIRE_CUDA=1`.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_moe::order::{ExpertMap, ExpertOrder, NO_EXPERT, NO_SLOT, OrderOptions, RoutedOrder};
 use candle_moe::routing::{Router, Routing, RoutingMethod};
 use std::ops::Range;
@@ -27,7 +27,6 @@ pub(crate) fn cuda() -> Option<&'static Device> {
 }
 
 /// Says it past the test harness, which shows what passing tests print to nobody.
-#[cfg(feature = "cuda")]
 pub(crate) fn say(line: &str) {
     use std::io::Write;
     let mut stderr = std::io::stderr().lock();
@@ -37,6 +36,23 @@ pub(crate) fn say(line: &str) {
 #[cfg(not(feature = "cuda"))]
 pub(crate) fn cuda() -> Option<&'static Device> {
     None
+}
+
+/// The CPU, and the CUDA device if there is one.
+pub(crate) fn all() -> impl Iterator<Item = Device> {
+    std::iter::once(Device::Cpu).chain(cuda().cloned())
+}
+
+/// Those of them that have matrix products, which an emulated device has not.
+pub(crate) fn with_products() -> impl Iterator<Item = Device> {
+    all().filter(|device| {
+        let one = Tensor::ones((1, 1), DType::F32, device).unwrap();
+        let Err(error) = one.matmul(&one) else { return true };
+        let error = line(error);
+        assert!(error.contains("CUBLAS_STATUS_NOT_SUPPORTED"), "no matrix products: {error}");
+        say(&format!("SKIPPED on CUDA: no matrix products ({error})"));
+        false
+    })
 }
 
 /// On the CPU. Of a view that is all; Candle would copy the buffer that it lies in.

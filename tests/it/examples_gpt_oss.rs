@@ -1,7 +1,7 @@
 //! `gpt_oss`, run as a program.
 
 use crate::checkpoint::Folder;
-use crate::gpt_oss::{TINY, goldens, prompt};
+use crate::gpt_oss::{goldens, prompt, tiny_folder};
 use crate::gpt_oss_parts::Stored;
 use crate::program::{assert_rejected, json_of, run, run_unread, stdout_of, text};
 use candle_core::{DType, Device};
@@ -129,7 +129,7 @@ fn other_layouts_generate_the_same_tokens() {
         let report = json_of(NAME, &["--model", model, "--input-ids", &ids, "--ep-size", "3", "--output", "json"]);
         list(&report["generated_ids"])
     };
-    let expected = generated(TINY);
+    let expected = generated(&tiny_folder());
     assert_eq!(expected.len(), 24);
     for stored in [Stored::original(), Stored::decoded(DType::BF16)] {
         for shards in [1, 2] {
@@ -165,7 +165,7 @@ fn token_ids_come_from_a_file_too() {
 #[test]
 fn text_goes_through_the_tokenizer_of_the_folder() {
     let folder = Folder::new();
-    for entry in std::fs::read_dir(TINY).unwrap() {
+    for entry in std::fs::read_dir(tiny_folder()).unwrap() {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
     }
@@ -193,7 +193,7 @@ fn bad_arguments_say_what_to_do() {
     for (args, words) in [
         (&["--ep-size", "0"][..], &["--ep-size 0", "1 to 8"][..]),
         (&["--ep-size", "9"], &["--ep-size 9", "1 to 8"]),
-        (&["--device", "cuda"], &["--device cpu"]),
+        (&["--device", if cfg!(feature = "cuda") { "cuda:99" } else { "cuda" }], &["--device cuda", "--device cpu"]),
         (&["--device", "tpu"], &["cpu, cuda or cuda:N"]),
         (&["--dtype", "f64"], &["f32", "bf16"]),
         (&["--model", "/no/such/folder"], &["/no/such/folder", "--model DIR"]),
@@ -214,7 +214,7 @@ fn bad_arguments_say_what_to_do() {
 #[test]
 fn a_broken_checkpoint_is_a_failure_and_not_a_bad_argument() {
     let folder = Folder::new();
-    std::fs::copy(format!("{TINY}/config.json"), folder.path().join("config.json")).unwrap();
+    std::fs::copy(format!("{}/config.json", tiny_folder()), folder.path().join("config.json")).unwrap();
     let output = run(NAME, &["--model", folder.path().to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("model.safetensors"), "{}", text(&output.stderr));

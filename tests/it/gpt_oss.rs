@@ -1,16 +1,27 @@
 //! GPT-OSS against what Hugging Face transformers computes from the same checkpoint.
 
+use crate::devices::{self, line, to_host};
 use candle_core::{DType, Device, Result, Tensor};
+use candle_moe::checkpoint::Checkpoint;
 use candle_moe::ep::Reduction;
 use candle_moe::models::gpt_oss::{
-    Cache, Config, Logits, Model, MoeLayers, MoeOptions, Sampler, SamplingConfig, ShardedMoe,
+    Cache, Config, Logits, Model, MoeLayers, MoeOptions, Sampler, SamplingConfig, ShardedMoe, load_moe_block,
 };
 use std::collections::HashMap;
 
-pub(crate) const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-gpt-oss");
+/// The tiny checkpoint.
+pub(crate) fn tiny_folder() -> String {
+    data_folder("tiny-gpt-oss")
+}
+
+/// A folder of test data: in the one that CANDLE_MOE_TEST_DATA names, for tests that run without the repository, or in that.
+pub(crate) fn data_folder(name: &str) -> String {
+    let all = std::env::var("CANDLE_MOE_TEST_DATA");
+    format!("{}/{name}", all.as_deref().unwrap_or(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data")))
+}
 
 pub(crate) fn goldens() -> HashMap<String, Tensor> {
-    candle_core::safetensors::load(format!("{TINY}/goldens.safetensors"), &Device::Cpu).unwrap()
+    candle_core::safetensors::load(format!("{}/goldens.safetensors", tiny_folder()), &Device::Cpu).unwrap()
 }
 
 pub(crate) fn prompt(goldens: &HashMap<String, Tensor>) -> Vec<u32> {
@@ -18,11 +29,16 @@ pub(crate) fn prompt(goldens: &HashMap<String, Tensor>) -> Vec<u32> {
 }
 
 fn load(options: &MoeOptions) -> Model {
-    Model::load(TINY, options, &|_, _| ()).unwrap()
+    Model::load(tiny_folder(), options, &|_, _| ()).unwrap()
 }
 
 pub(crate) fn options(dtype: DType, ep_size: usize, reduction: Reduction) -> MoeOptions {
     MoeOptions { dtype, ep_size, reduction, ..Default::default() }
+}
+
+/// One rank on `device`.
+fn on(device: &Device, dtype: DType) -> MoeOptions {
+    MoeOptions { dtype, device: device.clone(), ..Default::default() }
 }
 
 pub(crate) fn whole_prompt(model: &mut Model, ids: &[u32]) -> Vec<f32> {
@@ -31,7 +47,7 @@ pub(crate) fn whole_prompt(model: &mut Model, ids: &[u32]) -> Vec<f32> {
 }
 
 fn flat(tensor: &Tensor) -> Vec<f32> {
-    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    to_host(tensor).to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 pub(crate) fn max_distance(a: &[f32], b: &[f32]) -> f32 {
@@ -70,8 +86,12 @@ impl MoeLayers for Recorder<'_> {
 
 #[test]
 fn float32_logits_choices_and_layers_are_those_of_the_reference() {
+    devices::with_products().for_each(|device| check_float32(&device));
+}
+
+fn check_float32(device: &Device) {
     let goldens = goldens();
-    let mut model = load(&MoeOptions::default());
+    let mut model = load(&on(device, DType::F32));
     let config = model.config().clone();
     let (decoder, moe) = model.parts_mut();
     let mut recorder =
@@ -104,8 +124,9 @@ fn float32_logits_choices_and_layers_are_those_of_the_reference() {
 fn float32_greedy_continuation_is_that_of_the_reference() {
     let goldens = goldens();
     let expected = goldens["f32.greedy_ids"].to_dtype(DType::U32).unwrap().to_vec1::<u32>().unwrap();
-    for ep_size in [1, 3, 8] {
-        let mut model = load(&options(DType::F32, ep_size, Reduction::SlotOrder));
+    let several = [3, 8].map(|ep_size| options(DType::F32, ep_size, Reduction::SlotOrder));
+    for options in devices::with_products().map(|device| on(&device, DType::F32)).chain(several) {
+        let mut model = load(&options);
         let mut cache = Cache::new(model.config());
         let mut sampler = Sampler::new(SamplingConfig::GREEDY).unwrap();
         let mut logits = model.prompt(&prompt(&goldens), &mut cache, &mut |_| ()).unwrap();
@@ -115,16 +136,20 @@ fn float32_greedy_continuation_is_that_of_the_reference() {
             generated.push(id);
             logits = flat(&model.forward(&[id], &mut cache, Logits::Last).unwrap());
         }
-        assert_eq!(generated, expected, "ep_size {ep_size}");
+        assert_eq!(generated, expected, "{options:?}");
     }
 }
 
 #[test]
 fn bfloat16_logits_are_as_near_to_float32_as_those_of_the_reference() {
+    devices::with_products().for_each(|device| check_bfloat16(&device));
+}
+
+fn check_bfloat16(device: &Device) {
     let goldens = goldens();
     let exact = flat(&goldens["f32.logits"]);
     let reference = flat(&goldens["bf16.logits"]);
-    let mut model = load(&options(DType::BF16, 1, Reduction::SlotOrder));
+    let mut model = load(&on(device, DType::BF16));
     let logits = whole_prompt(&mut model, &prompt(&goldens));
     let root_mean_square = |found: &[f32]| {
         let sum: f32 = found.iter().zip(&exact).map(|(a, b)| (a - b).powi(2)).sum();
@@ -166,8 +191,12 @@ fn rank_partial_logits_are_the_same_within_rounding_and_repeat_bit_for_bit() {
 
 #[test]
 fn a_prompt_in_chunks_gives_the_logits_of_the_whole() {
+    devices::with_products().for_each(|device| check_chunks(&device));
+}
+
+fn check_chunks(device: &Device) {
     let ids = prompt(&goldens());
-    let mut model = load(&MoeOptions::default());
+    let mut model = load(&on(device, DType::F32));
     let whole = whole_prompt(&mut model, &ids);
     for chunk in [1, 2, 7, 15, 16, 17, 31, 44] {
         let mut cache = Cache::new(model.config());
@@ -184,11 +213,11 @@ fn a_prompt_in_chunks_gives_the_logits_of_the_whole() {
 #[test]
 fn perfect_routing_loads_every_rank_within_one_for_every_prompt_length() {
     let ids = prompt(&goldens());
-    for ep_size in [1, 2, 4, 8] {
-        let mut model =
-            load(&MoeOptions { perfect_router: true, ..options(DType::F32, ep_size, Reduction::SlotOrder) });
+    let several = [2, 4, 8].map(|ep_size| options(DType::F32, ep_size, Reduction::SlotOrder));
+    for options in devices::with_products().map(|device| on(&device, DType::F32)).chain(several) {
+        let mut model = load(&MoeOptions { perfect_router: true, ..options });
         for length in 1..=ids.len() {
-            model.moe().reset_load();
+            model.moe().reset_load().unwrap();
             let mut cache = Cache::new(model.config());
             model.forward(&ids[..length], &mut cache, Logits::Last).unwrap();
             assert_balanced(&model, length, 4 * length as u64);
@@ -213,21 +242,56 @@ fn assert_balanced(model: &Model, length: usize, slots: u64) {
 #[test]
 fn perfect_routing_can_be_switched_off_again() {
     let ids = prompt(&goldens());
-    let mut model = load(&options(DType::F32, 4, Reduction::SlotOrder));
-    let learned = whole_prompt(&mut model, &ids);
-    model.moe_mut().set_perfect_router(true).unwrap();
-    assert!(max_distance(&whole_prompt(&mut model, &ids), &learned) > 0.1 * deviation(&learned));
-    model.moe_mut().set_perfect_router(false).unwrap();
-    assert_eq!(whole_prompt(&mut model, &ids), learned);
+    let several = options(DType::F32, 4, Reduction::SlotOrder);
+    for options in devices::with_products().map(|device| on(&device, DType::F32)).chain([several]) {
+        let mut model = load(&options);
+        let learned = whole_prompt(&mut model, &ids);
+        model.moe_mut().set_perfect_router(true).unwrap();
+        assert!(max_distance(&whole_prompt(&mut model, &ids), &learned) > 0.1 * deviation(&learned));
+        model.moe_mut().set_perfect_router(false).unwrap();
+        assert_eq!(whole_prompt(&mut model, &ids), learned);
+    }
+}
+
+#[test]
+fn moe_layers_give_the_outputs_of_the_reference_on_every_device() {
+    let goldens = goldens();
+    let config = Config::from_file(format!("{}/config.json", tiny_folder())).unwrap();
+    let checkpoint = Checkpoint::open(tiny_folder()).unwrap();
+    for device in devices::all() {
+        for layer in 0..config.num_layers {
+            let golden = |name: &str| &goldens[&format!("f32.layers.{layer}.{name}")];
+            let block = load_moe_block(&checkpoint, &config, layer, &on(&device, DType::F32), 0).unwrap();
+            assert_eq!(block.device().location(), device.location());
+            let input = golden("moe_input").to_device(&device).unwrap();
+            let (found, expected) = (flat(&block.forward_alone(&input).unwrap()), flat(golden("moe_output")));
+            let distance = max_distance(&found, &expected);
+            assert!(distance <= 1e-3 * deviation(&expected), "{device:?}, layer {layer}: {distance} away");
+            let slots = block.load().unwrap().slots_per_expert;
+            let ids = flat(golden("topk_ids"));
+            let counts = (0..8).map(|expert| ids.iter().filter(|&&id| id == expert as f32).count() as u64);
+            assert_eq!(slots, counts.collect::<Vec<_>>(), "{device:?}, layer {layer}");
+        }
+    }
+}
+
+#[test]
+fn several_ranks_on_cuda_are_refused_before_anything_is_read() {
+    let Some(device) = devices::cuda() else { return };
+    let options = MoeOptions { ep_size: 2, ..on(device, DType::F32) };
+    let error = line(Model::load(tiny_folder(), &options, &|_, _| ()).unwrap_err());
+    assert!(error.contains("ep_size is 2 on Cuda") && error.contains("expected 1"), "{error}");
+    let config = Config::from_file(format!("{}/config.json", tiny_folder())).unwrap();
+    let checkpoint = Checkpoint::open(tiny_folder()).unwrap();
+    assert_eq!(line(load_moe_block(&checkpoint, &config, 0, &options, 1).unwrap_err()), error);
+    assert!(checkpoint.names().all(|name| checkpoint.ranges_read(name).is_empty()));
 }
 
 #[test]
 fn a_rank_reads_only_its_own_experts() {
-    use candle_moe::checkpoint::Checkpoint;
-    use candle_moe::models::gpt_oss::load_moe_block;
-    let config = Config::from_file(format!("{TINY}/config.json")).unwrap();
+    let config = Config::from_file(format!("{}/config.json", tiny_folder())).unwrap();
     for (ep_size, ep_rank, experts) in [(8, 5, 5..6), (3, 2, 6..8), (2, 0, 0..4)] {
-        let checkpoint = Checkpoint::open(TINY).unwrap();
+        let checkpoint = Checkpoint::open(tiny_folder()).unwrap();
         let options = options(DType::F32, ep_size, Reduction::SlotOrder);
         load_moe_block(&checkpoint, &config, 1, &options, ep_rank).unwrap();
         let mut expert_tensors = 0;
@@ -255,9 +319,10 @@ fn bad_arguments_leave_the_model_usable() {
     assert!(cache.is_empty());
     model.forward(&[1], &mut cache, Logits::Last).unwrap();
     for ep_size in [0, 9, usize::MAX] {
-        let error = Model::load(TINY, &options(DType::F32, ep_size, Reduction::SlotOrder), &|_, _| ()).unwrap_err();
+        let error =
+            Model::load(tiny_folder(), &options(DType::F32, ep_size, Reduction::SlotOrder), &|_, _| ()).unwrap_err();
         assert!(error.to_string().contains("ep_size"), "{error}");
     }
-    let error = Model::load(TINY, &options(DType::U8, 1, Reduction::SlotOrder), &|_, _| ()).unwrap_err();
+    let error = Model::load(tiny_folder(), &options(DType::U8, 1, Reduction::SlotOrder), &|_, _| ()).unwrap_err();
     assert!(error.to_string().contains("dtype"), "{error}");
 }

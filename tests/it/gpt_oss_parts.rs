@@ -2,7 +2,7 @@
 //! checkpoints with something wrong.
 
 use crate::checkpoint::Folder;
-use crate::gpt_oss::{TINY, goldens, max_distance, options, prompt, whole_prompt};
+use crate::gpt_oss::{goldens, max_distance, options, prompt, tiny_folder, whole_prompt};
 use candle_core::{DType, Device, Tensor};
 use candle_moe::block::MoeBlock;
 use candle_moe::checkpoint::Checkpoint;
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use std::collections::HashMap;
 
 fn published() -> Value {
-    serde_json::from_str(&std::fs::read_to_string(format!("{TINY}/config.json")).unwrap()).unwrap()
+    serde_json::from_str(&std::fs::read_to_string(format!("{}/config.json", tiny_folder())).unwrap()).unwrap()
 }
 
 fn parsed(change: impl FnOnce(&mut Value)) -> candle_core::Result<Config> {
@@ -215,7 +215,8 @@ fn bad_sampling_arguments_are_named() {
 type Tensors = HashMap<String, Tensor>;
 
 fn tiny() -> Tensors {
-    let load = |shard| candle_core::safetensors::load(format!("{TINY}/{shard}.safetensors"), &Device::Cpu).unwrap();
+    let load =
+        |shard| candle_core::safetensors::load(format!("{}/{shard}.safetensors", tiny_folder()), &Device::Cpu).unwrap();
     ["model-00001-of-00002", "model-00002-of-00002"].into_iter().flat_map(load).collect()
 }
 
@@ -360,7 +361,7 @@ fn the_original_layout_gives_the_published_logits_to_the_bit() {
     for shards in [1, 2] {
         let folder = stored.write(shards);
         for (dtype, ep_size) in [(DType::F32, 1), (DType::F32, 2), (DType::F32, 3), (DType::BF16, 2)] {
-            let expected = logits(TINY.as_ref(), dtype, 1);
+            let expected = logits(tiny_folder().as_ref(), dtype, 1);
             let found = logits(folder.path(), dtype, ep_size);
             let distance = max_distance(&found, &expected);
             assert!(same_bits(&found, &expected), "{shards} files, {dtype:?}, ep_size {ep_size}: {distance} away");
@@ -370,7 +371,7 @@ fn the_original_layout_gives_the_published_logits_to_the_bit() {
 
 #[test]
 fn the_bf16_layout_gives_the_published_logits_to_the_bit() {
-    let expected = logits(TINY.as_ref(), DType::F32, 1);
+    let expected = logits(tiny_folder().as_ref(), DType::F32, 1);
     let first = logits(Stored::decoded(DType::BF16).write(1).path(), DType::F32, 1);
     assert!(same_bits(&first, &expected), "{} away", max_distance(&first, &expected));
     for dtype in [DType::BF16, DType::F16, DType::F32] {
@@ -572,6 +573,6 @@ fn a_folder_that_is_no_model_is_an_error() {
         Model::load(folder.path(), &MoeOptions::default(), &|_, _| ()).map(|_| ()).unwrap_err().to_string()
     };
     assert!(load(&folder).contains("config.json"));
-    std::fs::copy(format!("{TINY}/config.json"), folder.path().join("config.json")).unwrap();
+    std::fs::copy(format!("{}/config.json", tiny_folder()), folder.path().join("config.json")).unwrap();
     assert!(load(&folder).contains("no .safetensors file"));
 }

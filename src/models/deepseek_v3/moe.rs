@@ -1,7 +1,7 @@
 //! One MoE layer of a checkpoint for one rank.
 
 use super::Config;
-use crate::block::MoeBlock;
+use crate::block::{MoeBlock, check_ranks};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::ep::Topology;
 use crate::experts::{
@@ -17,7 +17,8 @@ use half::{bf16, f16};
 const OP: &str = "deepseek-v3 moe";
 const FLOATS: [DType; 3] = [DType::BF16, DType::F32, DType::F16];
 
-/// Reads the MoE layer `layer` for rank `ep_rank`: the gate, the shared experts, and the bytes of this rank's experts only.
+/// Reads the MoE layer `layer` for rank `ep_rank`: the gate, the shared experts, and the bytes of this rank's experts only;
+/// then brings it to `options.device`.
 ///
 /// `options.dtype` and `options.deadline` do not matter here: the block takes hidden states in f32, bf16 or f16. Its router
 /// logits are f32 whatever the hidden states are, as in the published model.
@@ -49,7 +50,7 @@ const FLOATS: [DType; 3] = [DType::BF16, DType::F32, DType::F16];
 /// ```
 ///
 /// # Errors
-/// A layer without experts or that does not exist; missing or unfit tensors.
+/// A layer without experts or that does not exist; missing or unfit tensors; several ranks on CUDA.
 pub fn load_moe_block(
     checkpoint: &Checkpoint,
     config: &Config,
@@ -61,6 +62,7 @@ pub fn load_moe_block(
     if layer >= config.num_layers || layer < config.first_moe_layer {
         bail!("{OP}: layer is {layer}, expected {} to {}", config.first_moe_layer, config.num_layers - 1)
     }
+    check_ranks(&options.device, options.ep_size)?;
     let topology = Topology::new(config.num_experts, options.ep_size, ep_rank)?;
     let weights = Weights { checkpoint, prefix: format!("model.layers.{layer}.mlp") };
     let (hidden_size, num_experts) = (config.hidden_size, config.num_experts);
@@ -82,7 +84,8 @@ pub fn load_moe_block(
         .reduction(options.reduction)
         .perfect_router(options.perfect_router)
         .statistics(true)
-        .build()
+        .build()?
+        .to_device(&options.device)
 }
 
 struct Weights<'a> {

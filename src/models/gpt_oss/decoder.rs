@@ -45,17 +45,15 @@ pub enum Logits {
 }
 
 impl Decoder {
-    /// Reads the dense tensors of a checkpoint in any of the [layouts](super). `dtype` is that of the hidden states: f32 or bf16.
+    /// Reads the dense tensors of a checkpoint in any of the [layouts](super) to `device`. `dtype` is that of the hidden states:
+    /// f32 or bf16.
     ///
     /// # Errors
-    /// Tensors of two layouts or of none, missing or unfit tensors, another dtype, another device than the CPU.
+    /// Tensors of two layouts or of none, missing or unfit tensors, another dtype.
     pub fn load(checkpoint: &Checkpoint, config: &Config, dtype: DType, device: &Device) -> Result<Self> {
         config.validate()?;
         if !matches!(dtype, DType::F32 | DType::BF16) {
             bail!("{OP}: dtype is {dtype:?}, expected f32 or bf16")
-        }
-        if !device.is_cpu() {
-            bail!("{OP}: device is {:?}, expected the CPU", device.location())
         }
         let weights = Weights::new(checkpoint, config, device)?;
         let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
@@ -68,7 +66,7 @@ impl Decoder {
             })
         };
         let vocabulary = |role: ModelRole| weights.model(role, &[vocab_size, hidden_size]);
-        Ok(Self {
+        let decoder = Self {
             dtype,
             embedding: vocabulary(ModelRole::Embedding)?,
             layers: (0..config.num_layers).map(layer).collect::<Result<_>>()?,
@@ -76,7 +74,10 @@ impl Decoder {
             head: Linear::new(vocabulary(ModelRole::Head)?, None)?,
             rope: Rope::new(&config.rope, config.head_dim),
             config: config.clone(),
-        })
+        };
+        // Other threads, whose streams do not wait for this one's, may be the next to use it.
+        device.synchronize()?;
+        Ok(decoder)
     }
 
     /// The model.

@@ -3,7 +3,7 @@
 use super::{Cache, Config, Decoder, Logits, ShardedMoe};
 use crate::checkpoint::Checkpoint;
 use crate::models::MoeOptions;
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 use std::path::Path;
 
 /// Prompt tokens that go through together, so that attention scores of a long prompt fit memory.
@@ -44,7 +44,7 @@ impl Model {
         let done = std::sync::atomic::AtomicUsize::new(0);
         let step = || progress(1 + done.fetch_add(1, std::sync::atomic::Ordering::Relaxed), total);
         let moe = ShardedMoe::load(&checkpoint, &config, options, &step)?;
-        let decoder = Decoder::load(&checkpoint, &config, options.dtype, &Device::Cpu)?;
+        let decoder = Decoder::load(&checkpoint, &config, options.dtype, &options.device)?;
         step();
         Ok(Self { decoder, moe })
     }

@@ -3,7 +3,7 @@
 use super::Config;
 use super::layout::{ExpertRole, LayerRole};
 use super::weights::Weights;
-use crate::block::{Load, MoeBlock, MoeOutput};
+use crate::block::{Load, MoeBlock, MoeOutput, check_ranks};
 use crate::checkpoint::Checkpoint;
 use crate::ep::{Communicator, Step, Threads, Topology};
 use crate::experts::{Activation, Experts, GateUpRows, MXFP4_BLOCK};
@@ -33,8 +33,10 @@ pub trait MoeLayers {
 
 /// Reads the MoE layer `layer` for rank `ep_rank`: the gate, and the bytes of this rank's experts only.
 ///
+/// It is read on the host and then brought to `options.device`; the host's copy is gone when this returns.
+///
 /// # Errors
-/// Tensors of two layouts or of none; missing or unfit tensors; sizes that MXFP4 cannot have.
+/// Tensors of two layouts or of none; missing or unfit tensors; sizes that MXFP4 cannot have; several ranks on CUDA.
 pub fn load_moe_block(
     checkpoint: &Checkpoint,
     config: &Config,
@@ -43,6 +45,7 @@ pub fn load_moe_block(
     ep_rank: usize,
 ) -> Result<MoeBlock> {
     config.validate()?;
+    check_ranks(&options.device, options.ep_size)?;
     let weights = Weights::new(checkpoint, config, &Device::Cpu)?;
     let (hidden_size, intermediate_size) = (config.hidden_size, config.intermediate_size);
     for (name, size) in [("hidden_size", hidden_size), ("intermediate_size", intermediate_size)] {
@@ -68,7 +71,8 @@ pub fn load_moe_block(
         .reduction(options.reduction)
         .perfect_router(options.perfect_router)
         .statistics(true)
-        .build()
+        .build()?
+        .to_device(&options.device)
 }
 
 /// The MoE layers of all ranks of one process.
@@ -96,8 +100,8 @@ enum Command {
 }
 
 impl ShardedMoe {
-    /// Reads every rank's experts, several ranks at a time, and starts the ranks. `progress` hears of every layer of every
-    /// rank, from any thread.
+    /// Reads every rank's experts, several ranks at a time and layer by layer, and starts the ranks. `progress` hears of every
+    /// layer of every rank, from any thread.
     ///
     /// # Errors
     /// As [`load_moe_block`]; more ranks than experts.
@@ -108,6 +112,7 @@ impl ShardedMoe {
         progress: &(dyn Fn() + Sync),
     ) -> Result<Self> {
         Topology::new(config.num_experts, options.ep_size, 0)?;
+        check_ranks(&options.device, options.ep_size)?;
         let load_rank = |ep_rank: usize| {
             let load_layer = |layer: usize| {
                 let block = load_moe_block(checkpoint, config, layer, options, ep_rank);
@@ -155,17 +160,26 @@ impl ShardedMoe {
         block.forward_traced(hidden, &mut self.communicator, step)
     }
 
+    /// Bytes of the experts' weights, over all layers and ranks, biases included.
+    pub fn expert_bytes(&self) -> usize {
+        let of_layer = |block: &MoeBlock| block.topology().num_experts() * block.experts().bytes_per_expert();
+        self.home.iter().map(of_layer).sum()
+    }
+
     /// The load of every layer, over all ranks, since the start or [`reset_load`](Self::reset_load).
     ///
     /// # Errors
-    /// None with blocks that count.
+    /// A device that cannot be read.
     pub fn load_per_layer(&self) -> Result<Vec<Load>> {
         self.home.iter().map(MoeBlock::load).collect()
     }
 
     /// Starts counting anew.
-    pub fn reset_load(&self) {
-        self.home.iter().for_each(MoeBlock::reset_load);
+    ///
+    /// # Errors
+    /// A device that cannot be written.
+    pub fn reset_load(&self) -> Result<()> {
+        self.home.iter().try_for_each(MoeBlock::reset_load)
     }
 
     /// Gives up: every rank's current and later calls fail with `reason`.

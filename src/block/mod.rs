@@ -4,14 +4,21 @@
 //! hidden states -> gate -> router logits -> (perfect router) -> routing -> dispatch -> order -> experts -> combine -> sum
 //!        \------------------------------- shared experts -----------------------------------------------------------/
 //! ```
+//!
+//! On CUDA a block has one rank, so that nothing is sent; the rooms follow each other on the device (`alone.rs`).
+
+mod alone;
+mod counter;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::ep::{Communicator, Reduction, Results, Solo, Step, Topology, combine, dispatch};
-use crate::experts::{Experts, Linear, weighted_sum};
+use crate::experts::{Experts, Linear};
 use crate::order::{ExpertOrder, NO_EXPERT};
 use crate::perfect_router::{PerfectRouterConfig, PerfectRouterKey, PerfectRouterStore, Plan};
 use crate::routing::{Router, Routing};
-use candle_core::{DType, Result, Tensor, bail};
-use std::sync::{Mutex, PoisonError};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use counter::Counter;
 
 const OP: &str = "moe block";
 
@@ -58,7 +65,7 @@ pub struct MoeBlock {
     perfect_config: PerfectRouterConfig,
     /// The plan that this rank follows while its routing is perfect.
     perfect: Option<Plan>,
-    load: Option<Mutex<Vec<u64>>>,
+    load: Option<Counter>,
 }
 
 /// Puts a [`MoeBlock`] together.
@@ -119,7 +126,8 @@ impl MoeBlockBuilder {
     }
 
     /// # Errors
-    /// Sizes that do not fit each other; a hot spot that the perfect router cannot have.
+    /// Sizes that do not fit each other; parts on different devices; several ranks on CUDA; a hot spot that the perfect
+    /// router cannot have.
     pub fn build(self) -> Result<MoeBlock> {
         let num_experts = self.gate.out_features();
         let topology = Topology::new(num_experts, self.ep_size, self.ep_rank)?;
@@ -146,6 +154,7 @@ impl MoeBlockBuilder {
                 self.experts.hidden_size()
             )
         }
+        self.check_devices()?;
         if let Some(dtype) = self.router_dtype.filter(|dtype| !matches!(dtype, DType::F32 | DType::BF16 | DType::F16)) {
             bail!("{OP}: router_dtype is {dtype:?}, expected f32, bf16 or f16")
         }
@@ -157,7 +166,7 @@ impl MoeBlockBuilder {
         let mut block = MoeBlock {
             perfect_config: self.perfect_config,
             perfect: None,
-            load: self.statistics.then(|| Mutex::new(vec![0; num_experts])),
+            load: self.statistics.then(|| Counter::new(num_experts, self.experts.device())).transpose()?,
             gate: self.gate,
             router: self.router,
             experts: self.experts,
@@ -173,6 +182,35 @@ impl MoeBlockBuilder {
         block.set_perfect_router(self.perfect_router)?;
         Ok(block)
     }
+
+    fn check_devices(&self) -> Result<()> {
+        let expected = self.experts.device();
+        let shared = self.shared_experts.as_ref().map(|shared| ("the shared experts are", shared.device()));
+        for (part, device) in [("the gate is", self.gate.device())].into_iter().chain(shared) {
+            check_same_device(part, device, expected)?;
+        }
+        check_ranks(self.experts.device(), self.ep_size)
+    }
+}
+
+/// Two devices of one location are two: each has a stream of its own.
+fn check_same_device(part: &str, device: &Device, expected: &Device) -> Result<()> {
+    if !device.same_device(expected) {
+        bail!("{OP}: {part} on {:?}, expected the device of the experts, {:?}", device.location(), expected.location())
+    }
+    Ok(())
+}
+
+/// Groups of several ranks are on the CPU.
+pub(crate) fn check_ranks(device: &Device, ep_size: usize) -> Result<()> {
+    if ep_size > 1 && !device.is_cpu() {
+        bail!(
+            "{OP}: ep_size is {ep_size} on {:?}, expected 1: expert parallelism on CUDA needs a communicator for tensors of \
+             devices",
+            device.location()
+        )
+    }
+    Ok(())
 }
 
 /// What a forward pass computed on the way; for this rank's own tokens.
@@ -245,6 +283,34 @@ impl MoeBlock {
         }
     }
 
+    /// The same on `device`, with a load of 0. It can be used from any thread, at once.
+    ///
+    /// # Errors
+    /// Several ranks on another device than the CPU; what copying tensors there may fail with.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        check_ranks(device, self.topology.ep_size())?;
+        let block = Self {
+            gate: self.gate.to_device(device)?,
+            router: self.router.clone(),
+            experts: self.experts.to_device(device)?,
+            shared_experts: self.shared_experts.as_ref().map(|shared| shared.to_device(device)).transpose()?,
+            router_dtype: self.router_dtype,
+            topology: self.topology,
+            reduction: self.reduction,
+            perfect_config: self.perfect_config,
+            perfect: self.perfect.clone(),
+            load: self.load.as_ref().map(|_| Counter::new(self.topology.num_experts(), device)).transpose()?,
+        };
+        // Other threads, whose streams do not wait for this one's, may be the next to use it.
+        device.synchronize()?;
+        Ok(block)
+    }
+
+    /// Where the weights are, and hidden states must be.
+    pub fn device(&self) -> &Device {
+        self.experts.device()
+    }
+
     /// This rank's experts.
     pub fn experts(&self) -> &Experts {
         &self.experts
@@ -258,8 +324,13 @@ impl MoeBlock {
     /// The layer for `hidden [num_tokens, hidden_size]` in f32, bf16 or f16, where `num_tokens` is this rank's count in
     /// `step`. A collective: every rank of the group calls it, with zero tokens if it has none.
     ///
+    /// On CUDA nothing waits for the device and nothing is copied to the host, so that a CUDA graph can capture it after a
+    /// first call of as many tokens on the same thread, whose workspace it uses; the graph is good as long as that thread and
+    /// the block live. Planned logits stay where they are as long as the [store](PerfectRouterStore) does not grow, which
+    /// [`reserve`](PerfectRouterStore::reserve) sees to. Hidden states that are not contiguous are copied first.
+    ///
     /// # Errors
-    /// Shapes or dtypes that do not fit, or a fault of the group. An error before or between collectives aborts the group,
+    /// Shapes, dtypes or a device that do not fit, or a fault of the group. An error before or between collectives aborts the group,
     /// so that no other rank waits.
     pub fn forward(&self, hidden: &Tensor, communicator: &mut dyn Communicator, step: &Step) -> Result<Tensor> {
         self.forward_traced(hidden, communicator, step).map(|output| output.hidden)
@@ -294,30 +365,40 @@ impl MoeBlock {
 
     /// What the experts and ranks had to do, over all ranks.
     ///
+    /// On CUDA slots are counted on the device, in replays of a graph too; this waits for the calling thread's part of them.
+    ///
     /// # Errors
-    /// The block was built without [`statistics`](MoeBlockBuilder::statistics).
+    /// The block was built without [`statistics`](MoeBlockBuilder::statistics); a device that cannot be read.
     pub fn load(&self) -> Result<Load> {
         let Some(load) = &self.load else { bail!("{OP}: load was asked for, expected a block built with statistics") };
-        let slots_per_expert = load.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let slots_per_expert = load.slots()?;
         let of_rank = |rank| Ok(slots_per_expert[self.topology.experts_of(rank)?].iter().sum());
         let slots_per_rank = (0..self.topology.ep_size()).map(of_rank).collect::<Result<_>>()?;
         Ok(Load { slots_per_expert, slots_per_rank })
     }
 
     /// Starts counting anew.
-    pub fn reset_load(&self) {
-        if let Some(load) = &self.load {
-            load.lock().unwrap_or_else(PoisonError::into_inner).fill(0);
-        }
+    ///
+    /// # Errors
+    /// A device that cannot be written.
+    pub fn reset_load(&self) -> Result<()> {
+        self.load.as_ref().map_or(Ok(()), Counter::reset)
     }
 
     fn try_forward(&self, hidden: &Tensor, communicator: &mut dyn Communicator, step: &Step) -> Result<MoeOutput> {
         self.check_group(communicator, step, hidden)?;
+        if !self.device().is_cpu() {
+            return self.forward_on_device(hidden, communicator, step);
+        }
         let router_logits = match self.router_dtype {
             Some(dtype) => self.gate.forward(&hidden.to_dtype(dtype)?)?,
             None => self.gate.forward(hidden)?,
         };
-        let routing = self.route(&router_logits, step)?;
+        let (router, logits) = self.logits_in_use(&router_logits, step)?;
+        let routing = match step.num_valid_tokens() {
+            Some(num_valid_tokens) => router.route_padded(&logits, num_valid_tokens),
+            None => router.route(&logits),
+        }?;
         let dispatched = dispatch(communicator, step, hidden, &routing)?;
         let topk_ids = &dispatched.routing.topk_ids;
         let order = ExpertOrder::new(topk_ids, self.topology.num_experts(), self.topology.local_experts())?;
@@ -329,16 +410,15 @@ impl MoeBlock {
             sum = (sum + everyone_to(shared, hidden, &routing.topk_ids)?)?;
         }
         // Not before: the order has checked the ids of the other ranks, and a failed call leaves no trace.
-        self.count(&dispatched.routing)?;
+        if let Some(load) = &self.load {
+            load.count_ids(&dispatched.routing.topk_ids)?;
+        }
         Ok(MoeOutput { hidden: sum.to_dtype(hidden.dtype())?, router_logits, routing })
     }
 
-    fn route(&self, router_logits: &Tensor, step: &Step) -> Result<Routing> {
-        let routed = |router: &Router, logits: &Tensor| match step.num_valid_tokens() {
-            Some(num_valid_tokens) => router.route_padded(logits, num_valid_tokens),
-            None => router.route(logits),
-        };
-        let Some(plan) = &self.perfect else { return routed(&self.router, router_logits) };
+    /// What is routed, and by which router: the gate's logits, or those of the perfect router.
+    fn logits_in_use(&self, router_logits: &Tensor, step: &Step) -> Result<(Router, Tensor)> {
+        let Some(plan) = &self.perfect else { return Ok((self.router.clone(), router_logits.clone())) };
         let (_, before) = self.perfect_config.schedule.start(self.topology.ep_rank(), step.token_counts());
         let key = PerfectRouterKey { plan: plan.clone(), dtype: router_logits.dtype() };
         let planned = PerfectRouterStore::global().logits_from(
@@ -347,7 +427,7 @@ impl MoeBlock {
             router_logits.dims()[0],
             router_logits.device(),
         )?;
-        routed(&self.router.without_selection_bias(), &planned)
+        Ok((self.router.without_selection_bias(), planned))
     }
 
     fn check_group(&self, communicator: &dyn Communicator, step: &Step, hidden: &Tensor) -> Result<()> {
@@ -356,6 +436,7 @@ impl MoeBlock {
         if group != own {
             bail!("{OP}: the communicator is rank {} of {}, expected rank {} of {}", group.1, group.0, own.1, own.0)
         }
+        check_same_device("hidden is", hidden.device(), self.device())?;
         match (step.token_counts().get(own.1), hidden.dims()) {
             (Some(&count), &[num_tokens, _]) if count == num_tokens && step.token_counts().len() == own.0 => Ok(()),
             _ => bail!(
@@ -367,29 +448,31 @@ impl MoeBlock {
             ),
         }
     }
-
-    fn count(&self, routing: &Routing) -> Result<()> {
-        let Some(load) = &self.load else { return Ok(()) };
-        crate::host::with_slice(&routing.topk_ids, OP, "topk_ids", |ids: &[u32]| {
-            let mut load = load.lock().unwrap_or_else(PoisonError::into_inner);
-            ids.iter().filter(|&&id| id != NO_EXPERT).for_each(|&id| load[id as usize] += 1);
-            Ok(())
-        })
-    }
 }
 
 /// The sum of what all `experts` make of each token, f32 `[num_tokens, hidden_size]`; 0 for tokens that `topk_ids` shows to
 /// be padding.
 fn everyone_to(experts: &Experts, hidden: &Tensor, topk_ids: &Tensor) -> Result<Tensor> {
-    let (num_tokens, num_experts) = (hidden.dims()[0], experts.num_experts());
-    let top_k = topk_ids.dims()[1];
+    let num_experts = experts.num_experts();
+    let Routing { topk_ids, topk_weights } = everyone(topk_ids, num_experts)?;
+    let order = ExpertOrder::new(&topk_ids, num_experts, 0..num_experts)?;
+    experts.forward_weighted(hidden, &topk_weights, &order, None, DType::F32)
+}
+
+/// The routing of every token to `num_experts` experts, each with weight 1, and of padding to none.
+fn everyone(topk_ids: &Tensor, num_experts: usize) -> Result<Routing> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = topk_ids.device() {
+        return cuda::everyone(topk_ids, num_experts, device);
+    }
+    let (num_tokens, top_k) = topk_ids.dims2()?;
     let ids = crate::host::with_slice(topk_ids, OP, "topk_ids", |topk_ids: &[u32]| {
         let everyone = 0..num_experts as u32;
         let of_token = |first: u32| everyone.clone().map(move |e| if first == NO_EXPERT { NO_EXPERT } else { e });
         Ok(topk_ids.chunks(top_k).flat_map(|ids| of_token(ids[0])).collect::<Vec<_>>())
     })?;
-    let ids = Tensor::from_vec(ids, (num_tokens, num_experts), hidden.device())?;
-    let order = ExpertOrder::new(&ids, num_experts, 0..num_experts)?;
-    let ones = Tensor::ones((num_tokens, num_experts), DType::F32, hidden.device())?;
-    weighted_sum(&experts.forward(hidden, &order)?, &ones, &order)
+    Ok(Routing {
+        topk_ids: Tensor::from_vec(ids, (num_tokens, num_experts), &Device::Cpu)?,
+        topk_weights: Tensor::ones((num_tokens, num_experts), DType::F32, &Device::Cpu)?,
+    })
 }
