@@ -21,7 +21,7 @@ const MAX_WARPS: [usize; 2] = [32, 17];
 /// Shared memory that its kernels have beside that of the launch.
 const RESIDENT_STATIC_SHARED: usize = 1024;
 /// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
-const FEW_SLOTS: usize = 8;
+const FEW_SLOTS: usize = 6;
 /// Of `cuda/experts/tiled.cuh`: places of a tile, threads and shared memory of a block.
 const TILED_ROWS: usize = 128;
 const TILED_THREADS: u32 = 512;
