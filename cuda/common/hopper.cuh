@@ -14,13 +14,7 @@ namespace moe {
 constexpr uint32_t kWarpgroup = 128;
 constexpr int kMostSums = 64;  // of a thread: 128 columns of products
 
-// Where something is in shared memory. A barrier there is 8 bytes; its phases, numbered from 0, end one after another, each
-// with the last of its arrivals.
-#ifdef CANDLE_MOE_EMULATOR
-using SharedAddress = unsigned char*;
-#else
-using SharedAddress = uint32_t;
-#endif
+// A barrier in shared memory; its phases, numbered from 0, end one after another, each with the last of its arrivals.
 constexpr uint32_t kBarrierBytes = 8;
 
 // Operands of a warpgroup in shared memory: rows of 64 elements of 16 bits, whose pieces of 16 bytes are exchanged (the
@@ -41,16 +35,10 @@ __device__ __forceinline__ SharedAddress aligned_shared() {
     emulator::check_alignment(start, kSwizzleAlignment);
     return start;
 }
-__device__ __forceinline__ uint4 read_16(SharedAddress from) {
-    emulator::check_alignment(from, 16);
-    return *reinterpret_cast<const uint4*>(from);
-}
-__device__ __forceinline__ uint32_t read_4(SharedAddress from) { return *reinterpret_cast<const uint32_t*>(from); }
 __device__ __forceinline__ void write_16(SharedAddress to, uint4 value) {
     emulator::check_alignment(to, 16);
     *reinterpret_cast<uint4*>(to) = value;
 }
-__device__ __forceinline__ void copy_16_to(SharedAddress to, const void* from) { copy_16(to, from); }
 __device__ __forceinline__ const void* element_at(const void* first, uint32_t row, uint32_t row_bytes) {
     return static_cast<const unsigned char*>(first) + uint64_t(row) * row_bytes;
 }
@@ -124,24 +112,9 @@ __device__ __forceinline__ SharedAddress aligned_shared() {
     if (start % kSwizzleAlignment != 0) __trap();
     return __shfl_sync(0xffffffffu, start, 0);  // kept in a register by it, instead of made again at each use
 }
-__device__ __forceinline__ uint4 read_16(SharedAddress from) {
-    uint4 value;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "r"(from) : "memory");
-    return value;
-}
-__device__ __forceinline__ uint32_t read_4(SharedAddress from) {
-    uint32_t value;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
-    return value;
-}
 __device__ __forceinline__ void write_16(SharedAddress to, uint4 value) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                  : "memory");
-}
-// As copy_16().
-__device__ __forceinline__ void copy_16_to(SharedAddress to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 // first + row * row_bytes, in one instruction where the compiler would keep products in registers instead.
 __device__ __forceinline__ const void* element_at(const void* first, uint32_t row, uint32_t row_bytes) {
@@ -163,7 +136,7 @@ __device__ __forceinline__ void arrive(SharedAddress barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives when all copies that this thread has begun (copy_16_to) have arrived, without waiting for them.
+// Arrives when all copies that this thread has begun (copy_16) have arrived, without waiting for them.
 __device__ __forceinline__ void arrive_with_copies(SharedAddress barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }

@@ -52,8 +52,8 @@ struct TiledMxFp4 {
 
     // `values` is where this lane's are, and `scales` too.
     static __device__ __forceinline__ void load(uint32_t (&a)[kStageSteps][4], SharedAddress values, SharedAddress scales) {
-        const uint4 words = read_16(values);
-        const uint32_t scale = read_4(scales);
+        const uint4 words = load_shared_16(values);
+        const uint32_t scale = load_shared_4(scales);
         const uint32_t word[kStageSteps] = {words.x, words.y, words.z, words.w};
         // Of rows g and g + 8, in columns 0..32, then in columns 32..64.
         uint32_t powers[4];
@@ -77,7 +77,7 @@ struct TiledDense {
     static __device__ __forceinline__ void load(uint32_t (&a)[kStageSteps][4], SharedAddress values, SharedAddress) {
 #pragma unroll
         for (int s = 0; s < kStageSteps; ++s) {
-            const uint4 words = read_16(values + s * kUnitBytes);
+            const uint4 words = load_shared_16(values + s * kUnitBytes);
             a[s][0] = words.x;
             a[s][1] = words.y;
             a[s][2] = words.z;
@@ -219,12 +219,12 @@ struct Producer {
         for (uint32_t i = 0; i < kBands; ++i) {
 #pragma unroll
             for (uint32_t u = 0; u < F::kUnits; ++u) {
-                copy_16_to(to + (i * 4 * F::kUnits + u) * kUnitBytes, values[i] + u * kUnitBytes);
+                copy_16(to + (i * 4 * F::kUnits + u) * kUnitBytes, values[i] + u * kUnitBytes);
             }
             values[i] += F::kUnits * kUnitBytes;
         }
         if (copies_scales()) {
-            copy_16_to(stages.values(stage) + (Stages<F>::kValueBytes + thread * 16), scales);
+            copy_16(stages.values(stage) + (Stages<F>::kValueBytes + thread * 16), scales);
             scales += 32;
         }
     }
@@ -233,7 +233,7 @@ struct Producer {
     __device__ __forceinline__ void copy_rows(const void* from, SharedAddress to) const {
 #pragma unroll
         for (uint32_t i = kFirst; i < kEnd; ++i) {
-            copy_16_to(to + i * (kRowsAtOnce * kSwizzledRowBytes), element_at(from, rows[i], a.in_features * 2));
+            copy_16(to + i * (kRowsAtOnce * kSwizzledRowBytes), element_at(from, rows[i], a.in_features * 2));
         }
     }
 
@@ -427,7 +427,7 @@ struct Worker {
     __device__ __forceinline__ void run() {
         for (;;) {
             wait_for_phase(stages.full(at.stage), at.parity);
-            const uint4 words = read_16(stages.item(at.stage));
+            const uint4 words = load_shared_16(stages.item(at.stage));
             const TiledItem item = {words.x, words.y, words.z, words.w};
             if (item.count == 0) return;
             multiply_item(item);

@@ -159,7 +159,9 @@ impl Model {
             let rest = rows.narrow(0, num_rows, num_slots - num_rows).unwrap().flatten_all().unwrap();
             assert!(rest.to_vec1::<f32>().unwrap().iter().all(|&value| value == 0.0), "rows behind the last place");
             self.check_rows(&rows.narrow(0, 0, num_rows).unwrap(), hidden, order);
+            check_weighted(&experts, &hidden.to_device(device).unwrap(), &there);
         }
+        check_weighted(&self.experts, hidden, order);
         self.check_rows(&self.experts.forward(hidden, order).unwrap(), hidden, order)
     }
 
@@ -194,6 +196,29 @@ impl Model {
             }
         }
         worst
+    }
+}
+
+/// In one go come the bits of the rows and of their sum one after the other, rounded once, and the same ones again.
+fn check_weighted(experts: &Experts, hidden: &Tensor, order: &ExpertOrder) {
+    let (num_tokens, top_k, dtype) = (order.num_tokens(), order.top_k(), hidden.dtype());
+    let weights = Random(num_tokens as u64).units(num_tokens * top_k, 1.0);
+    let weights = Tensor::from_vec(weights, (num_tokens, top_k), hidden.device()).unwrap();
+    let rows = experts.forward(hidden, order).unwrap();
+    let expected = devices::to_host(&weighted_sum(&rows, &weights, order).unwrap());
+    let tile_rows = experts.tile_rows(num_tokens, top_k, dtype, hidden.device()).unwrap();
+    let tiles = tile_rows.map(|tile_rows| order.tile_map(tile_rows).unwrap());
+    for (tiles, dtype) in [(tiles.as_ref(), DType::F32), (None, dtype), (tiles.as_ref(), dtype)] {
+        let found = experts.forward_weighted(hidden, &weights, order, tiles, dtype).unwrap();
+        assert_eq!((found.dtype(), found.dims()), (dtype, &[num_tokens, experts.hidden_size()][..]));
+        let values = |sums: &Tensor| {
+            sums.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter()
+        };
+        for (found, expected) in values(&devices::to_host(&found)).zip(values(&expected.to_dtype(dtype).unwrap())) {
+            // A NaN is any.
+            let same = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
+            assert!(same, "in one go, {dtype:?}: {found}, not {expected}");
+        }
     }
 }
 
@@ -305,6 +330,61 @@ fn groups_of_more_than_256_rows_and_waves_of_more_than_1024_are_whole() {
             model.check(&hidden, &order_of(ids, 1, 7));
         }
     }
+}
+
+/// Sizes that tensor cores take, in every format, with as many tokens as each of their kernels is for.
+#[test]
+fn tensor_cores_take_any_number_of_tokens() {
+    let mut random = Random(54);
+    let mxfp4 = |scales| Format::Mxfp4(scales);
+    for (format, dtypes) in [
+        (mxfp4(REALISTIC), &[DType::BF16, DType::F16, DType::F32][..]),
+        // The least scales, and such as bfloat16 weights cannot be multiplied by.
+        (mxfp4(0..=1), &[DType::BF16]),
+        (mxfp4(124..=131), &[DType::BF16]),
+        (Format::Dense(DType::BF16), &[DType::BF16, DType::F16]),
+        (Format::Dense(DType::F16), &[DType::F16]),
+    ] {
+        let silu = (GateUpRows::Concatenated, Activation::Silu);
+        for (hidden_size, intermediate_size, (rows, activation)) in
+            [(64, 128, (GateUpRows::Interleaved, Activation::GPT_OSS)), (192, 64, silu)]
+        {
+            let (gate_up, down) = (format.clone(), format.clone());
+            let case = Case { gate_up, down, rows, activation, ..gpt_oss(3, hidden_size, intermediate_size) };
+            let model = Model::new(&mut random, case);
+            for &dtype in dtypes {
+                for counts in [[1, 0, 0], [0, 8, 9], [0, 0, 18], [128, 1, 17], [0, 129, 16]] {
+                    let mut ids: Vec<u32> =
+                        (0..3u32).flat_map(|e| std::iter::repeat_n(e, counts[e as usize])).collect();
+                    for i in (1..ids.len()).rev() {
+                        ids.swap(i, random.below(i + 1));
+                    }
+                    let hidden = hidden_states(&mut random, ids.len(), hidden_size, 1.0, dtype);
+                    model.check(&hidden, &order_of(ids, 1, 3));
+                }
+            }
+        }
+    }
+}
+
+/// What the benchmark's numbers are about: few tokens wait for the weights, many go in tiles.
+#[test]
+fn the_kernels_follow_the_number_of_tokens() {
+    let Some(device) = devices::cuda() else { return };
+    let model = Model::new(&mut Random(55), gpt_oss(4, 64, 64));
+    let experts = model.experts.to_device(device).unwrap();
+    let tile_rows = |num_tokens, dtype| experts.tile_rows(num_tokens, 4, dtype, device).unwrap();
+    assert_eq!([1, 6].map(|num_tokens| tile_rows(num_tokens, DType::BF16)), [Some(8); 2]);
+    // Of compute capability 9.0, and others.
+    assert!(
+        [7, 8192]
+            .map(|num_tokens| tile_rows(num_tokens, DType::BF16))
+            .iter()
+            .all(|rows| matches!(rows, Some(128 | 16)))
+    );
+    // Float32 goes through the general kernels.
+    assert_eq!([1, 7].map(|num_tokens| tile_rows(num_tokens, DType::F32)), [Some(16); 2]);
+    assert_eq!(model.experts.tile_rows(1, 4, DType::BF16, &Device::Cpu).unwrap(), None);
 }
 
 #[test]

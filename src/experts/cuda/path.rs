@@ -44,10 +44,9 @@ impl Path {
         let weights = [experts.gate_up.weights(), experts.down.weights()];
         let fits = |path: &Self| weights.iter().all(|weights| path.takes(weights, num_slots, dtype, device));
         let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
-        let few = Self::Resident { blocks: 1 };
-        let more = Self::Resident { blocks: 2 };
-        let wanted = if per_expert <= FEW_SLOTS { [few, more, few] } else { [Self::Tiled, more, few] };
-        wanted.into_iter().find(fits).unwrap_or(Self::General)
+        let (few, more) = (Self::Resident { blocks: 1 }, Self::Resident { blocks: 2 });
+        let by_speed: &[Self] = if per_expert <= FEW_SLOTS { &[few] } else { &[Self::Tiled, more, few] };
+        by_speed.iter().copied().find(fits).unwrap_or(Self::General)
     }
 
     /// Where its kernels are.
