@@ -12,7 +12,7 @@
 namespace moe {
 
 constexpr uint32_t kWarpgroup = 128;
-constexpr int kMostSums = 64;  // of a thread: 128 columns of products
+constexpr int kMostSums = 80;  // of a thread: 160 columns of products
 
 // A barrier in shared memory; its phases, numbered from 0, end one after another, each with the last of its arrivals.
 constexpr uint32_t kBarrierBytes = 8;
@@ -39,8 +39,9 @@ __device__ __forceinline__ void write_16(SharedAddress to, uint4 value) {
     emulator::check_alignment(to, 16);
     *reinterpret_cast<uint4*>(to) = value;
 }
-__device__ __forceinline__ const void* element_at(const void* first, uint32_t row, uint32_t row_bytes) {
-    return static_cast<const unsigned char*>(first) + uint64_t(row) * row_bytes;
+__device__ __forceinline__ void write_4(SharedAddress to, uint32_t value) {
+    emulator::check_alignment(to, 4);
+    *reinterpret_cast<uint32_t*>(to) = value;
 }
 
 // State of a barrier: arrivals that the phase still needs, arrivals of each phase << 16, number of the phase << 32.
@@ -58,6 +59,11 @@ __device__ __forceinline__ void wait_for_phase(SharedAddress barrier, uint32_t p
 }
 
 __device__ __forceinline__ void show_barriers() {}
+// Bytes count with the arrival that expects them, so that copies need no arrival of their own.
+__device__ __forceinline__ void arrive_expecting(SharedAddress barrier, uint32_t) { arrive(barrier); }
+__device__ __forceinline__ void copy_by_engine(SharedAddress to, const void* from, uint32_t bytes, SharedAddress) {
+    memcpy(to, from, bytes);
+}
 __device__ __forceinline__ void bring(
     SharedAddress to, const void* from, uint32_t bytes, SharedAddress to_too, const void* from_too, uint32_t bytes_too,
     SharedAddress barrier) {
@@ -78,14 +84,21 @@ __device__ __forceinline__ void wait_for_multiplies() {}
 template <int kNumber>
 __device__ __forceinline__ void settle(float (&)[kNumber]) {}
 
-// c += a b in time, through a copy of the warp's fragments in shared memory.
+// The A operands of the lanes of this warp.
+using Operands = uint32_t[32][4];
+__device__ __forceinline__ Operands& operands_of_warp(const uint32_t (&a)[4]) {
+    __shared__ Operands all[32];
+    Operands& warp = all[threadIdx.x / 32];
+    for (int i = 0; i < 4; ++i) warp[threadIdx.x % 32][i] = a[i];
+    __syncwarp();
+    return warp;
+}
+
+// c += a b in time.
 template <typename T, int kColumns>
 __device__ __forceinline__ void multiply(float (&c)[kMostSums], const uint32_t (&a)[4], SharedAddress b, uint32_t step) {
-    __shared__ uint32_t all[32][32][4];
     const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t(*const warp)[4] = all[threadIdx.x / 32];
-    for (int i = 0; i < 4; ++i) warp[lane][i] = a[i];
-    __syncwarp();
+    const Operands& warp = operands_of_warp(a);
     for (int i = 0; i < kColumns / 2; ++i) {
         const uint32_t row = g + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * t + i % 2;
         double sum = c[i];
@@ -116,11 +129,8 @@ __device__ __forceinline__ void write_16(SharedAddress to, uint4 value) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                  : "memory");
 }
-// first + row * row_bytes, in one instruction where the compiler would keep products in registers instead.
-__device__ __forceinline__ const void* element_at(const void* first, uint32_t row, uint32_t row_bytes) {
-    const void* at;
-    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(row), "r"(row_bytes), "l"(first));
-    return at;
+__device__ __forceinline__ void write_4(SharedAddress to, uint32_t value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -158,6 +168,12 @@ __device__ __forceinline__ void wait_for_phase(SharedAddress barrier, uint32_t p
 // Barriers that were started are known to the copy engine after this.
 __device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// Arrives, and keeps the phase open until `bytes` more have been copied by the engine for this barrier.
+__device__ __forceinline__ void arrive_expecting(SharedAddress barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// `bytes`, `to` and `from` are multiples of 16.
 __device__ __forceinline__ void copy_by_engine(SharedAddress to, const void* from, uint32_t bytes, SharedAddress barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier)
@@ -169,7 +185,7 @@ __device__ __forceinline__ void copy_by_engine(SharedAddress to, const void* fro
 __device__ __forceinline__ void bring(
     SharedAddress to, const void* from, uint32_t bytes, SharedAddress to_too, const void* from_too, uint32_t bytes_too,
     SharedAddress barrier) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes + bytes_too) : "memory");
+    arrive_expecting(barrier, bytes + bytes_too);
     copy_by_engine(to, from, bytes, barrier);
     if (bytes_too > 0) copy_by_engine(to_too, from_too, bytes_too, barrier);
 }
@@ -228,6 +244,8 @@ __device__ __forceinline__ void multiply(float (&c)[kMostSums], const uint32_t (
 #define MOE_SUMS_5 MOE_SUMS_4 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define MOE_SUMS_6 MOE_SUMS_5 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define MOE_SUMS_7 MOE_SUMS_6 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define MOE_SUMS_8 MOE_SUMS_7 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define MOE_SUMS_9 MOE_SUMS_8 ", %72, %73, %74, %75, %76, %77, %78, %79"
 
 #define MOE_EIGHT(i)                                                                                                     \
     "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
@@ -239,6 +257,8 @@ __device__ __forceinline__ void multiply(float (&c)[kMostSums], const uint32_t (
 #define MOE_REGISTERS_5 MOE_REGISTERS_4, MOE_EIGHT(40)
 #define MOE_REGISTERS_6 MOE_REGISTERS_5, MOE_EIGHT(48)
 #define MOE_REGISTERS_7 MOE_REGISTERS_6, MOE_EIGHT(56)
+#define MOE_REGISTERS_8 MOE_REGISTERS_7, MOE_EIGHT(64)
+#define MOE_REGISTERS_9 MOE_REGISTERS_8, MOE_EIGHT(72)
 
 // The operands behind the sums: weights, descriptor, and 1 for "add to the sums".
 #define MOE_MULTIPLY(T, NAME, COLUMNS, LAST, A0, A1, A2, A3, B, ADD)                                                     \
@@ -260,7 +280,9 @@ __device__ __forceinline__ void multiply(float (&c)[kMostSums], const uint32_t (
     MOE_MULTIPLY(T, NAME, 80, 4, 40, 41, 42, 43, 44, 45)    \
     MOE_MULTIPLY(T, NAME, 96, 5, 48, 49, 50, 51, 52, 53)    \
     MOE_MULTIPLY(T, NAME, 112, 6, 56, 57, 58, 59, 60, 61)   \
-    MOE_MULTIPLY(T, NAME, 128, 7, 64, 65, 66, 67, 68, 69)
+    MOE_MULTIPLY(T, NAME, 128, 7, 64, 65, 66, 67, 68, 69)   \
+    MOE_MULTIPLY(T, NAME, 144, 8, 72, 73, 74, 75, 76, 77)   \
+    MOE_MULTIPLY(T, NAME, 160, 9, 80, 81, 82, 83, 84, 85)
 
 MOE_MULTIPLIES(__nv_bfloat16, "bf16")
 MOE_MULTIPLIES(__half, "f16")

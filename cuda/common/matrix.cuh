@@ -71,6 +71,20 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], SharedAddress 
     __syncwarp();
 }
 
+// An 8 x 8 matrix of 16-bit elements, of which lane 4g + t has those of row g in columns 2t, 2t+1, and gets those of column g
+// in rows 2t, 2t+1.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t pair) {
+    __shared__ uint32_t all[32][32];
+    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t(&pairs)[32] = all[threadIdx.x / 32];
+    pairs[lane] = pair;
+    __syncwarp();
+    const auto element = [&](uint32_t row) { return pairs[row * 4 + g / 2] >> (16 * (g % 2)) & 0xffffu; };
+    const uint32_t transposed = element(2 * t) | element(2 * t + 1) << 16;
+    __syncwarp();
+    return transposed;
+}
+
 __device__ __forceinline__ uint4 load_shared_16(SharedAddress from) {
     emulator::check_alignment(from, 16);
     return *reinterpret_cast<const uint4*>(from);
@@ -85,6 +99,9 @@ __device__ __forceinline__ void copy_16(SharedAddress to, const void* from) {
     emulator::check_alignment(to, 16);
     emulator::check_alignment(from, 16);
     *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+}
+__device__ __forceinline__ void copy_16_if(bool condition, SharedAddress to, const void* from) {
+    if (condition) copy_16(to, from);
 }
 __device__ __forceinline__ void commit_copies() {}
 template <int kLeft>
@@ -120,6 +137,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], SharedAddress 
                  : "r"(row));
 }
 
+// An 8 x 8 matrix of 16-bit elements, of which lane 4g + t has those of row g in columns 2t, 2t+1, and gets those of column g
+// in rows 2t, 2t+1.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t pair) {
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+    return transposed;
+}
+
 __device__ __forceinline__ uint4 load_shared_16(SharedAddress from) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
@@ -134,6 +159,12 @@ __device__ __forceinline__ uint32_t load_shared_4(SharedAddress from) {
 // 16 bytes to shared memory, in time, past the L1 cache.
 __device__ __forceinline__ void copy_16(SharedAddress to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// Without a branch.
+__device__ __forceinline__ void copy_16_if(bool condition, SharedAddress to, const void* from) {
+    asm volatile("{\n.reg .pred copies;\nsetp.ne.b32 copies, %2, 0;\n"
+                 "@copies cp.async.cg.shared.global [%0], [%1], 16;\n}" ::"r"(to), "l"(from), "r"(uint32_t(condition))
+                 : "memory");
 }
 // Closes a group of this thread's copies.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

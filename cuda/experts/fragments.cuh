@@ -13,8 +13,8 @@
 //     MXFP4    512     16 bytes: word s has the 8 nibbles of step s (MxFp4::placed), a[0..4];
 //                      scale word g: rows g and g + 8 of columns 0..32, then of columns 32..64
 //
-// Rows of a band: of a plain matrix 16 i .. 16 i + 16; of gate and up 8 gate rows, then the 8 up rows that belong to them,
-// so that both stand in the same thread's sums. One copy of the weights serves mma.sync and wgmma, whose A fragments are the
+// Rows of a band: of a plain matrix the even ones of 16 i .. 16 i + 16, then the odd ones, so that neighbours stand in the same
+// thread's sums; of gate and up 8 gate rows, then the 8 up rows that belong to them, for the same reason. One copy of the weights serves mma.sync and wgmma, whose A fragments are the
 // same, and is read in order, 16 bytes a lane.
 #pragma once
 
@@ -29,7 +29,7 @@ constexpr int kSteps = 4;  // of a unit, 16 columns each
 
 // The row of the published matrix of `rows` rows that is row `r` of band `band`.
 __device__ __forceinline__ uint32_t published_row(Kind kind, uint32_t gate_up_rows, uint32_t rows, uint32_t band, uint32_t r) {
-    if (kind == kDown) return band * kBandRows + r;
+    if (kind == kDown) return band * kBandRows + r % 8 * 2 + r / 8;
     const uint32_t feature = band * 8 + r % 8;
     return gate_up_rows == kInterleaved ? 2 * feature + r / 8 : feature + r / 8 * (rows / 2);
 }
@@ -37,26 +37,30 @@ __device__ __forceinline__ uint32_t published_row(Kind kind, uint32_t gate_up_ro
 // ------------------------------------------------------------------------------------------------------------------
 // MXFP4
 
-// Each pair of nibbles stands in a word so that a shift and a mask make two 16-bit floats of it: sign to bit 15, exponent and
-// mantissa to bits 8, 7, 6. Bits of a half word, from bit 15 down, by the A register that they belong to:
+// Each pair of nibbles stands in a word so that a rotation and a mask make two 16-bit floats of it: sign to bit 15, exponent and
+// mantissa to bits 8, 7, 6. With four pairs in a word the last one needs two rotations, and none can do with one; this way they
+// are few, and the first and the last may be plain shifts. Bits of a half word, from bit 15 down, by the A register that they
+// belong to; the bits of register 2 turn into the other half:
 //
-//     0  3  3  1  3  3  2  0  0  0  1  1  1  2  2  2
-//     s  s  e  s  e  m  s  e  e  m  e  e  m  e  e  m
+//     0  2  2  2  1  3  3  0  0  0  2  1  1  1  3  3
+//     s  e  e  m  s  e  s  e  e  m  s  e  e  m  e  m
 struct MxFp4 {
     static constexpr int kWords = 1;  // of 16 bytes, that a lane has of a unit
     static constexpr bool kHasScales = true;
 
-    // The place in a half word of bit b (3: sign, 2 and 1: exponent, 0: mantissa) of the nibble for register p.
+    // The place in a word of bit b (3: sign, 2 and 1: exponent, 0: mantissa) of the low nibble for register p; the high one's is
+    // 16 further.
     static __device__ __forceinline__ uint32_t place_of(uint32_t p, uint32_t b) {
-        if (p == 3) return b == 3 ? 14 : b == 2 ? 13 : b == 1 ? 11 : 10;
-        return (b == 3 ? 15 : 6 + b) - 3 * p;
+        const uint32_t place = b == 3 ? 15 : 6 + b;
+        const uint32_t turned = p == 0 ? 0 : p == 1 ? 4 : p == 2 ? 10 : b == 2 ? 30 : 6;
+        return (place - turned) % 32;
     }
 
     // The pair of nibbles for register p, in its places.
     static __device__ __forceinline__ uint32_t placed(uint32_t p, uint32_t low, uint32_t high) {
         uint32_t word = 0;
         for (uint32_t b = 0; b < 4; ++b) {
-            word |= (low >> b & 1) << place_of(p, b) | (high >> b & 1) << (place_of(p, b) + 16);
+            word |= (low >> b & 1) << place_of(p, b) | (high >> b & 1) << (place_of(p, b) + 16) % 32;
         }
         return word;
     }
@@ -64,7 +68,7 @@ struct MxFp4 {
     // The nibble for register p, the low or the high one.
     static __device__ __forceinline__ uint32_t nibble(uint32_t word, uint32_t p, uint32_t high) {
         uint32_t bits = 0;
-        for (uint32_t b = 0; b < 4; ++b) bits |= (word >> (place_of(p, b) + 16 * high) & 1) << b;
+        for (uint32_t b = 0; b < 4; ++b) bits |= (word >> (place_of(p, b) + 16 * high) % 32 & 1) << b;
         return bits;
     }
 
@@ -72,9 +76,9 @@ struct MxFp4 {
     static __device__ __forceinline__ void raw_operands(uint32_t word, uint32_t (&a)[4]) {
         constexpr uint32_t kBits = 0x81c081c0u;
         a[0] = word & kBits;
-        a[1] = word << 3 & kBits;
-        a[2] = word << 6 & kBits;
-        a[3] = (word << 1 & 0x80008000u) | (word >> 5 & 0x01000100u) | (word >> 4 & 0x00c000c0u);
+        a[1] = word << 4 & kBits;
+        a[2] = __funnelshift_l(word, word, 10) & kBits;
+        a[3] = (word << 6 & 0x80c080c0u) | (word >> 2 & 0x01000100u);
     }
 };
 
@@ -85,15 +89,29 @@ struct Plain {
     static constexpr bool kScalesSums = false;
 };
 
-// Two bfloat16 by two others, each rounded.
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+// Two bfloat16 by the low or the high one of `factors`, each rounded.
+template <bool kHigh>
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t factors) {
 #ifdef CANDLE_MOE_EMULATOR
-    const auto rounded = [](float v) { return uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(v))); };
-    return rounded(low_of<__nv_bfloat16>(a) * low_of<__nv_bfloat16>(b)) |
-           rounded(low_of<__nv_bfloat16>(a >> 16) * low_of<__nv_bfloat16>(b >> 16)) << 16;
+    const float factor = low_of<__nv_bfloat16>(kHigh ? factors >> 16 : factors);
+    const auto rounded = [&](uint32_t v) {
+        return uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(low_of<__nv_bfloat16>(v) * factor)));
+    };
+    return rounded(a) | rounded(a >> 16) << 16;
 #else
-    uint32_t product;  // fma, since mul needs compute capability 9.0; -0 keeps the sign of zero
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+    // fma, since mul needs compute capability 9.0; -0 keeps the sign of zero. Which half it is costs nothing.
+    uint32_t product;
+#define MOE_MULTIPLY_PAIR(HALF)                                                    \
+    asm("{\n.reg .b16 low, high;\n.reg .b32 factor;\nmov.b32 {low, high}, %2;\n"   \
+        "mov.b32 factor, {" HALF ", " HALF "};\n"                                  \
+        "fma.rn.bf16x2 %0, %1, factor, %3;\n}"                                     \
+        : "=r"(product)                                                            \
+        : "r"(a), "r"(factors), "r"(0x80008000u))
+    if constexpr (kHigh) {
+        MOE_MULTIPLY_PAIR("high");
+    } else {
+        MOE_MULTIPLY_PAIR("low");
+    }
     return product;
 #endif
 }
@@ -101,14 +119,19 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
 // 2^126 twice, as bfloat16: what raw operands lack.
 constexpr uint32_t kPairOf126 = 0x7e807e80u;
 
-// 2^126 * 2^(scale - 127) twice, as bfloat16, of each byte of a scale word; for scales up to 128.
-__device__ __forceinline__ void pairs_of_scales(uint32_t word, uint32_t (&pairs)[4]) {
+// 2^126 * 2^(scale - 127), as bfloat16, of each byte of a scale word, for scales up to 128: of rows g in columns 0..32 and
+// 32..64, then of rows g + 8.
+__device__ __forceinline__ void factors_of_scales(uint32_t word, uint32_t (&factors)[2]) {
     constexpr uint32_t kLacking = 126u * 0x00800080u;
-    const uint32_t even = (word & 0x00ff00ffu) * 128u + kLacking, odd = (word >> 8 & 0x00ff00ffu) * 128u + kLacking;
-    pairs[0] = __byte_perm(even, 0, 0x1010);
-    pairs[1] = __byte_perm(odd, 0, 0x1010);
-    pairs[2] = __byte_perm(even, 0, 0x3232);
-    pairs[3] = __byte_perm(odd, 0, 0x3232);
+    factors[0] = (word & 0x00ff00ffu) * 128u + kLacking;
+    factors[1] = (word >> 8 & 0x00ff00ffu) * 128u + kLacking;
+}
+
+// The A operands of a unit's step from raw ones; the factors of columns 32..64 count from step 2 on.
+template <int kStep>
+__device__ __forceinline__ void scale_operands(uint32_t (&a)[4], const uint32_t (&factors)[2]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = multiply_pair<(kStep >= 2)>(a[i], factors[i % 2]);
 }
 
 // 2^(scale - 127).

@@ -76,7 +76,8 @@ struct FragmentRow {
     __device__ FragmentRow(const ProjectionArguments& a, uint64_t row) {
         const uint32_t rows = kKind == kGateUp ? 2 * a.out_features : a.out_features;
         const uint32_t in_matrix = static_cast<uint32_t>(row % rows);
-        uint32_t in_bands = in_matrix;  // the row of the matrix that lies there
+        // The row of the bands that it lies in: the other way than published_row.
+        uint32_t in_bands = in_matrix / kBandRows * kBandRows + in_matrix % 2 * 8 + in_matrix % kBandRows / 2;
         if (kKind == kGateUp) {
             const bool interleaved = a.gate_up_rows == kInterleaved;
             const uint32_t feature = interleaved ? in_matrix / 2 : in_matrix % a.out_features;

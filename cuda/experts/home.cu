@@ -2,7 +2,7 @@
 //
 //     sums[token] = round(sum over k of topk_weights[slot] * rows[slot_rank[slot]])      slot = token * top_k + k
 //
-// in slot order and float32, with one rounding. A thread has kWidth columns of a token: 4, which are 16 bytes of a row, where
+// in slot order and float32, with one rounding. A thread has kWidth columns of a token: as many as are 16 bytes of a row, where
 // hidden_size allows.
 
 #include "experts/projection.cuh"
@@ -10,7 +10,7 @@
 namespace moe {
 
 struct HomeArguments {
-    const float* rows;          // [num_slots, hidden_size]
+    const void* rows;           // [num_slots, hidden_size]
     const float* topk_weights;  // [num_tokens, top_k]
     const uint32_t* slot_rank;  // [num_slots]
     void* sums;                 // [num_tokens, hidden_size]
@@ -19,18 +19,24 @@ struct HomeArguments {
     uint32_t hidden_size;
 };
 
-template <int kWidth> struct RowPart;
-template <> struct RowPart<1> { using Type = float; };
-template <> struct RowPart<4> { using Type = float4; };
-
+// Some neighbours in a row, loaded and stored at once.
 template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Part {
+    T of[kWidth];
+};
+
+__device__ __forceinline__ float number(float value) { return value; }
+__device__ __forceinline__ float number(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename Row, typename T, int kWidth>
 __device__ __forceinline__ void bring_home(const HomeArguments& a) {
     allow_next_kernel();
     wait_for_previous_kernel();
     const uint32_t columns = a.hidden_size / kWidth;
-    const uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= a.num_tokens * columns) return;
-    const uint64_t token = i / columns;
+    const uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x, end = a.num_tokens * columns;
+    if (i >= end) return;
+    // 64-bit divisions would take longer than the rest.
+    const uint64_t token = end >> 32 == 0 ? uint32_t(i) / columns : i / columns;
     const uint32_t column = static_cast<uint32_t>(i - token * columns);
     float sums[kWidth] = {};
 #pragma unroll 4
@@ -39,33 +45,27 @@ __device__ __forceinline__ void bring_home(const HomeArguments& a) {
         const uint32_t rank = a.slot_rank[slot];
         if (rank == kNothing) continue;
         const float weight = a.topk_weights[slot];
-        const auto row = reinterpret_cast<const typename RowPart<kWidth>::Type*>(a.rows)[uint64_t(rank) * columns + column];
-        const float* const values = reinterpret_cast<const float*>(&row);
+        const auto row = static_cast<const Part<Row, kWidth>*>(a.rows)[uint64_t(rank) * columns + column];
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) sums[j] = __fadd_rn(sums[j], __fmul_rn(weight, values[j]));
+        for (int j = 0; j < kWidth; ++j) sums[j] = __fadd_rn(sums[j], __fmul_rn(weight, number(row.of[j])));
     }
-    T* const to = static_cast<T*>(a.sums) + i * kWidth;
-    alignas(16) T out[kWidth];
+    Part<T, kWidth> out;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) keep(out + j, sums[j]);
-    if constexpr (kWidth == 4 && sizeof(T) == 4) {
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(out);
-    } else if constexpr (kWidth == 4) {
-        *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(out);
-    } else {
-        *to = out[0];
-    }
+    for (int j = 0; j < kWidth; ++j) keep(out.of + j, sums[j]);
+    static_cast<Part<T, kWidth>*>(a.sums)[i] = out;
 }
 
 }  // namespace moe
 
-#define HOME(T, NAME, WIDTH)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256) home_##NAME##_##WIDTH(const __grid_constant__ moe::HomeArguments a) { \
-        moe::bring_home<T, WIDTH>(a);                                                                                     \
+#define HOME(ROW, ROW_NAME, T, NAME, WIDTH)                                                  \
+    extern "C" __global__ void __launch_bounds__(256) home_##ROW_NAME##_##NAME##_##WIDTH(    \
+        const __grid_constant__ moe::HomeArguments a) {                                      \
+        moe::bring_home<ROW, T, WIDTH>(a);                                                   \
     }
-HOME(float, f32, 1)
-HOME(float, f32, 4)
-HOME(__half, f16, 1)
-HOME(__half, f16, 4)
-HOME(__nv_bfloat16, bf16, 1)
-HOME(__nv_bfloat16, bf16, 4)
+HOME(float, f32, float, f32, 1)
+HOME(float, f32, float, f32, 4)
+HOME(float, f32, __half, f16, 1)
+HOME(float, f32, __half, f16, 4)
+HOME(float, f32, __nv_bfloat16, bf16, 1)
+HOME(float, f32, __nv_bfloat16, bf16, 4)
+HOME(__nv_bfloat16, bf16, __nv_bfloat16, bf16, 8)

@@ -40,9 +40,32 @@ struct ProjectionArguments {
     uint32_t token_features;        // experts/resident.cuh: room for this many in a token's row
 };
 
+// What a kernel that takes a whole layer is told.
+struct LayerArguments {
+    ProjectionArguments gate_up, down;
+    uint32_t* signals;  // what its blocks tell each other, 0 before the first launch: kMeeting numbers, and others behind them
+};
+constexpr uint32_t kMeeting = 2;
+
 __device__ __forceinline__ void keep(float* to, float value) { *to = value; }
 __device__ __forceinline__ void keep(__half* to, float value) { *to = __float2half_rn(value); }
 __device__ __forceinline__ void keep(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
+// Two neighbours in one store; `to` is at an even index of an array that is aligned for it.
+__device__ __forceinline__ uint32_t pair_of(float first, float second, const __half*) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ __forceinline__ uint32_t pair_of(float first, float second, const __nv_bfloat16*) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <typename T>
+__device__ __forceinline__ void keep_both(T* to, float first, float second) {
+    *reinterpret_cast<uint32_t*>(to) = pair_of(first, second, to);
+}
+__device__ __forceinline__ void keep_both(float* to, float first, float second) {
+    *reinterpret_cast<float2*>(to) = make_float2(first, second);
+}
 
 // src/experts/activation.rs; NaN in either input comes out as NaN.
 __device__ __forceinline__ float activate(const ProjectionArguments& a, float gate, float up) {
@@ -65,6 +88,16 @@ __device__ __forceinline__ Tile tile_of(const ProjectionArguments& a, uint32_t t
     if (expert == kNothing) return {0, 0, 0};
     const uint32_t first = a.tile_starts[tile];
     return {expert, first, min(tile_rows, a.expert_offsets[expert + 1] - first)};
+}
+
+// The number of tiles; all threads of the block call it, at least once meeting at a barrier.
+__device__ __forceinline__ uint32_t count_tiles(const ProjectionArguments& a) {
+    uint32_t count = 0;
+    for (uint32_t first = 0; first < a.max_tiles; first += blockDim.x) {
+        const uint32_t tile = first + threadIdx.x;
+        count += __syncthreads_count(tile < a.max_tiles && a.tile_experts[tile] != kNothing);
+    }
+    return count;
 }
 
 }  // namespace moe

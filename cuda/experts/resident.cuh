@@ -22,6 +22,7 @@
 #include <type_traits>
 
 #include "common/hopper.cuh"
+#include "common/signals.cuh"
 #include "experts/fragments.cuh"
 
 namespace moe {
@@ -284,10 +285,12 @@ __device__ __forceinline__ void decode_unit(const Unit<Format>& unit, uint32_t (
         raw_operands<T>(unit.words[0].z, a[2]);
         raw_operands<T>(unit.words[0].w, a[3]);
         if constexpr (std::is_same_v<T, __half>) return;
-        uint32_t pairs[4] = {kPairOf126, kPairOf126, kPairOf126, kPairOf126};
-        if constexpr (!Format::kScalesSums) pairs_of_scales(unit.scale, pairs);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = multiply_pairs(a[i / 4][i % 4], pairs[i / 8 * 2 + i % 2]);
+        uint32_t factors[2] = {kPairOf126, kPairOf126};
+        if constexpr (!Format::kScalesSums) factors_of_scales(unit.scale, factors);
+        scale_operands<0>(a[0], factors);
+        scale_operands<1>(a[1], factors);
+        scale_operands<2>(a[2], factors);
+        scale_operands<3>(a[3], factors);
     } else {
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
@@ -338,16 +341,6 @@ __device__ __forceinline__ void add_unit(
             for (int s = 0; s < kSteps; ++s) multiply(s, c.sums[block]);
         }
     }
-}
-
-// The number of tiles; all threads call it.
-__device__ __forceinline__ uint32_t count_tiles(const ProjectionArguments& a) {
-    uint32_t count = 0;
-    for (uint32_t first = 0; first < a.max_tiles; first += blockDim.x) {
-        const uint32_t tile = first + threadIdx.x;
-        count += __syncthreads_count(tile < a.max_tiles && a.tile_experts[tile] != kNothing);
-    }
-    return count;
 }
 
 // The tokens of a tile: which rows of the input they are is looked up one tile ahead, since each look-up waits for the one
@@ -456,9 +449,7 @@ __device__ __forceinline__ void write_results(
         if constexpr (kKind == kGateUp) {
             keep(static_cast<T*>(a.output) + to + band * 8 + g, activate(a, c[i], c[2 + i]));
         } else {
-            float* const out = static_cast<float*>(a.output) + to + band * 16 + g;
-            out[0] = c[i];
-            out[8] = c[2 + i];
+            keep_both(static_cast<float*>(a.output) + to + band * kBandRows + 2 * g, c[i], c[2 + i]);
         }
     }
 }
@@ -544,27 +535,11 @@ __device__ __forceinline__ void project_resident(const ProjectionArguments& a) {
 // Both projections in one launch, for a handful of tokens: what a launch costs, `down` has instead under way from the first
 // pieces of its weights on.
 
-struct LayerArguments {
-    ProjectionArguments gate_up, down;
-    uint32_t* meeting;  // two numbers: warps that have come, and how often all have; 0 before the first launch
-};
-
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* at) {
-#ifdef CANDLE_MOE_EMULATOR
-    emulator::yield();
-    return __atomic_load_n(at, __ATOMIC_ACQUIRE);
-#else
-    uint32_t value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-    return value;
-#endif
-}
-
 // Where all finishing warps of the grid meet, whose blocks are all there (a cooperative launch): what they wrote before is
 // seen by all blocks after.
 struct Meeting {
-    uint32_t* come;
-    uint32_t* times;
+    uint32_t* come;   // warps that have
+    uint32_t* times;  // how often all have
     uint32_t before;  // how often all had met when this warp came to the kernel
 
     __device__ __forceinline__ explicit Meeting(uint32_t* at) : come(at), times(at + 1), before(load_acquire(times)) {}
@@ -600,7 +575,7 @@ __device__ __forceinline__ void run_layer(const LayerArguments& a) {
     const Span gate_up = Span::of<GateUp>(a.gate_up, num_tiles), down = Span::of<Down>(a.down, num_tiles);
     Ring<Down::kPiece> ring(of_down.pieces);
     if (of_down.warp == of_down.warps) {
-        const Meeting meeting(a.meeting);
+        const Meeting meeting(a.signals);
         if (gate_up.count > 0) finish_items(a.gate_up, of_gate_up, gate_up);
         meeting.wait(gridDim.x * of_down.groups);
         pass_barrier(kInput, blockDim.x);

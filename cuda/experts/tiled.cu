@@ -1,23 +1,21 @@
-// The kernels of tiled.cuh: weights of the first format, input (and output of gate_up) of the second.
+// The kernels of tiled.cuh: weights and hidden states, and the dtype of the rows that `down` gives.
 
 #include "experts/tiled.cuh"
 
 #ifdef MOE_HOPPER
-#define PROJECT_TILES(F, KIND) moe::project_tiles<moe::F, moe::KIND>(a)
+#define RUN_TILES(F, ROW) moe::run_tiles<moe::F, ROW>(a)
 #else
-#define PROJECT_TILES(F, KIND) __trap()
+#define RUN_TILES(F, ROW) __trap()
 #endif
 
-#define TILED(F, NAME)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(moe::kTiledThreads, 1)                                                    \
-        tiled_gate_up_##NAME(const __grid_constant__ moe::ProjectionArguments a) {                                         \
-        PROJECT_TILES(F, kGateUp);                                                                                         \
-    }                                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(moe::kTiledThreads, 1)                                                    \
-        tiled_down_##NAME(const __grid_constant__ moe::ProjectionArguments a) {                                            \
-        PROJECT_TILES(F, kDown);                                                                                           \
+#define TILED(F, NAME, ROW, ROW_NAME)                                                                     \
+    extern "C" __global__ void __launch_bounds__(moe::kTiledThreads, 1)                                   \
+        tiled_##NAME##_##ROW_NAME(const __grid_constant__ moe::LayerArguments a) {                        \
+        RUN_TILES(F, ROW);                                                                                \
     }
 
-TILED(TiledMxFp4, mxfp4_bf16)
-TILED(TiledDense<__nv_bfloat16>, bf16_bf16)
-TILED(TiledDense<__half>, f16_f16)
+TILED(TiledMxFp4, mxfp4_bf16, float, f32)
+TILED(TiledMxFp4, mxfp4_bf16, __nv_bfloat16, bf16)
+TILED(TiledDense<__nv_bfloat16>, bf16_bf16, float, f32)
+TILED(TiledDense<__nv_bfloat16>, bf16_bf16, __nv_bfloat16, bf16)
+TILED(TiledDense<__half>, f16_f16, float, f32)

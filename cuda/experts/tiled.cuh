@@ -1,83 +1,87 @@
-// The experts' projections for many tokens, on the tensor cores of compute capability 9.0.
+// Both projections of a layer for many tokens, on the tensor cores of compute capability 9.0, in one launch.
 //
 //     gate_up   h[place]    = round(activation(W1 x + b1)), of the token at each place of the order
-//     down      rows[place] = W2 h[place] + b2, in float32
+//     down      rows[place] = W2 h[place] + b2, in float32 or rounded
 //
-// An item of work is 192 rows of an expert's matrix (12 bands) by a tile of up to 128 places. As many blocks as
-// multiprocessors take items in turn: block b has items b, b + blocks, ..; the row blocks of a tile follow each other, and the
-// tiles of an expert, so that its weights come from device memory once and its tokens stay in the L2 cache.
+// An item of work is 192 rows of an expert's matrix (12 bands) by a tile of up to 160 places. As many blocks as
+// multiprocessors take items in turn, all of gate_up and then all of down: block b has items b, b + blocks, ..; the row blocks
+// of a tile follow each other, and the tiles of an expert, so that its weights come from device memory once and its tokens
+// stay in the L2 cache. Of the h of a tile `down` waits for all row blocks, which a number counts; they began long before.
 //
-// A block is four warpgroups that a ring of stages of 64 columns connects:
+// Work goes in chunks of 64 columns. A block is four warpgroups, connected by a ring of pieces of weights and a ring of stages
+// of tokens:
 //
-//     producer   waits until a stage is free, starts the copies of its weights (in order, 512 bytes a warp) and tokens (16
-//                bytes a thread, gathered, swizzled; zeros behind the last place), and goes on to the next stage
-//     3 others   each has 64 rows, each warp of it a band; they take weights from the stage to registers, make 16-bit floats of
-//                them, and multiply them with the tokens of the stage (wgmma) while the next ones are made
+//     1 warp          has the copy engine bring the weights of 12 bands, three chunks (1536 bytes a band) at a time: smaller pieces
+//                     would come slower, since each takes its time whatever its size
+//     3 warps         copy tokens (16 bytes a thread, gathered, swizzled; the last place again behind it), as many chunks at a
+//                     time as a stage has room for
+//     3 warpgroups    each has 64 rows, each warp of it a band; they take weights to registers, make 16-bit floats of them, and
+//                     multiply them with the tokens of a chunk (wgmma) while the next ones are made
 //
 // 1. Weights are the A operand, so that their decoded form never sees shared memory, and tokens the B operand, whose number is
 //    any multiple of 16: a short tile costs what it has.
-// 2. The copies of a stage are under way while up to kStages - 1 others are; no thread waits for them but those that need them.
-// 3. `down` brings the weights of its first stages while the kernel before it still runs.
+// 2. Copies are under way while others are multiplied; no thread waits for them but those that need them.
+// 3. In one launch the items of both projections fill the last round of blocks together, and nothing drains between them.
 //
-// Limits: in_features is a multiple of 64, the matrix has a multiple of 16 rows; MXFP4 scales are at most 128.
-// Launch: kTiledThreads threads, tiled_shared_bytes<F>() bytes of dynamic shared memory, a block for each multiprocessor.
+// Limits: in_features is a multiple of 64, a matrix has a multiple of 16 rows; MXFP4 scales are at most 128.
+// Launch: cooperative (blocks wait for each other), kTiledThreads threads, tiled_shared_bytes<F>() bytes of dynamic shared
+// memory, up to one block for each multiprocessor.
 #pragma once
 
 #include <type_traits>
 
 #include "common/hopper.cuh"
+#include "common/signals.cuh"
 #include "experts/fragments.cuh"
 
 namespace moe {
 
-constexpr uint32_t kTileTokens = 128;
+constexpr uint32_t kTileTokens = 160;
 constexpr uint32_t kTiledWorkers = 3 * kWarpgroup;
-constexpr uint32_t kTiledThreads = kTiledWorkers + kWarpgroup;
+constexpr uint32_t kTokenThreads = 3 * 32;
+constexpr uint32_t kTiledThreads = kTiledWorkers + 32 + kTokenThreads;
 constexpr uint32_t kBlockBands = kTiledWorkers / 32;
-constexpr uint32_t kStageColumns = 64;
-constexpr int kStageSteps = kStageColumns / 16;
-constexpr uint32_t kTokenBytes = kTileTokens * kSwizzledRowBytes;  // of a stage
-constexpr uint32_t kUnitBytes = 512;  // of 16 bytes for each lane
+constexpr uint32_t kChunkColumns = 64;
+constexpr int kChunkSteps = kChunkColumns / 16;
+constexpr uint32_t kStageBytes = kTileTokens * kSwizzledRowBytes;
 
 #ifdef MOE_HOPPER
 
 // ------------------------------------------------------------------------------------------------------------------
-// Formats: what a stage has of a band, and the A operands that it gives
+// Formats: stages of tokens and pieces of weights that a block has room for, chunks of a piece, bytes of a band in a chunk, and
+// the A operands that these give
 
 struct TiledMxFp4 {
     using Element = __nv_bfloat16;
-    static constexpr uint32_t kStages = 10;
-    static constexpr uint32_t kUnits = 1;
-    static constexpr uint32_t kScaleBytes = 32;
+    static constexpr uint32_t kStages = 8, kSlots = 3, kPieceChunks = 3;
+    static constexpr uint32_t kValueBytes = 512, kScaleBytes = 32;
 
     // `values` is where this lane's are, and `scales` too.
-    static __device__ __forceinline__ void load(uint32_t (&a)[kStageSteps][4], SharedAddress values, SharedAddress scales) {
+    static __device__ __forceinline__ void load(uint32_t (&a)[kChunkSteps][4], SharedAddress values, SharedAddress scales) {
         const uint4 words = load_shared_16(values);
         const uint32_t scale = load_shared_4(scales);
-        const uint32_t word[kStageSteps] = {words.x, words.y, words.z, words.w};
-        // Of rows g and g + 8, in columns 0..32, then in columns 32..64.
-        uint32_t powers[4];
-        pairs_of_scales(scale, powers);
+        const uint32_t word[kChunkSteps] = {words.x, words.y, words.z, words.w};
+        uint32_t factors[2];
+        factors_of_scales(scale, factors);
 #pragma unroll
-        for (int s = 0; s < kStageSteps; ++s) {
-            MxFp4::raw_operands(word[s], a[s]);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[s][i] = multiply_pairs(a[s][i], powers[s / 2 * 2 + i % 2]);
-        }
+        for (int s = 0; s < kChunkSteps; ++s) MxFp4::raw_operands(word[s], a[s]);
+        scale_operands<0>(a[0], factors);
+        scale_operands<1>(a[1], factors);
+        scale_operands<2>(a[2], factors);
+        scale_operands<3>(a[3], factors);
     }
 };
 
 template <typename T>
 struct TiledDense {
     using Element = T;
-    static constexpr uint32_t kStages = 5;
-    static constexpr uint32_t kUnits = 4;
-    static constexpr uint32_t kScaleBytes = 0;
+    static constexpr uint32_t kStages = 6, kSlots = 4, kPieceChunks = 1;
+    static constexpr uint32_t kValueBytes = 2048, kScaleBytes = 0;
 
-    static __device__ __forceinline__ void load(uint32_t (&a)[kStageSteps][4], SharedAddress values, SharedAddress) {
+    static __device__ __forceinline__ void load(uint32_t (&a)[kChunkSteps][4], SharedAddress values, SharedAddress) {
 #pragma unroll
-        for (int s = 0; s < kStageSteps; ++s) {
-            const uint4 words = load_shared_16(values + s * kUnitBytes);
+        for (int s = 0; s < kChunkSteps; ++s) {
+            const uint4 words = load_shared_16(values + s * 512);
             a[s][0] = words.x;
             a[s][1] = words.y;
             a[s][2] = words.z;
@@ -87,210 +91,298 @@ struct TiledDense {
 };
 
 // ------------------------------------------------------------------------------------------------------------------
-// The ring
+// Items, and the ring
+
+// The items of a projection.
+struct TiledShape {
+    uint32_t num_bands, row_blocks, chunks;
+
+    __device__ __forceinline__ TiledShape(const ProjectionArguments& a, bool is_down)
+        : num_bands((is_down ? 1 : 2) * a.out_features / kBandRows),
+          row_blocks((num_bands + kBlockBands - 1) / kBlockBands), chunks(a.in_features / kChunkColumns) {}
+};
 
 // Some rows of an expert's matrix by some of its places. 0 places: there are no more items.
 struct TiledItem {
     uint32_t expert, first, count;  // as in Tile
     uint32_t band;                  // the first of the row block
+    uint32_t tile;
+    uint32_t is_down;
+
+    // Where item `number` is; tile is kNothing behind the last one. What else there is of it must be looked up.
+    static __device__ __forceinline__ TiledItem of_number(const LayerArguments& a, uint32_t num_tiles, uint32_t number) {
+        const uint32_t before = num_tiles * TiledShape(a.gate_up, false).row_blocks;
+        const bool is_down = number >= before;
+        if (is_down) number -= before;
+        const uint32_t row_blocks = TiledShape(is_down ? a.down : a.gate_up, is_down).row_blocks, tile = number / row_blocks;
+        return {0, 0, 0, (number - tile * row_blocks) * kBlockBands, tile < num_tiles ? tile : kNothing, is_down};
+    }
+    // Groups of 16 places, and how many chunks of them a stage has room for.
+    __device__ __forceinline__ uint32_t sixteens() const { return (count + 15) / 16; }
+    __device__ __forceinline__ uint32_t chunks_of_stage() const { return kTileTokens / 16 / sixteens(); }
+    __device__ __forceinline__ uint32_t chunk_bytes() const { return sixteens() * (16 * kSwizzledRowBytes); }
+
+    __device__ __forceinline__ const ProjectionArguments& of(const LayerArguments& a) const {
+        return is_down ? a.down : a.gate_up;
+    }
+    // How many warps have kept their part of the tile's h, and how many items of `down` have seen that all have; both are 0
+    // before and after a launch.
+    __device__ __forceinline__ uint32_t* done(const LayerArguments& a) const { return a.signals + kMeeting + tile; }
+    __device__ __forceinline__ uint32_t* seen(const LayerArguments& a) const { return done(a) + a.gate_up.max_tiles; }
 };
 
-// The shared memory of a block: tokens, weights and barriers of each stage, and the item whose first stage it is.
+// The shared memory of a block: a ring of stages of tokens, with the item whose first stage it is, and a ring of pieces of
+// weights, each with barriers for "full" and "empty".
 template <typename F>
-struct Stages {
-    static constexpr uint32_t kValueBytes = kBlockBands * F::kUnits * kUnitBytes;
-    static constexpr uint32_t kWeightBytes = kValueBytes + kBlockBands * F::kScaleBytes;
-    static constexpr uint32_t kWeights = F::kStages * kTokenBytes;
-    static constexpr uint32_t kItems = kWeights + F::kStages * kWeightBytes;
-    static constexpr uint32_t kFull = kItems + F::kStages * sizeof(TiledItem);
+struct Memory {
+    static constexpr uint32_t kPieceValues = kBlockBands * F::kPieceChunks * F::kValueBytes;
+    static constexpr uint32_t kPieceBytes = kPieceValues + kBlockBands * F::kPieceChunks * F::kScaleBytes;
+    static constexpr uint32_t kItemBytes = 32;
+    static constexpr uint32_t kPieces = F::kStages * kStageBytes;
+    static constexpr uint32_t kItems = kPieces + F::kSlots * kPieceBytes;
+    static constexpr uint32_t kFull = kItems + F::kStages * kItemBytes;
     static constexpr uint32_t kEmpty = kFull + F::kStages * kBarrierBytes;
-    static constexpr uint32_t kEnd = kEmpty + F::kStages * kBarrierBytes;
+    static constexpr uint32_t kPieceFull = kEmpty + F::kStages * kBarrierBytes;
+    static constexpr uint32_t kPieceEmpty = kPieceFull + F::kSlots * kBarrierBytes;
+    static constexpr uint32_t kRows = kPieceEmpty + F::kSlots * kBarrierBytes;  // of the input, by place
+    static constexpr uint32_t kEnd = kRows + kTileTokens * sizeof(uint32_t);
     static constexpr uint32_t kBytes = (kEnd + kSwizzleAlignment - 1) / kSwizzleAlignment * kSwizzleAlignment;
 
     SharedAddress start;
 
-    __device__ __forceinline__ SharedAddress tokens(uint32_t stage) const { return start + stage * kTokenBytes; }
-    __device__ __forceinline__ SharedAddress values(uint32_t stage) const { return start + (kWeights + stage * kWeightBytes); }
-    __device__ __forceinline__ SharedAddress item(uint32_t stage) const {
-        return start + (kItems + stage * uint32_t(sizeof(TiledItem)));
-    }
+    __device__ __forceinline__ SharedAddress tokens(uint32_t stage) const { return start + stage * kStageBytes; }
+    __device__ __forceinline__ SharedAddress item(uint32_t stage) const { return start + (kItems + stage * kItemBytes); }
     __device__ __forceinline__ SharedAddress full(uint32_t stage) const { return start + (kFull + stage * kBarrierBytes); }
     __device__ __forceinline__ SharedAddress empty(uint32_t stage) const { return start + (kEmpty + stage * kBarrierBytes); }
+    __device__ __forceinline__ SharedAddress piece(uint32_t slot) const { return start + (kPieces + slot * kPieceBytes); }
+    __device__ __forceinline__ SharedAddress piece_full(uint32_t slot) const {
+        return start + (kPieceFull + slot * kBarrierBytes);
+    }
+    __device__ __forceinline__ SharedAddress piece_empty(uint32_t slot) const {
+        return start + (kPieceEmpty + slot * kBarrierBytes);
+    }
+    __device__ __forceinline__ SharedAddress row(uint32_t place) const { return start + (kRows + place * 4); }
+
+    // By the first threads, with a barrier of the block behind it.
+    __device__ __forceinline__ void start_barriers(uint32_t thread) const {
+        if (thread < F::kStages) {
+            start_barrier(full(thread), kTokenThreads + 1);
+            start_barrier(empty(thread), kTiledWorkers / 32);
+        }
+        if (thread < F::kSlots) {
+            start_barrier(piece_full(thread), 1);
+            start_barrier(piece_empty(thread), kTiledWorkers / 32);
+        }
+        show_barriers();
+    }
+    __device__ __forceinline__ void write_item(uint32_t stage, const TiledItem& of) const {
+        write_16(item(stage), make_uint4(of.expert, of.first, of.count, of.band));
+        write_16(item(stage) + 16, make_uint4(of.tile, of.is_down, 0, 0));
+    }
+    __device__ __forceinline__ TiledItem read_item(uint32_t stage) const {
+        const uint4 low = load_shared_16(item(stage)), high = load_shared_16(item(stage) + 16);
+        return {low.x, low.y, low.z, low.w, high.x, high.y};
+    }
 };
 
 template <typename F>
-constexpr uint32_t tiled_shared_bytes() { return Stages<F>::kBytes; }
+constexpr uint32_t tiled_shared_bytes() { return Memory<F>::kBytes; }
 
-// Where a warp is in the ring, and the parity of the phase of its round.
-template <typename F>
+// Where a warp is in a ring of kLength, and the parity of the phase of its round.
+template <uint32_t kLength>
 struct RingPosition {
-    uint32_t stage = 0, parity = 0;
+    uint32_t at = 0, parity = 0;
 
     __device__ __forceinline__ void advance() {
-        if (++stage == F::kStages) {
-            stage = 0;
+        if (++at == kLength) {
+            at = 0;
             parity ^= 1;
         }
     }
 };
 
 // ------------------------------------------------------------------------------------------------------------------
-// The producer
+// The warp that brings weights
 
-template <typename F, Kind kKind>
-struct Producer {
-    static constexpr uint32_t kRowsAtOnce = kWarpgroup / 8;  // a row of a stage is 8 pieces
-    static constexpr uint32_t kRows = kTileTokens / kRowsAtOnce;
-    static constexpr uint32_t kBands = kBlockBands / 4;  // of a warp
-    static constexpr uint32_t kScalePieces = F::kScaleBytes * kBlockBands / 16;
+template <typename F>
+struct WeightsProducer {
+    // Bytes of a band in a piece.
+    static constexpr uint32_t kValues = F::kPieceChunks * F::kValueBytes, kScales = F::kPieceChunks * F::kScaleBytes;
+    static_assert(2 * kBlockBands <= 32, "lanes bring values, and as many behind them scales");
 
-    const ProjectionArguments& a;
-    const Stages<F>& stages;
-    const uint32_t thread, num_bands, item_stages, band_bytes;
-    RingPosition<F> at;
+    const LayerArguments& a;
+    const Memory<F>& memory;
+    const uint32_t lane, num_tiles;
+    RingPosition<F::kSlots> ring;
 
-    // Of an item: what this thread copies.
-    TiledItem item;
-    uint32_t rows[kRows];  // of the input
-    const unsigned char* values[kBands];
-    const unsigned char* scales;
-    // Of the next one.
-    TiledItem next;
-    uint32_t next_slots[kRows];
+    __device__ __forceinline__ WeightsProducer(const LayerArguments& arguments, const Memory<F>& shared, uint32_t tiles)
+        : a(arguments), memory(shared), lane(threadIdx.x % 32), num_tiles(tiles) {}
 
-    __device__ __forceinline__ Producer(const ProjectionArguments& arguments, const Stages<F>& ring, uint32_t bands)
-        : a(arguments), stages(ring), thread(threadIdx.x % kWarpgroup), num_bands(bands),
-          item_stages(arguments.in_features / kStageColumns), band_bytes(item_stages * (F::kUnits * kUnitBytes)) {}
+    __device__ __forceinline__ uint32_t expert_of(const TiledItem& item) const {
+        return item.tile == kNothing ? 0 : a.gate_up.tile_experts[item.tile];
+    }
+
+    __device__ __forceinline__ void run() {
+        uint32_t number = blockIdx.x;
+        TiledItem item = TiledItem::of_number(a, num_tiles, number);
+        uint32_t expert = expert_of(item);
+        while (item.tile != kNothing) {
+            number += gridDim.x;
+            const TiledItem next = TiledItem::of_number(a, num_tiles, number);
+            const uint32_t next_expert = expert_of(next);
+            bring_item(item, expert);
+            item = next;
+            expert = next_expert;
+        }
+    }
+
+    __device__ __forceinline__ void bring_item(const TiledItem& item, uint32_t expert) {
+        const ProjectionArguments& of = item.of(a);
+        const TiledShape shape(of, item.is_down);
+        const bool has_scales = F::kScaleBytes > 0 && lane >= kBlockBands;
+        const bool brings = lane < (F::kScaleBytes > 0 ? 2 : 1) * kBlockBands;
+        const uint32_t bytes = has_scales ? F::kScaleBytes : F::kValueBytes, in_block = lane % kBlockBands;
+        // The last band stands for those behind it.
+        const uint64_t band = uint64_t(expert) * shape.num_bands + min(item.band + in_block, shape.num_bands - 1);
+        const unsigned char* from = static_cast<const unsigned char*>(has_scales ? of.scales : of.weights) + band * shape.chunks * bytes;
+        const uint32_t to = has_scales ? Memory<F>::kPieceValues + in_block * kScales : in_block * kValues;
+        for (uint32_t left = shape.chunks; left > 0;) {
+            const uint32_t count = min(left, F::kPieceChunks);
+            const SharedAddress full = memory.piece_full(ring.at);
+            wait_for_phase(memory.piece_empty(ring.at), ring.parity ^ 1);
+            if (brings) copy_by_engine(memory.piece(ring.at) + to, from, count * bytes, full);
+            __syncwarp();
+            if (lane == 0) arrive_expecting(full, kBlockBands * (F::kValueBytes + F::kScaleBytes) * count);
+            ring.advance();
+            from += count * bytes;
+            left -= count;
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------------
+// The warps that copy tokens
+
+constexpr uint32_t kTokenBarrier = 1;
+
+template <typename F>
+struct TokensProducer {
+    static constexpr uint32_t kRowsAtOnce = kTokenThreads / 8;  // a row of a stage is 8 pieces
+    static constexpr uint32_t kRows = (kTileTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+    static constexpr uint32_t kPlaces = (kTileTokens + kTokenThreads - 1) / kTokenThreads;  // that a thread looks up
+    static_assert(kRowsAtOnce % 8 == 4 && kRows % 2 == 0, "every second row of a thread is swizzled as its first one");
+
+    const LayerArguments& a;
+    const Memory<F>& memory;
+    const uint32_t thread, num_tiles;
+    RingPosition<F::kStages> ring;
+
+    TiledItem item, next;
+    const unsigned char* from[kRows];  // what this thread copies next, of each of its rows
+    uint32_t next_rows[kPlaces];       // that it has looked up
+
+    __device__ __forceinline__ TokensProducer(const LayerArguments& arguments, const Memory<F>& shared, uint32_t tiles)
+        : a(arguments), memory(shared), thread(threadIdx.x - (kTiledThreads - kTokenThreads)), num_tiles(tiles) {}
 
     // Looks up item `number`, in three steps of which each needs what the one before it has loaded.
     __device__ __forceinline__ void look_up(uint32_t step, uint32_t number) {
         if (step == 0) {
-            const uint32_t row_blocks = (num_bands + kBlockBands - 1) / kBlockBands;
-            const uint32_t tile = number / row_blocks;
-            const bool in = tile < a.max_tiles;
-            next.expert = in ? a.tile_experts[tile] : kNothing;
-            next.first = in ? a.tile_starts[tile] : 0;
-            next.band = number % row_blocks * kBlockBands;
+            next = TiledItem::of_number(a, num_tiles, number);
+            if (next.tile == kNothing) return;
+            next.expert = a.gate_up.tile_experts[next.tile];
+            next.first = a.gate_up.tile_starts[next.tile];
         } else if (step == 1) {
-            next.count = next.expert == kNothing ? 0 : min(kTileTokens, a.expert_offsets[next.expert + 1] - next.first);
-        } else if (kKind == kGateUp && step == 2 && next.count > 0) {
+            if (next.tile == kNothing) return;
+            next.count = min(kTileTokens, a.gate_up.expert_offsets[next.expert + 1] - next.first);
+        } else if (step == 2 && next.count > 0) {
+            // The last place stands for those behind it.
 #pragma unroll
-            for (uint32_t i = 0; i < kRows; ++i) next_slots[i] = a.sorted_slots[next.first + place_of(next, i)];
+            for (uint32_t i = 0; i < kPlaces; ++i) {
+                const uint32_t place = next.first + min(thread + i * kTokenThreads, next.count - 1);
+                next_rows[i] = next.is_down ? place : a.gate_up.sorted_slots[place];
+            }
         }
     }
 
-    // The places of this thread: that of its number / 8, and every 16th from there on. The last one stands for those behind it.
-    __device__ __forceinline__ uint32_t place_of(const TiledItem& of, uint32_t i) const {
-        return min(thread / 8 + i * kRowsAtOnce, of.count - 1);
-    }
-
-    // Goes on to what was looked up. The weights of a warp are every fourth band; the last band stands for those behind it.
+    // Goes on to what was looked up: from the rows that each thread has looked up to those that it copies.
     __device__ __forceinline__ void take_next() {
         item = next;
         if (item.count == 0) return;
-        const uint64_t first_band = uint64_t(item.expert) * num_bands;
+        const uint32_t slots_of_row = item.is_down ? 1 : a.gate_up.top_k;
 #pragma unroll
-        for (uint32_t i = 0; i < kBands; ++i) {
-            const uint32_t band = min(item.band + thread / 32 + i * 4, num_bands - 1);
-            values[i] = static_cast<const unsigned char*>(a.weights) + (first_band + band) * band_bytes + thread % 32 * 16;
+        for (uint32_t i = 0; i < kPlaces; ++i) {
+            const uint32_t place = thread + i * kTokenThreads;
+            if (place < kTileTokens) write_4(memory.row(place), next_rows[i] / slots_of_row);
         }
-        if (copies_scales()) {
-            const uint32_t band = min(item.band + thread * 16 / 32, num_bands - 1);
-            scales = static_cast<const unsigned char*>(a.scales) + (first_band + band) * item_stages * 32 + thread % 2 * 16;
-        }
-    }
-
-    __device__ __forceinline__ bool copies_scales() const {
-        if constexpr (kScalePieces > 0) return thread < kScalePieces;
-        return false;
-    }
-
-    __device__ __forceinline__ void find_rows() {
+        wait_at_barrier(kTokenBarrier, kTokenThreads);
+        const ProjectionArguments& of = item.of(a);
+        const unsigned char* const first = static_cast<const unsigned char*>(of.input) + thread % 8 * 16;
 #pragma unroll
         for (uint32_t i = 0; i < kRows; ++i) {
-            rows[i] = kKind == kGateUp ? next_slots[i] / a.top_k : item.first + place_of(item, i);
+            const uint32_t row = load_shared_4(memory.row(min(thread / 8 + i * kRowsAtOnce, kTileTokens - 1)));
+            from[i] = first + uint64_t(row) * (of.in_features * 2);
         }
+        wait_at_barrier(kTokenBarrier, kTokenThreads);
     }
 
-    // The weights of the next 64 columns.
-    __device__ __forceinline__ void copy_weights(uint32_t stage) {
-        const SharedAddress to = stages.values(stage) + thread / 32 * (F::kUnits * kUnitBytes) + thread % 32 * 16;
-#pragma unroll
-        for (uint32_t i = 0; i < kBands; ++i) {
-#pragma unroll
-            for (uint32_t u = 0; u < F::kUnits; ++u) {
-                copy_16(to + (i * 4 * F::kUnits + u) * kUnitBytes, values[i] + u * kUnitBytes);
+    // Waits for the h of the item's tile. The last item of the tile that does leaves the numbers as they were.
+    __device__ __forceinline__ void wait_for_tile() const {
+        if (thread == 0) {
+            const uint32_t all = TiledShape(a.gate_up, false).row_blocks * kBlockBands;
+            while (load_acquire(item.done(a)) < all) {
             }
-            values[i] += F::kUnits * kUnitBytes;
+            if (atomicAdd(item.seen(a), 1u) + 1 == TiledShape(a.down, true).row_blocks) *item.done(a) = *item.seen(a) = 0;
         }
-        if (copies_scales()) {
-            copy_16(stages.values(stage) + (Stages<F>::kValueBytes + thread * 16), scales);
-            scales += 32;
-        }
+        wait_at_barrier(kTokenBarrier, kTokenThreads);
     }
 
-    template <uint32_t kFirst, uint32_t kEnd>
-    __device__ __forceinline__ void copy_rows(const void* from, SharedAddress to) const {
+    // The next chunk of the tokens, for whole groups of 16 places.
+    __device__ __forceinline__ void copy_chunk(SharedAddress to) {
+        const uint32_t row = thread / 8, end = item.sixteens() * 16;
+        const SharedAddress even = to + swizzled(row, thread % 8), odd = to + swizzled(row + kRowsAtOnce, thread % 8);
 #pragma unroll
-        for (uint32_t i = kFirst; i < kEnd; ++i) {
-            copy_16(to + i * (kRowsAtOnce * kSwizzledRowBytes), element_at(from, rows[i], a.in_features * 2));
+        for (uint32_t i = 0; i < kRows; i += 2) {
+            if (i * kRowsAtOnce >= end) break;
+            const uint32_t further = i * (kRowsAtOnce * kSwizzledRowBytes);
+            copy_16_if(row + i * kRowsAtOnce < end, even + further, from[i]);
+            copy_16_if(row + (i + 1) * kRowsAtOnce < end, odd + further, from[i + 1]);
+            from[i] += kSwizzledRowBytes;
+            from[i + 1] += kSwizzledRowBytes;
         }
-    }
-
-    // Columns 64 k .. 64 k + 64 of the tokens.
-    __device__ __forceinline__ void copy_tokens(uint32_t k, uint32_t stage) const {
-        const unsigned char* const from = static_cast<const unsigned char*>(a.input) + k * 128 + thread % 8 * 16;
-        const SharedAddress to = stages.tokens(stage) + swizzled(thread / 8, thread % 8);
-        copy_rows<0, 1>(from, to);
-        if (item.count <= 16) return;
-        copy_rows<1, 2>(from, to);
-        if (item.count <= 32) return;
-        copy_rows<2, 4>(from, to);
-        if (item.count <= 64) return;
-        copy_rows<4, 6>(from, to);
-        if (item.count <= 96) return;
-        copy_rows<6, 8>(from, to);
     }
 
     // Says that all copies of the stage have begun, and what it is the first stage of.
-    __device__ __forceinline__ void announce(uint32_t k) {
-        const SharedAddress full = stages.full(at.stage);
+    __device__ __forceinline__ void announce(bool is_first) {
+        const SharedAddress full = memory.full(ring.at);
         arrive_with_copies(full);
         if (thread == 0) {
-            if (k == 0) write_16(stages.item(at.stage), make_uint4(item.expert, item.first, item.count, item.band));
+            if (is_first) memory.write_item(ring.at, item);
             arrive(full);
         }
-        at.advance();
+        ring.advance();
     }
 
     __device__ __forceinline__ void run() {
-        if (kKind == kGateUp) wait_for_previous_kernel();
-        uint32_t number = blockIdx.x, ahead = 0;
+        uint32_t number = blockIdx.x;
         for (uint32_t step = 0; step < 3; ++step) look_up(step, number);
         take_next();
-        if (kKind == kDown) {
-            // The order was complete before the kernel in front of `down` began, its input is not.
-            if (item.count > 0) ahead = min(F::kStages, item_stages);
-            for (uint32_t k = 0; k < ahead; ++k) copy_weights(k);
-            wait_for_previous_kernel();
-        }
-        allow_next_kernel();
         while (item.count > 0) {
-            find_rows();
             number += gridDim.x;
-            for (uint32_t k = 0; k < item_stages; ++k) {
-                wait_for_phase(stages.empty(at.stage), at.parity ^ 1);
-                if (k >= ahead) copy_weights(at.stage);
-                copy_tokens(k, at.stage);
-                announce(k);
-                if (k < 3) look_up(k, number);
+            if (item.is_down) wait_for_tile();
+            uint32_t step = 0;
+            for (uint32_t left = TiledShape(item.of(a), item.is_down).chunks, is_first = 1; left > 0; is_first = 0) {
+                const uint32_t chunks = min(left, item.chunks_of_stage());
+                wait_for_phase(memory.empty(ring.at), ring.parity ^ 1);
+                for (uint32_t i = 0; i < chunks; ++i) copy_chunk(memory.tokens(ring.at) + i * item.chunk_bytes());
+                announce(is_first);
+                if (step < 3) look_up(step++, number);
+                left -= chunks;
             }
-            for (uint32_t step = item_stages; step < 3; ++step) look_up(step, number);
-            ahead = 0;
+            while (step < 3) look_up(step++, number);
             take_next();
         }
-        wait_for_phase(stages.empty(at.stage), at.parity ^ 1);
-        announce(0);
+        wait_for_phase(memory.empty(ring.at), ring.parity ^ 1);
+        announce(true);
     }
 };
 
@@ -318,23 +410,27 @@ __device__ __forceinline__ float activate_nearly(const ProjectionArguments& a, f
     return gate * fraction_of_power(gate * (a.alpha * -kLog2E)) * (up + 1.0f);
 }
 
-template <typename F, Kind kKind>
+template <typename F, typename Row>
 struct Worker {
     using T = typename F::Element;
 
-    const ProjectionArguments& a;
-    const Stages<F>& stages;
-    const uint32_t warp, lane, num_bands;
-    const SharedAddress values, scales;  // of this lane in the first stage
-    RingPosition<F> at;
+    const LayerArguments& a;
+    const Memory<F>& memory;
+    const uint32_t warp, lane;
+    const SharedAddress values, scales;  // of this lane in the first stage of the first piece
+    RingPosition<F::kStages> ring;
+    RingPosition<F::kSlots> pieces;
+    uint32_t taken = 0;    // chunks of the piece
+    uint32_t done = 0;     // chunks of the stage
+    uint32_t before;       // a stage that is free when the products before the last ones are done
 
-    __device__ __forceinline__ Worker(const ProjectionArguments& arguments, const Stages<F>& ring, uint32_t bands)
-        : a(arguments), stages(ring), warp(threadIdx.x / 32), lane(threadIdx.x % 32), num_bands(bands),
-          values(ring.values(0) + warp * (F::kUnits * kUnitBytes) + lane * 16),
-          scales(ring.values(0) + Stages<F>::kValueBytes + warp * F::kScaleBytes + lane / 4 * 4) {}
+    __device__ __forceinline__ Worker(const LayerArguments& arguments, const Memory<F>& shared)
+        : a(arguments), memory(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
+          values(shared.piece(0) + warp * (F::kPieceChunks * F::kValueBytes) + lane * 16),
+          scales(shared.piece(0) + Memory<F>::kPieceValues + warp * (F::kPieceChunks * F::kScaleBytes) + lane / 4 * 4) {}
 
     // A branch that all threads take together is cheaper than loops for each number of columns, which would not share registers.
-    __device__ __forceinline__ void multiply_columns(float (&sums)[kMostSums], const uint32_t (&weights)[kStageSteps][4],
+    __device__ __forceinline__ void multiply_columns(float (&sums)[kMostSums], const uint32_t (&weights)[kChunkSteps][4],
                                                      SharedAddress tokens, uint32_t sixteens) {
         switch (sixteens) {
             case 1: return multiply_steps<16>(sums, weights, tokens);
@@ -344,113 +440,150 @@ struct Worker {
             case 5: return multiply_steps<80>(sums, weights, tokens);
             case 6: return multiply_steps<96>(sums, weights, tokens);
             case 7: return multiply_steps<112>(sums, weights, tokens);
-            default: return multiply_steps<128>(sums, weights, tokens);
+            case 8: return multiply_steps<128>(sums, weights, tokens);
+            case 9: return multiply_steps<144>(sums, weights, tokens);
+            default: return multiply_steps<160>(sums, weights, tokens);
         }
     }
 
     template <int kColumns>
-    static __device__ __forceinline__ void multiply_steps(float (&sums)[kMostSums], const uint32_t (&weights)[kStageSteps][4],
+    static __device__ __forceinline__ void multiply_steps(float (&sums)[kMostSums], const uint32_t (&weights)[kChunkSteps][4],
                                                           SharedAddress tokens) {
         begin_multiplies();
 #pragma unroll
-        for (int s = 0; s < kStageSteps; ++s) multiply<T, kColumns>(sums, weights[s], tokens, s);
+        for (int s = 0; s < kChunkSteps; ++s) multiply<T, kColumns>(sums, weights[s], tokens, s);
         end_multiplies();
     }
 
-    // Takes the weights of the next stage and starts its products; frees the stage before it.
-    __device__ __forceinline__ void multiply_stage(float (&sums)[kMostSums], uint32_t (&weights)[kStageSteps][4],
-                                                   uint32_t sixteens, uint32_t& before) {
-        wait_for_phase(stages.full(at.stage), at.parity);
-        const uint32_t offset = at.stage * Stages<F>::kWeightBytes;
-        F::load(weights, values + offset, scales + offset);
-        show_to_multiplies();
-        multiply_columns(sums, weights, stages.tokens(at.stage), sixteens);
-        wait_for_multiplies<1>();
-        free_stage(before);
-        before = at.stage;
-        at.advance();
+    // Takes the weights of the next chunk, which is the last one of its item or not.
+    __device__ __forceinline__ void take_weights(uint32_t (&weights)[kChunkSteps][4], bool is_last) {
+        if (taken == 0) wait_for_phase(memory.piece_full(pieces.at), pieces.parity);
+        const uint32_t piece = pieces.at * Memory<F>::kPieceBytes;
+        F::load(weights, values + piece + taken * F::kValueBytes, scales + piece + taken * F::kScaleBytes);
+        if (++taken < F::kPieceChunks && !is_last) return;
+        __syncwarp();
+        if (lane == 0) arrive(memory.piece_empty(pieces.at));
+        pieces.advance();
+        taken = 0;
     }
 
-    __device__ __forceinline__ void free_stage(uint32_t stage) const {
-        if (stage < F::kStages && lane == 0) arrive(stages.empty(stage));
+    // Starts the products of the next chunk.
+    __device__ __forceinline__ void multiply_chunk(
+        float (&sums)[kMostSums], uint32_t (&weights)[kChunkSteps][4], const TiledItem& item, bool is_last) {
+        take_weights(weights, is_last);
+        if (done == 0) {
+            wait_for_phase(memory.full(ring.at), ring.parity);
+            show_to_multiplies();
+        }
+        multiply_columns(sums, weights, memory.tokens(ring.at) + done * item.chunk_bytes(), item.sixteens());
+        wait_for_multiplies<1>();
+        free_stage();
+        if (++done < item.chunks_of_stage() && !is_last) return;
+        before = ring.at;
+        ring.advance();
+        done = 0;
+    }
+
+    __device__ __forceinline__ void free_stage() {
+        if (before < F::kStages && lane == 0) arrive(memory.empty(before));
+        before = F::kStages;
     }
 
     __device__ __forceinline__ void multiply_item(const TiledItem& item) {
         float sums[kMostSums] = {};
-        uint32_t weights[2][kStageSteps][4];
-        uint32_t before = F::kStages;
-        const uint32_t sixteens = (item.count + 15) / 16;
-        for (uint32_t left = a.in_features / kStageColumns; left > 0; left -= 2) {
-            multiply_stage(sums, weights[0], sixteens, before);
+        uint32_t weights[2][kChunkSteps][4];
+        before = F::kStages;
+        const TiledShape shape(item.of(a), item.is_down);
+        for (uint32_t left = shape.chunks; left > 0; left -= 2) {
+            multiply_chunk(sums, weights[0], item, left == 1);
             if (left == 1) break;
-            multiply_stage(sums, weights[1], sixteens, before);
+            multiply_chunk(sums, weights[1], item, left == 2);
         }
         wait_for_multiplies<0>();
         settle(sums);
-        free_stage(before);
-        if (item.band + warp < num_bands) keep_sums(item, sums);
+        free_stage();
+        const uint32_t band = item.band + warp;
+        if (!item.is_down) {
+            if (band < shape.num_bands) keep_activated(item, band, sums);
+            __syncwarp();
+            if (lane == 0) add_release(item.done(a));
+        } else if (band < shape.num_bands) {
+            keep_rows(item, band, sums);
+        }
+    }
+
+    // The bias of rows g and g + 8 of a band.
+    __device__ __forceinline__ float2 bias_of(const ProjectionArguments& of, Kind kind, uint32_t expert, uint32_t band) const {
+        if (of.bias == nullptr) return make_float2(0.0f, 0.0f);
+        const uint32_t rows = (kind == kDown ? 1 : 2) * of.out_features;
+        const float* const bias = of.bias + uint64_t(expert) * rows;
+        const auto row = [&](uint32_t r) { return published_row(kind, of.gate_up_rows, rows, band, r); };
+        return make_float2(bias[row(lane / 4)], bias[row(lane / 4 + 8)]);
     }
 
     // sums[4 j + i]: row g of the band, or g + 8 from i = 2 on; place 8 j + 2 t + i % 2 of the tile.
-    __device__ __forceinline__ void keep_sums(const TiledItem& item, const float (&sums)[kMostSums]) const {
-        const uint32_t band = item.band + warp, g = lane / 4, t = lane % 4, rows = num_bands * kBandRows;
-        float bias[2] = {};
-        if (a.bias != nullptr) {
+    __device__ __forceinline__ void keep_activated(
+        const TiledItem& item, uint32_t band, const float (&sums)[kMostSums]) const {
+        const ProjectionArguments& of = a.gate_up;
+        const float2 bias = bias_of(of, kGateUp, item.expert, band);
+        // A thread has one feature of two places, and keeps two features of one.
+        T* to = static_cast<T*>(of.output) + uint64_t(item.first + lane / 4) * of.out_features + band * 8 + lane % 4 * 2;
 #pragma unroll
-            for (uint32_t i = 0; i < 2; ++i) {
-                const uint32_t row = published_row(kKind, a.gate_up_rows, rows, band, g + 8 * i);
-                bias[i] = a.bias[uint64_t(item.expert) * rows + row];
-            }
+        for (uint32_t j = 0; j < kTileTokens / 8; ++j) {
+            if (8 * j >= item.count) break;
+            const float first = activate_nearly(of, sums[4 * j] + bias.x, sums[4 * j + 2] + bias.y);
+            const float second = activate_nearly(of, sums[4 * j + 1] + bias.x, sums[4 * j + 3] + bias.y);
+            const uint32_t pair = transpose_matrix(pair_of(first, second, to));
+            if (8 * j + lane / 4 < item.count) *reinterpret_cast<uint32_t*>(to) = pair;
+            to += uint64_t(8) * of.out_features;
         }
-        using Out = std::conditional_t<kKind == kGateUp, T, float>;
-        const uint32_t feature = kKind == kGateUp ? band * 8 + g : band * kBandRows + g;
-        Out* const output = static_cast<Out*>(a.output) + uint64_t(item.first) * a.out_features + feature;
+    }
+
+    __device__ __forceinline__ void keep_rows(const TiledItem& item, uint32_t band, const float (&sums)[kMostSums]) const {
+        const ProjectionArguments& of = a.down;
+        const float2 bias = bias_of(of, kDown, item.expert, band);
+        Row* to = static_cast<Row*>(of.output) + uint64_t(item.first + lane % 4 * 2) * of.out_features +
+                  (band * kBandRows + lane / 4 * 2);
 #pragma unroll
         for (uint32_t j = 0; j < kTileTokens / 8; ++j) {
             if (8 * j >= item.count) break;
 #pragma unroll
             for (uint32_t i = 0; i < 2; ++i) {
-                const uint32_t place = 8 * j + 2 * t + i;
-                if (place >= item.count) continue;
-                Out* const to = output + uint64_t(place) * a.out_features;
-                const float low = sums[4 * j + i] + bias[0], high = sums[4 * j + 2 + i] + bias[1];
-                if constexpr (kKind == kGateUp) {
-                    keep(to, activate_nearly(a, low, high));
-                } else {
-                    to[0] = low;
-                    to[8] = high;
-                }
+                if (8 * j + lane % 4 * 2 + i >= item.count) continue;
+                keep_both(to + i * of.out_features, sums[4 * j + i] + bias.x, sums[4 * j + 2 + i] + bias.y);
             }
+            to += uint64_t(8) * of.out_features;
         }
     }
 
     __device__ __forceinline__ void run() {
         for (;;) {
-            wait_for_phase(stages.full(at.stage), at.parity);
-            const uint4 words = load_shared_16(stages.item(at.stage));
-            const TiledItem item = {words.x, words.y, words.z, words.w};
+            wait_for_phase(memory.full(ring.at), ring.parity);
+            const TiledItem item = memory.read_item(ring.at);
             if (item.count == 0) return;
             multiply_item(item);
         }
     }
 };
 
-template <typename F, Kind kKind>
-__device__ __forceinline__ void project_tiles(const ProjectionArguments& a) {
-    const Stages<F> stages = {aligned_shared()};
-    if (threadIdx.x < F::kStages) {
-        start_barrier(stages.full(threadIdx.x), kWarpgroup + 1);
-        start_barrier(stages.empty(threadIdx.x), kTiledWorkers / 32);
-    }
-    __syncthreads();
-    const uint32_t num_bands = (kKind == kGateUp ? 2 : 1) * a.out_features / kBandRows;
-    // 3 x 152 + 56 registers, which are the 512 for a thread of each warpgroup.
+template <typename F, typename Row>
+__device__ __forceinline__ void run_tiles(const LayerArguments& a) {
+    const Memory<F> memory = {aligned_shared()};
+    memory.start_barriers(threadIdx.x);
+    allow_next_kernel();
+    wait_for_previous_kernel();
+    const uint32_t num_tiles = count_tiles(a.gate_up);  // and a barrier of the block
+    // 3 x 144 + 80 registers, which are the 512 for a thread of each warpgroup.
     if (threadIdx.x < kTiledWorkers) {
-        take_registers<152>();
-        Worker<F, kKind>(a, stages, num_bands).run();
+        take_registers<144>();
+        Worker<F, Row>(a, memory).run();
+        return;
+    }
+    leave_registers<80>();
+    if (threadIdx.x < kTiledWorkers + 32) {
+        WeightsProducer<F>(a, memory, num_tiles).run();
     } else {
-        leave_registers<56>();
-        Producer<F, kKind>(a, stages, num_bands).run();
+        TokensProducer<F>(a, memory, num_tiles).run();
     }
 }
 

@@ -6,7 +6,7 @@ mod buffer;
 mod workspace;
 
 pub(crate) use buffer::{Buffer, Section, Sections, allocate};
-pub(crate) use workspace::{meeting, workspace};
+pub(crate) use workspace::{signals, workspace};
 
 use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, DeviceRepr, sys};

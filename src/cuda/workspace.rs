@@ -38,8 +38,9 @@ struct Workspace {
     bytes: Option<CudaSlice<u8>>,
     /// Smaller ones, which captured graphs may hold.
     outgrown: Vec<CudaSlice<u8>>,
-    /// Where the blocks of a cooperative kernel meet; 0 before and after.
-    meeting: Option<CudaSlice<u32>>,
+    /// What the blocks of a cooperative kernel tell each other, and smaller ones.
+    signals: Option<CudaSlice<u32>>,
+    outgrown_signals: Vec<CudaSlice<u32>>,
 }
 
 impl Workspace {
@@ -79,14 +80,16 @@ fn check_not_captured(stream: &CudaStream, op: &str) -> Result<()> {
     }
 }
 
-/// The address of two numbers that are 0 between the kernels of the calling thread's stream.
-pub(crate) fn meeting(device: &CudaDevice, op: &str) -> Result<u64> {
+/// The address of `len` numbers that start at 0 and that the kernels of the calling thread's stream alone change.
+pub(crate) fn signals(device: &CudaDevice, op: &str, len: usize) -> Result<u64> {
     Workspace::with(device, |workspace, stream| {
-        if workspace.meeting.is_none() {
+        let held = workspace.signals.as_ref().map_or(0, CudaSlice::len);
+        if held < len {
             check_not_captured(stream, op)?;
-            workspace.meeting = Some(device.alloc_zeros::<u32>(2)?);
+            let grown = device.alloc_zeros::<u32>(len.next_power_of_two())?;
+            workspace.outgrown_signals.extend(workspace.signals.replace(grown));
         }
-        Ok(workspace.meeting.as_ref().map_or(0, |meeting| meeting.device_ptr(stream).0))
+        Ok(workspace.signals.as_ref().map_or(0, |signals| signals.device_ptr(stream).0))
     })
 }
 

@@ -6,7 +6,7 @@ mod path;
 
 use super::weights::Values;
 use super::{Activation, ExpertProjection, Experts, GateUpRows, OP};
-use crate::cuda::{Binary, Launch, launch, meeting, properties, workspace};
+use crate::cuda::{Binary, Launch, launch, properties, signals, workspace};
 use crate::host::checked_product;
 use crate::order::{ExpertOrder, TileMap};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
@@ -14,9 +14,9 @@ use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use held::{Fresh, Held, output};
 use path::{Kernel, Path, general_format, general_launch};
 
-/// Threads of a block that brings rows home, and columns of a thread.
+/// Threads of a block that brings rows home, and bytes of a row that a thread has.
 const HOME_THREADS: u32 = 256;
-const HOME_WIDTH: usize = 4;
+const HOME_BYTES: usize = 16;
 /// Tokens of a tile of the kernel of linear layers.
 const LINEAR_ROWS: usize = 16;
 
@@ -52,7 +52,7 @@ struct Arguments {
 struct LayerArguments {
     gate_up: Arguments,
     down: Arguments,
-    meeting: u64,
+    signals: u64,
 }
 
 impl Kernel {
@@ -183,9 +183,9 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// Puts `rows`, f32 `[num_slots, hidden_size]`, on the stream, and on the way there `activated`, `[num_slots,
+    /// Puts `rows`, `[num_slots, hidden_size]` in `rows_dtype`, on the stream, and on the way there `activated`, `[num_slots,
     /// intermediate_size]` in the dtype of the hidden states.
-    fn project(&self, activated: u64, rows: u64) -> Result<()> {
+    fn project(&self, activated: u64, rows: u64, rows_dtype: DType) -> Result<()> {
         if self.is_empty() {
             return Ok(());
         }
@@ -194,9 +194,10 @@ impl<'a> Call<'a> {
         let gate_up = self.gate_up(&weights.0, activated)?;
         let down = self.down(&weights.1, activated, rows)?;
         let device = properties(self.device)?;
-        if let Some(kernel) = self.path.layer_kernel(experts, self.max_tiles, self.dtype, device) {
+        if let Some(kernel) = self.path.layer_kernel(experts, self.max_tiles, self.dtype, rows_dtype, device) {
             let (gate_up, down) = (kernel.with(gate_up), kernel.with(down));
-            let arguments = LayerArguments { gate_up, down, meeting: meeting(self.device, OP)? };
+            let signals = signals(self.device, OP, self.path.num_signals(self.max_tiles))?;
+            let arguments = LayerArguments { gate_up, down, signals };
             // SAFETY: `LayerArguments` is the kernel's parameter, and the rest is as below.
             return unsafe { launch(self.device, self.path.binary(), &kernel.name, kernel.launch, arguments) };
         }
@@ -240,8 +241,8 @@ impl<'a> Call<'a> {
         checked_product(OP, ("num_slots", self.num_slots), ("bytes of a row", row))
     }
 
-    fn rows_bytes(&self) -> Result<usize> {
-        let row = self.experts.hidden_size() * size_of::<f32>();
+    fn rows_bytes(&self, rows_dtype: DType) -> Result<usize> {
+        let row = self.experts.hidden_size() * rows_dtype.size_in_bytes();
         checked_product(OP, ("num_slots", self.num_slots), ("bytes of a row", row))
     }
 }
@@ -259,7 +260,7 @@ pub(super) fn forward(experts: &Experts, hidden: &Tensor, order: &ExpertOrder, d
             return Ok(());
         }
         let [activated] = workspace(device, OP, [call.activated_bytes()?])?;
-        call.project(activated, rows)
+        call.project(activated, rows, DType::F32)
     })
 }
 
@@ -274,12 +275,13 @@ pub(super) fn forward_weighted(
 ) -> Result<Tensor> {
     let call = Call::new(experts, hidden, order, tiles, device)?;
     let home = Home::new(topk_weights, order, experts.hidden_size(), device)?;
+    let rows_dtype = call.path.rows_dtype(call.dtype, dtype, experts.hidden_size());
     let [activated, rows] = match call.is_empty() {
         true => [0, 0],
-        false => workspace(device, OP, [call.activated_bytes()?, call.rows_bytes()?])?,
+        false => workspace(device, OP, [call.activated_bytes()?, call.rows_bytes(rows_dtype)?])?,
     };
-    home.sums(dtype, || {
-        call.project(activated, rows)?;
+    home.sums(rows_dtype, dtype, || {
+        call.project(activated, rows, rows_dtype)?;
         Ok(rows)
     })
 }
@@ -322,7 +324,7 @@ pub(super) fn weighted_sum(
     if rows.dtype() != DType::F32 {
         bail!("{OP}: rows has dtype {:?}, expected F32", rows.dtype())
     }
-    Home::new(topk_weights, order, hidden_size, device)?.sums(DType::F32, || rows.address())
+    Home::new(topk_weights, order, hidden_size, device)?.sums(DType::F32, DType::F32, || rows.address())
 }
 
 /// The way home of rows.
@@ -350,8 +352,8 @@ impl<'a> Home<'a> {
         })
     }
 
-    /// The weighted sums in `dtype` of the rows that `rows` puts on the stream and says the address of.
-    fn sums(&self, dtype: DType, rows: impl FnOnce() -> Result<u64>) -> Result<Tensor> {
+    /// The weighted sums in `dtype` of the rows in `rows_dtype` that `rows` puts on the stream and says the address of.
+    fn sums(&self, rows_dtype: DType, dtype: DType, rows: impl FnOnce() -> Result<u64>) -> Result<Tensor> {
         let len = checked_product(OP, ("num_tokens", self.num_tokens), ("hidden_size", self.hidden_size))?;
         output(dtype, self.device, (self.num_tokens, self.hidden_size), Fresh::Undefined, |sums| {
             if len == 0 {
@@ -366,10 +368,11 @@ impl<'a> Home<'a> {
                 top_k: self.top_k as u32,
                 hidden_size: self.hidden_size as u32,
             };
-            let width = if self.hidden_size.is_multiple_of(HOME_WIDTH) { HOME_WIDTH } else { 1 };
+            let width = HOME_BYTES / rows_dtype.size_in_bytes();
+            let width = if self.hidden_size.is_multiple_of(width) { width } else { 1 };
             let how = Launch::new((len / width).div_ceil(HOME_THREADS as usize), HOME_THREADS, 0);
             let how = Launch { starts_early: true, ..how };
-            let name = format!("home_{}_{width}", dtype.as_str());
+            let name = format!("home_{}_{}_{width}", rows_dtype.as_str(), dtype.as_str());
             // SAFETY: `HomeArguments` is the kernel's parameter; ranks of the order are below its slots, which the rows have
             // a row for, the sums have `len` elements, and the kernel waits for the one in front of it.
             unsafe { launch(self.device, Binary::ExpertsHome, &name, how, arguments) }

@@ -1,7 +1,8 @@
 //! Which kernels take a call, and how they are launched.
 
-use super::super::Experts;
+use super::super::{ExpertProjection, Experts};
 use super::super::weights::{ExpertWeights, Values};
+use super::HOME_BYTES;
 use super::fragments::{BAND_ROWS, Format, UNIT_COLUMNS};
 use crate::cuda::{Binary, Launch, Properties};
 use candle_core::DType;
@@ -22,10 +23,13 @@ const MAX_WARPS: [usize; 2] = [32, 17];
 const RESIDENT_STATIC_SHARED: usize = 1024;
 /// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
 const FEW_SLOTS: usize = 6;
-/// Of `cuda/experts/tiled.cuh`: places of a tile, threads and shared memory of a block.
-const TILED_ROWS: usize = 128;
+/// Of `cuda/experts/tiled.cuh`: places of a tile, features of an item, threads and shared memory of a block.
+const TILED_ROWS: usize = 160;
+const TILED_FEATURES: usize = 192;
 const TILED_THREADS: u32 = 512;
-const TILED_SHARED: [usize; 2] = [230_400, 205_824];
+const TILED_SHARED: [usize; 2] = [224_256, 222_208];
+/// Of `cuda/experts/projection.cuh`: numbers by which all blocks meet.
+const MEETING: usize = 2;
 
 /// The kernels of a call, both projections'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +48,8 @@ impl Path {
         let weights = [experts.gate_up.weights(), experts.down.weights()];
         let fits = |path: &Self| weights.iter().all(|weights| path.takes(weights, num_slots, dtype, device));
         let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
+        // A kernel for the whole layer takes both projections in one format.
+        let fits = |path: &Self| fits(path) && (*path != Self::Tiled || format_of_both(experts, dtype).is_some());
         let (few, more) = (Self::Resident { blocks: 1 }, Self::Resident { blocks: 2 });
         let by_speed: &[Self] = if per_expert <= FEW_SLOTS { &[few] } else { &[Self::Tiled, more, few] };
         by_speed.iter().copied().find(fits).unwrap_or(Self::General)
@@ -95,50 +101,71 @@ impl Path {
         dtype: DType,
         device: Properties,
     ) -> Kernel {
-        match (self, fragments(weights, dtype)) {
-            (Self::Resident { blocks }, Some(format)) => {
-                if let Some(resident) = Resident::new(format, &[weights], blocks, device) {
-                    let name = format!("resident_{kind}_{}_{}_{blocks}", weights_name(format, dtype), dtype.as_str());
-                    return resident.kernel(name, max_tiles * weights.out_features() / BAND_ROWS, device);
-                }
-            }
-            (Self::Tiled, Some(format)) => {
-                let name = format!("tiled_{kind}_{}_{}", format.name(), dtype.as_str());
-                let launch = Launch::new(device.num_multiprocessors, TILED_THREADS, tiled_shared(format));
-                return Kernel { name, launch: Launch { starts_early: true, ..launch }, warps: 0, token_features: 0 };
-            }
-            _ => {}
+        if let (Self::Resident { blocks }, Some(format)) = (self, fragments(weights, dtype))
+            && let Some(resident) = Resident::new(format, &[weights], blocks, device)
+        {
+            let name = format!("resident_{kind}_{}_{}_{blocks}", weights_name(format, dtype), dtype.as_str());
+            return resident.kernel(name, max_tiles * weights.out_features() / BAND_ROWS, device);
         }
         let features = weights.out_features() / if kind == "gate_up" { 2 } else { 1 };
         let name = format!("{kind}_{}_{}", general_format(weights), dtype.as_str());
         Kernel { name, launch: general_launch(max_tiles, features), warps: 0, token_features: 0 }
     }
 
-    /// One kernel for both projections, where there is one: for few tokens a launch counts.
+    /// One kernel for both projections, where there is one, which gives rows in `rows`; the other kernels give f32.
     pub(super) fn layer_kernel(
         self,
         experts: &Experts,
         max_tiles: usize,
         dtype: DType,
+        rows: DType,
         device: Properties,
     ) -> Option<Kernel> {
-        if self != (Self::Resident { blocks: 1 }) || !device.has_clusters {
-            return None;
+        let format = format_of_both(experts, dtype)?;
+        match self {
+            Self::Resident { blocks: 1 } if device.has_clusters => {
+                let weights = [experts.gate_up.weights(), experts.down.weights()];
+                let weights_name = weights_name(format, dtype);
+                if weights_name == "mxfp4_wide" || (weights_name, dtype) == ("mxfp4", DType::F16) {
+                    return None;
+                }
+                let resident = Resident::new(format, &weights, 1, device)?;
+                let name = format!("resident_layer_{weights_name}_{}_1", dtype.as_str());
+                let mut kernel = resident.kernel(name, max_tiles * weights[1].out_features() / BAND_ROWS, device);
+                // Blocks wait for each other, so one to a multiprocessor.
+                kernel.launch.blocks = kernel.launch.blocks.min(device.num_multiprocessors);
+                kernel.launch.cooperative = true;
+                Some(kernel)
+            }
+            Self::Tiled => {
+                let name = format!("tiled_{}_{}_{}", format.name(), dtype.as_str(), rows.as_str());
+                let row_blocks = |projection: &ExpertProjection| projection.weights().out_features().div_ceil(TILED_FEATURES);
+                let max_items = max_tiles.saturating_mul(row_blocks(&experts.gate_up) + row_blocks(&experts.down));
+                let blocks = device.num_multiprocessors.min(max_items);
+                let launch = Launch::new(blocks, TILED_THREADS, tiled_shared(format));
+                let launch = Launch { starts_early: true, cooperative: true, ..launch };
+                Some(Kernel { name, launch, warps: 0, token_features: 0 })
+            }
+            _ => None,
         }
-        let weights = [experts.gate_up.weights(), experts.down.weights()];
-        let format = fragments(weights[0], dtype).filter(|format| fragments(weights[1], dtype) == Some(*format))?;
-        let weights_name = weights_name(format, dtype);
-        if weights_name == "mxfp4_wide" || (weights_name, dtype) == ("mxfp4", DType::F16) {
-            return None;
-        }
-        let resident = Resident::new(format, &weights, 1, device)?;
-        let name = format!("resident_layer_{weights_name}_{}_1", dtype.as_str());
-        let mut kernel = resident.kernel(name, max_tiles * weights[1].out_features() / BAND_ROWS, device);
-        // Blocks wait for each other, so one to a multiprocessor.
-        kernel.launch.blocks = kernel.launch.blocks.min(device.num_multiprocessors);
-        kernel.launch.cooperative = true;
-        Some(kernel)
     }
+
+    /// The dtype of rows on their way to sums in `sums`: whether the kernels round them, as who adds them up may.
+    pub(super) fn rows_dtype(self, dtype: DType, sums: DType, hidden_size: usize) -> DType {
+        let is_narrow = self == Self::Tiled && (dtype, sums) == (DType::BF16, DType::BF16);
+        if is_narrow && hidden_size.is_multiple_of(HOME_BYTES / size_of::<u16>()) { DType::BF16 } else { DType::F32 }
+    }
+
+    /// How many numbers the blocks of its layer kernel tell each other.
+    pub(super) fn num_signals(self, max_tiles: usize) -> usize {
+        if self == Self::Tiled { MEETING + 2 * max_tiles } else { MEETING }
+    }
+}
+
+/// The format of both projections, if it is the same.
+fn format_of_both(experts: &Experts, dtype: DType) -> Option<Format> {
+    let format = fragments(experts.gate_up.weights(), dtype)?;
+    fragments(experts.down.weights(), dtype).filter(|down| *down == format)
 }
 
 /// A kernel and how it is launched.
