@@ -15,7 +15,7 @@ use std::process::{Command, exit};
 use std::thread;
 
 /// The kernels: room and file.
-const KERNELS: [(&str, &str); 11] = [
+const KERNELS: [(&str, &str); 12] = [
     ("routing", "topk"),
     ("routing", "backward"),
     ("order", "order"),
@@ -24,6 +24,7 @@ const KERNELS: [(&str, &str); 11] = [
     ("experts", "general"),
     ("experts", "resident"),
     ("experts", "pack"),
+    ("experts", "gather"),
     ("experts", "home"),
     ("experts", "tiled"),
     ("block", "block"),

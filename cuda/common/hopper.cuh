@@ -39,10 +39,6 @@ __device__ __forceinline__ void write_16(SharedAddress to, uint4 value) {
     emulator::check_alignment(to, 16);
     *reinterpret_cast<uint4*>(to) = value;
 }
-__device__ __forceinline__ void write_4(SharedAddress to, uint32_t value) {
-    emulator::check_alignment(to, 4);
-    *reinterpret_cast<uint32_t*>(to) = value;
-}
 
 // State of a barrier: arrivals that the phase still needs, arrivals of each phase << 16, number of the phase << 32.
 __device__ __forceinline__ void start_barrier(SharedAddress barrier, uint32_t arrivals) {
@@ -53,7 +49,6 @@ __device__ __forceinline__ void arrive(SharedAddress barrier) {
     const uint64_t arrivals = state >> 16 & 0xffffu, left = (state & 0xffffu) - 1;
     state = left > 0 ? state - 1 : ((state >> 32) + 1) << 32 | arrivals << 16 | arrivals;
 }
-__device__ __forceinline__ void arrive_with_copies(SharedAddress barrier) { arrive(barrier); }
 __device__ __forceinline__ void wait_for_phase(SharedAddress barrier, uint32_t parity) {
     while ((*reinterpret_cast<volatile uint64_t*>(barrier) >> 32 & 1) == parity) emulator::yield();
 }
@@ -71,7 +66,7 @@ __device__ __forceinline__ void bring(
     if (bytes_too > 0) memcpy(to_too, from_too, bytes_too);
     arrive(barrier);
 }
-__device__ __forceinline__ void show_to_multiplies() {}
+__device__ __forceinline__ void show_to_engine() {}
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {}
 template <int kRegisters>
@@ -129,9 +124,6 @@ __device__ __forceinline__ void write_16(SharedAddress to, uint4 value) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                  : "memory");
 }
-__device__ __forceinline__ void write_4(SharedAddress to, uint32_t value) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
-}
 
 // ------------------------------------------------------------------------------------------------------------------
 // Barriers
@@ -144,11 +136,6 @@ __device__ __forceinline__ void start_barrier(SharedAddress barrier, uint32_t ar
 // What this thread did before is seen by those that have waited for the phase.
 __device__ __forceinline__ void arrive(SharedAddress barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives when all copies that this thread has begun (copy_16) have arrived, without waiting for them.
-__device__ __forceinline__ void arrive_with_copies(SharedAddress barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // Waits until a phase has ended whose number has this parity; the phase before the first counts as one of parity 1.
@@ -172,6 +159,9 @@ __device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_i
 __device__ __forceinline__ void arrive_expecting(SharedAddress barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+
+// What this thread has written, or has waited for, is seen by the copy engine; by whoever writes, and by who waited for that.
+__device__ __forceinline__ void show_to_engine() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // `bytes`, `to` and `from` are multiples of 16.
 __device__ __forceinline__ void copy_by_engine(SharedAddress to, const void* from, uint32_t bytes, SharedAddress barrier) {
@@ -204,9 +194,6 @@ __device__ __forceinline__ void leave_registers() {
 
 // ------------------------------------------------------------------------------------------------------------------
 // Products of a warpgroup
-
-// What other threads have written to shared memory, and this one has waited for, is seen by the products that follow.
-__device__ __forceinline__ void show_to_multiplies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The descriptor of rows: address / 16 in bits 0 to 13 (of a block that is in no cluster), 1024 / 16 for 8 rows in bits 32 to
 // 45, the swizzle in bits 62 and 63. Bits 16 to 29 do not count where a row is one swizzled line.

@@ -100,9 +100,6 @@ __device__ __forceinline__ void copy_16(SharedAddress to, const void* from) {
     emulator::check_alignment(from, 16);
     *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 }
-__device__ __forceinline__ void copy_16_if(bool condition, SharedAddress to, const void* from) {
-    if (condition) copy_16(to, from);
-}
 __device__ __forceinline__ void commit_copies() {}
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {}
@@ -159,12 +156,6 @@ __device__ __forceinline__ uint32_t load_shared_4(SharedAddress from) {
 // 16 bytes to shared memory, in time, past the L1 cache.
 __device__ __forceinline__ void copy_16(SharedAddress to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-// Without a branch.
-__device__ __forceinline__ void copy_16_if(bool condition, SharedAddress to, const void* from) {
-    asm volatile("{\n.reg .pred copies;\nsetp.ne.b32 copies, %2, 0;\n"
-                 "@copies cp.async.cg.shared.global [%0], [%1], 16;\n}" ::"r"(to), "l"(from), "r"(uint32_t(condition))
-                 : "memory");
 }
 // Closes a group of this thread's copies.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -8,13 +8,16 @@
 // of a tile follow each other, and the tiles of an expert, so that its weights come from device memory once and its tokens
 // stay in the L2 cache. Of the h of a tile `down` waits for all row blocks, which a number counts; they began long before.
 //
-// Work goes in chunks of 64 columns. A block is four warpgroups, connected by a ring of pieces of weights and a ring of stages
-// of tokens:
+// Work goes in chunks of 64 columns. Tokens lie as a block takes them: experts/gather.cu brings them into this order, and
+// gate_up leaves h in it.
 //
-//     1 warp          has the copy engine bring the weights of 12 bands, three chunks (1536 bytes a band) at a time: smaller pieces
-//                     would come slower, since each takes its time whatever its size
-//     3 warps         copy tokens (16 bytes a thread, gathered, swizzled; the last place again behind it), as many chunks at a
-//                     time as a stage has room for
+//     [num_slots, features] becomes, tile after tile, [chunks, places of the tile, 8 pieces of 16 bytes], swizzled
+//
+// A block is four warpgroups, connected by a ring of pieces of weights and a ring of stages of tokens:
+//
+//     3 threads       have the copy engine bring the weights of 12 bands, three chunks (1536 bytes a band) at a time: smaller
+//                     pieces would come slower, since each takes its time whatever its size
+//     1 thread        has it bring tokens, as many chunks at a time as a stage has room for
 //     3 warpgroups    each has 64 rows, each warp of it a band; they take weights to registers, make 16-bit floats of them, and
 //                     multiply them with the tokens of a chunk (wgmma) while the next ones are made
 //
@@ -38,12 +41,15 @@ namespace moe {
 
 constexpr uint32_t kTileTokens = 160;
 constexpr uint32_t kTiledWorkers = 3 * kWarpgroup;
-constexpr uint32_t kTokenThreads = 3 * 32;
-constexpr uint32_t kTiledThreads = kTiledWorkers + 32 + kTokenThreads;
+constexpr uint32_t kWeightWarps = 3;
+constexpr uint32_t kTiledThreads = kTiledWorkers + kWarpgroup;
 constexpr uint32_t kBlockBands = kTiledWorkers / 32;
 constexpr uint32_t kChunkColumns = 64;
 constexpr int kChunkSteps = kChunkColumns / 16;
 constexpr uint32_t kStageBytes = kTileTokens * kSwizzledRowBytes;
+
+// Where the tile whose first place this is begins, in bytes.
+__device__ __forceinline__ uint64_t tile_offset(uint32_t first, uint32_t features) { return uint64_t(first) * features * 2; }
 
 #ifdef MOE_HOPPER
 
@@ -144,8 +150,7 @@ struct Memory {
     static constexpr uint32_t kEmpty = kFull + F::kStages * kBarrierBytes;
     static constexpr uint32_t kPieceFull = kEmpty + F::kStages * kBarrierBytes;
     static constexpr uint32_t kPieceEmpty = kPieceFull + F::kSlots * kBarrierBytes;
-    static constexpr uint32_t kRows = kPieceEmpty + F::kSlots * kBarrierBytes;  // of the input, by place
-    static constexpr uint32_t kEnd = kRows + kTileTokens * sizeof(uint32_t);
+    static constexpr uint32_t kEnd = kPieceEmpty + F::kSlots * kBarrierBytes;
     static constexpr uint32_t kBytes = (kEnd + kSwizzleAlignment - 1) / kSwizzleAlignment * kSwizzleAlignment;
 
     SharedAddress start;
@@ -161,16 +166,15 @@ struct Memory {
     __device__ __forceinline__ SharedAddress piece_empty(uint32_t slot) const {
         return start + (kPieceEmpty + slot * kBarrierBytes);
     }
-    __device__ __forceinline__ SharedAddress row(uint32_t place) const { return start + (kRows + place * 4); }
 
     // By the first threads, with a barrier of the block behind it.
     __device__ __forceinline__ void start_barriers(uint32_t thread) const {
         if (thread < F::kStages) {
-            start_barrier(full(thread), kTokenThreads + 1);
+            start_barrier(full(thread), 1);
             start_barrier(empty(thread), kTiledWorkers / 32);
         }
         if (thread < F::kSlots) {
-            start_barrier(piece_full(thread), 1);
+            start_barrier(piece_full(thread), kWeightWarps);
             start_barrier(piece_empty(thread), kTiledWorkers / 32);
         }
         show_barriers();
@@ -202,21 +206,23 @@ struct RingPosition {
 };
 
 // ------------------------------------------------------------------------------------------------------------------
-// The warp that brings weights
+// The threads that have the copy engine bring weights and tokens
 
+// One of kWeightWarps threads, each with its part of the bands of a piece.
 template <typename F>
 struct WeightsProducer {
+    static constexpr uint32_t kBands = kBlockBands / kWeightWarps;
     // Bytes of a band in a piece.
     static constexpr uint32_t kValues = F::kPieceChunks * F::kValueBytes, kScales = F::kPieceChunks * F::kScaleBytes;
-    static_assert(2 * kBlockBands <= 32, "lanes bring values, and as many behind them scales");
 
     const LayerArguments& a;
     const Memory<F>& memory;
-    const uint32_t lane, num_tiles;
+    const uint32_t first, num_tiles;  // of its bands
     RingPosition<F::kSlots> ring;
 
-    __device__ __forceinline__ WeightsProducer(const LayerArguments& arguments, const Memory<F>& shared, uint32_t tiles)
-        : a(arguments), memory(shared), lane(threadIdx.x % 32), num_tiles(tiles) {}
+    __device__ __forceinline__ WeightsProducer(
+        const LayerArguments& arguments, const Memory<F>& shared, uint32_t number, uint32_t tiles)
+        : a(arguments), memory(shared), first(number * kBands), num_tiles(tiles) {}
 
     __device__ __forceinline__ uint32_t expert_of(const TiledItem& item) const {
         return item.tile == kNothing ? 0 : a.gate_up.tile_experts[item.tile];
@@ -239,150 +245,97 @@ struct WeightsProducer {
     __device__ __forceinline__ void bring_item(const TiledItem& item, uint32_t expert) {
         const ProjectionArguments& of = item.of(a);
         const TiledShape shape(of, item.is_down);
-        const bool has_scales = F::kScaleBytes > 0 && lane >= kBlockBands;
-        const bool brings = lane < (F::kScaleBytes > 0 ? 2 : 1) * kBlockBands;
-        const uint32_t bytes = has_scales ? F::kScaleBytes : F::kValueBytes, in_block = lane % kBlockBands;
-        // The last band stands for those behind it.
-        const uint64_t band = uint64_t(expert) * shape.num_bands + min(item.band + in_block, shape.num_bands - 1);
-        const unsigned char* from = static_cast<const unsigned char*>(has_scales ? of.scales : of.weights) + band * shape.chunks * bytes;
-        const uint32_t to = has_scales ? Memory<F>::kPieceValues + in_block * kScales : in_block * kValues;
+        uint64_t chunks[kBands];  // before the next ones
+#pragma unroll
+        for (uint32_t i = 0; i < kBands; ++i) {
+            // The last band stands for those behind it.
+            const uint32_t band = min(item.band + first + i, shape.num_bands - 1);
+            chunks[i] = (uint64_t(expert) * shape.num_bands + band) * shape.chunks;
+        }
         for (uint32_t left = shape.chunks; left > 0;) {
             const uint32_t count = min(left, F::kPieceChunks);
-            const SharedAddress full = memory.piece_full(ring.at);
+            const SharedAddress piece = memory.piece(ring.at), full = memory.piece_full(ring.at);
             wait_for_phase(memory.piece_empty(ring.at), ring.parity ^ 1);
-            if (brings) copy_by_engine(memory.piece(ring.at) + to, from, count * bytes, full);
-            __syncwarp();
-            if (lane == 0) arrive_expecting(full, kBlockBands * (F::kValueBytes + F::kScaleBytes) * count);
+#pragma unroll
+            for (uint32_t i = 0; i < kBands; ++i) {
+                const unsigned char* const values = static_cast<const unsigned char*>(of.weights) + chunks[i] * F::kValueBytes;
+                copy_by_engine(piece + (first + i) * kValues, values, count * F::kValueBytes, full);
+                if constexpr (F::kScaleBytes > 0) {
+                    const unsigned char* const scales = static_cast<const unsigned char*>(of.scales) + chunks[i] * F::kScaleBytes;
+                    copy_by_engine(piece + Memory<F>::kPieceValues + (first + i) * kScales, scales, count * F::kScaleBytes, full);
+                }
+                chunks[i] += count;
+            }
+            arrive_expecting(full, kBands * count * (F::kValueBytes + F::kScaleBytes));
             ring.advance();
-            from += count * bytes;
             left -= count;
         }
     }
 };
 
-// ------------------------------------------------------------------------------------------------------------------
-// The warps that copy tokens
-
-constexpr uint32_t kTokenBarrier = 1;
-
+// One thread.
 template <typename F>
 struct TokensProducer {
-    static constexpr uint32_t kRowsAtOnce = kTokenThreads / 8;  // a row of a stage is 8 pieces
-    static constexpr uint32_t kRows = (kTileTokens + kRowsAtOnce - 1) / kRowsAtOnce;
-    static constexpr uint32_t kPlaces = (kTileTokens + kTokenThreads - 1) / kTokenThreads;  // that a thread looks up
-    static_assert(kRowsAtOnce % 8 == 4 && kRows % 2 == 0, "every second row of a thread is swizzled as its first one");
-
     const LayerArguments& a;
     const Memory<F>& memory;
-    const uint32_t thread, num_tiles;
+    const uint32_t num_tiles;
     RingPosition<F::kStages> ring;
-
     TiledItem item, next;
-    const unsigned char* from[kRows];  // what this thread copies next, of each of its rows
-    uint32_t next_rows[kPlaces];       // that it has looked up
 
     __device__ __forceinline__ TokensProducer(const LayerArguments& arguments, const Memory<F>& shared, uint32_t tiles)
-        : a(arguments), memory(shared), thread(threadIdx.x - (kTiledThreads - kTokenThreads)), num_tiles(tiles) {}
+        : a(arguments), memory(shared), num_tiles(tiles) {}
 
-    // Looks up item `number`, in three steps of which each needs what the one before it has loaded.
+    // Looks up item `number`, in two steps of which the second needs what the first has loaded.
     __device__ __forceinline__ void look_up(uint32_t step, uint32_t number) {
+        if (step == 0) next = TiledItem::of_number(a, num_tiles, number);
+        if (next.tile == kNothing) return;
         if (step == 0) {
-            next = TiledItem::of_number(a, num_tiles, number);
-            if (next.tile == kNothing) return;
             next.expert = a.gate_up.tile_experts[next.tile];
             next.first = a.gate_up.tile_starts[next.tile];
         } else if (step == 1) {
-            if (next.tile == kNothing) return;
             next.count = min(kTileTokens, a.gate_up.expert_offsets[next.expert + 1] - next.first);
-        } else if (step == 2 && next.count > 0) {
-            // The last place stands for those behind it.
-#pragma unroll
-            for (uint32_t i = 0; i < kPlaces; ++i) {
-                const uint32_t place = next.first + min(thread + i * kTokenThreads, next.count - 1);
-                next_rows[i] = next.is_down ? place : a.gate_up.sorted_slots[place];
-            }
         }
-    }
-
-    // Goes on to what was looked up: from the rows that each thread has looked up to those that it copies.
-    __device__ __forceinline__ void take_next() {
-        item = next;
-        if (item.count == 0) return;
-        const uint32_t slots_of_row = item.is_down ? 1 : a.gate_up.top_k;
-#pragma unroll
-        for (uint32_t i = 0; i < kPlaces; ++i) {
-            const uint32_t place = thread + i * kTokenThreads;
-            if (place < kTileTokens) write_4(memory.row(place), next_rows[i] / slots_of_row);
-        }
-        wait_at_barrier(kTokenBarrier, kTokenThreads);
-        const ProjectionArguments& of = item.of(a);
-        const unsigned char* const first = static_cast<const unsigned char*>(of.input) + thread % 8 * 16;
-#pragma unroll
-        for (uint32_t i = 0; i < kRows; ++i) {
-            const uint32_t row = load_shared_4(memory.row(min(thread / 8 + i * kRowsAtOnce, kTileTokens - 1)));
-            from[i] = first + uint64_t(row) * (of.in_features * 2);
-        }
-        wait_at_barrier(kTokenBarrier, kTokenThreads);
     }
 
     // Waits for the h of the item's tile. The last item of the tile that does leaves the numbers as they were.
     __device__ __forceinline__ void wait_for_tile() const {
-        if (thread == 0) {
-            const uint32_t all = TiledShape(a.gate_up, false).row_blocks * kBlockBands;
-            while (load_acquire(item.done(a)) < all) {
+        const uint32_t all = TiledShape(a.gate_up, false).row_blocks * kBlockBands;
+        while (load_acquire(item.done(a)) < all) {
+        }
+        if (atomicAdd(item.seen(a), 1u) + 1 == TiledShape(a.down, true).row_blocks) *item.done(a) = *item.seen(a) = 0;
+        show_to_engine();
+    }
+
+    __device__ __forceinline__ void bring_item(uint32_t next_number) {
+        if (item.is_down) wait_for_tile();
+        const ProjectionArguments& of = item.of(a);
+        const uint32_t bytes = item.count * kSwizzledRowBytes;
+        const unsigned char* from = static_cast<const unsigned char*>(of.input) + tile_offset(item.first, of.in_features);
+        uint32_t step = 0;
+        for (uint32_t left = TiledShape(of, item.is_down).chunks, is_first = 1; left > 0; is_first = 0) {
+            const uint32_t count = min(left, item.chunks_of_stage());
+            const SharedAddress full = memory.full(ring.at);
+            wait_for_phase(memory.empty(ring.at), ring.parity ^ 1);
+            for (uint32_t i = 0; i < count; ++i) {
+                copy_by_engine(memory.tokens(ring.at) + i * item.chunk_bytes(), from, bytes, full);
+                from += bytes;
             }
-            if (atomicAdd(item.seen(a), 1u) + 1 == TiledShape(a.down, true).row_blocks) *item.done(a) = *item.seen(a) = 0;
-        }
-        wait_at_barrier(kTokenBarrier, kTokenThreads);
-    }
-
-    // The next chunk of the tokens, for whole groups of 16 places.
-    __device__ __forceinline__ void copy_chunk(SharedAddress to) {
-        const uint32_t row = thread / 8, end = item.sixteens() * 16;
-        const SharedAddress even = to + swizzled(row, thread % 8), odd = to + swizzled(row + kRowsAtOnce, thread % 8);
-#pragma unroll
-        for (uint32_t i = 0; i < kRows; i += 2) {
-            if (i * kRowsAtOnce >= end) break;
-            const uint32_t further = i * (kRowsAtOnce * kSwizzledRowBytes);
-            copy_16_if(row + i * kRowsAtOnce < end, even + further, from[i]);
-            copy_16_if(row + (i + 1) * kRowsAtOnce < end, odd + further, from[i + 1]);
-            from[i] += kSwizzledRowBytes;
-            from[i + 1] += kSwizzledRowBytes;
-        }
-    }
-
-    // Says that all copies of the stage have begun, and what it is the first stage of.
-    __device__ __forceinline__ void announce(bool is_first) {
-        const SharedAddress full = memory.full(ring.at);
-        arrive_with_copies(full);
-        if (thread == 0) {
             if (is_first) memory.write_item(ring.at, item);
-            arrive(full);
+            arrive_expecting(full, count * bytes);
+            ring.advance();
+            left -= count;
+            if (step < 2) look_up(step++, next_number);
         }
-        ring.advance();
+        while (step < 2) look_up(step++, next_number);
     }
 
     __device__ __forceinline__ void run() {
         uint32_t number = blockIdx.x;
-        for (uint32_t step = 0; step < 3; ++step) look_up(step, number);
-        take_next();
-        while (item.count > 0) {
-            number += gridDim.x;
-            if (item.is_down) wait_for_tile();
-            uint32_t step = 0;
-            for (uint32_t left = TiledShape(item.of(a), item.is_down).chunks, is_first = 1; left > 0; is_first = 0) {
-                const uint32_t chunks = min(left, item.chunks_of_stage());
-                wait_for_phase(memory.empty(ring.at), ring.parity ^ 1);
-                for (uint32_t i = 0; i < chunks; ++i) copy_chunk(memory.tokens(ring.at) + i * item.chunk_bytes());
-                announce(is_first);
-                if (step < 3) look_up(step++, number);
-                left -= chunks;
-            }
-            while (step < 3) look_up(step++, number);
-            take_next();
-        }
+        for (uint32_t step = 0; step < 2; ++step) look_up(step, number);
+        for (item = next; item.count > 0; item = next) bring_item(number += gridDim.x);
         wait_for_phase(memory.empty(ring.at), ring.parity ^ 1);
-        announce(true);
+        memory.write_item(ring.at, item);
+        arrive(memory.full(ring.at));
     }
 };
 
@@ -471,10 +424,7 @@ struct Worker {
     __device__ __forceinline__ void multiply_chunk(
         float (&sums)[kMostSums], uint32_t (&weights)[kChunkSteps][4], const TiledItem& item, bool is_last) {
         take_weights(weights, is_last);
-        if (done == 0) {
-            wait_for_phase(memory.full(ring.at), ring.parity);
-            show_to_multiplies();
-        }
+        if (done == 0) wait_for_phase(memory.full(ring.at), ring.parity);
         multiply_columns(sums, weights, memory.tokens(ring.at) + done * item.chunk_bytes(), item.sixteens());
         wait_for_multiplies<1>();
         free_stage();
@@ -505,6 +455,7 @@ struct Worker {
         const uint32_t band = item.band + warp;
         if (!item.is_down) {
             if (band < shape.num_bands) keep_activated(item, band, sums);
+            show_to_engine();
             __syncwarp();
             if (lane == 0) add_release(item.done(a));
         } else if (band < shape.num_bands) {
@@ -526,16 +477,18 @@ struct Worker {
         const TiledItem& item, uint32_t band, const float (&sums)[kMostSums]) const {
         const ProjectionArguments& of = a.gate_up;
         const float2 bias = bias_of(of, kGateUp, item.expert, band);
-        // A thread has one feature of two places, and keeps two features of one.
-        T* to = static_cast<T*>(of.output) + uint64_t(item.first + lane / 4) * of.out_features + band * 8 + lane % 4 * 2;
+        // A thread has one feature of two places, and keeps two features of one: the band's 8 are a piece of 16 bytes.
+        const uint32_t row = lane / 4;
+        unsigned char* to = static_cast<unsigned char*>(of.output) + tile_offset(item.first, of.out_features) +
+                            uint64_t(band / 8) * (item.count * kSwizzledRowBytes) + swizzled(row, band % 8) + lane % 4 * 4;
 #pragma unroll
         for (uint32_t j = 0; j < kTileTokens / 8; ++j) {
             if (8 * j >= item.count) break;
             const float first = activate_nearly(of, sums[4 * j] + bias.x, sums[4 * j + 2] + bias.y);
             const float second = activate_nearly(of, sums[4 * j + 1] + bias.x, sums[4 * j + 3] + bias.y);
-            const uint32_t pair = transpose_matrix(pair_of(first, second, to));
-            if (8 * j + lane / 4 < item.count) *reinterpret_cast<uint32_t*>(to) = pair;
-            to += uint64_t(8) * of.out_features;
+            const uint32_t pair = transpose_matrix(pair_of(first, second, static_cast<const T*>(nullptr)));
+            if (8 * j + row < item.count) *reinterpret_cast<uint32_t*>(to) = pair;
+            to += 8 * kSwizzledRowBytes;
         }
     }
 
@@ -580,8 +533,10 @@ __device__ __forceinline__ void run_tiles(const LayerArguments& a) {
         return;
     }
     leave_registers<80>();
-    if (threadIdx.x < kTiledWorkers + 32) {
-        WeightsProducer<F>(a, memory, num_tiles).run();
+    if (threadIdx.x % 32 != 0) return;
+    const uint32_t warp = (threadIdx.x - kTiledWorkers) / 32;
+    if (warp < kWeightWarps) {
+        WeightsProducer<F>(a, memory, warp, num_tiles).run();
     } else {
         TokensProducer<F>(a, memory, num_tiles).run();
     }

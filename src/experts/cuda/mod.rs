@@ -119,6 +119,14 @@ impl<'a> Weights<'a> {
     }
 }
 
+/// What the kernels of a call keep between them: hidden states in the order of their tiles, if they do, and `[num_slots,
+/// intermediate_size]` activated values in the dtype of the hidden states.
+#[derive(Clone, Copy, Default)]
+struct Between {
+    gathered: u64,
+    activated: u64,
+}
+
 /// The order and the tiles of a call, with the kernels that work through them.
 struct Call<'a> {
     experts: &'a Experts,
@@ -183,17 +191,22 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// Puts `rows`, `[num_slots, hidden_size]` in `rows_dtype`, on the stream, and on the way there `activated`, `[num_slots,
-    /// intermediate_size]` in the dtype of the hidden states.
-    fn project(&self, activated: u64, rows: u64, rows_dtype: DType) -> Result<()> {
+    /// Puts `rows`, `[num_slots, hidden_size]` in `rows_dtype`, on the stream, and on the way there what `between` has room for.
+    fn project(&self, between: Between, rows: u64, rows_dtype: DType) -> Result<()> {
         if self.is_empty() {
             return Ok(());
         }
         let experts = self.experts;
         let weights = (Weights::new(&experts.gate_up, self.device)?, Weights::new(&experts.down, self.device)?);
-        let gate_up = self.gate_up(&weights.0, activated)?;
-        let down = self.down(&weights.1, activated, rows)?;
+        let mut gate_up = self.gate_up(&weights.0, between.activated)?;
+        let down = self.down(&weights.1, between.activated, rows)?;
         let device = properties(self.device)?;
+        if let Some(kernel) = self.path.gather_kernel(self.max_tiles) {
+            let gather = Arguments { output: between.gathered, ..gate_up };
+            // SAFETY: `Arguments` is the kernel's parameter; `gathered` has a row for each place, and the rest is as below.
+            unsafe { launch(self.device, Binary::ExpertsGather, &kernel.name, kernel.launch, gather)? };
+            gate_up.input = between.gathered;
+        }
         if let Some(kernel) = self.path.layer_kernel(experts, self.max_tiles, self.dtype, rows_dtype, device) {
             let (gate_up, down) = (kernel.with(gate_up), kernel.with(down));
             let signals = signals(self.device, OP, self.path.num_signals(self.max_tiles))?;
@@ -235,15 +248,28 @@ impl<'a> Call<'a> {
         Ok(Arguments { input: activated, output: rows, ..arguments })
     }
 
-    /// Bytes of `activated`.
-    fn activated_bytes(&self) -> Result<usize> {
-        let row = self.experts.intermediate_size() * self.dtype.size_in_bytes();
-        checked_product(OP, ("num_slots", self.num_slots), ("bytes of a row", row))
+    /// Bytes of a row for each slot, of `features` in `dtype`.
+    fn bytes_of_rows(&self, features: usize, dtype: DType) -> Result<usize> {
+        checked_product(OP, ("num_slots", self.num_slots), ("bytes of a row", features * dtype.size_in_bytes()))
     }
 
-    fn rows_bytes(&self, rows_dtype: DType) -> Result<usize> {
-        let row = self.experts.hidden_size() * rows_dtype.size_in_bytes();
-        checked_product(OP, ("num_slots", self.num_slots), ("bytes of a row", row))
+    /// Memory for [`Call::project`], and for rows in `rows_dtype` if it is one.
+    fn workspace(&self, rows_dtype: Option<DType>) -> Result<(Between, u64)> {
+        if self.is_empty() {
+            return Ok((Between::default(), 0));
+        }
+        let (hidden_size, intermediate_size) = (self.experts.hidden_size(), self.experts.intermediate_size());
+        let activated = self.bytes_of_rows(intermediate_size, self.dtype)?;
+        let gathers = self.path.gather_kernel(self.max_tiles).is_some();
+        let gathered = if gathers { self.bytes_of_rows(hidden_size, self.dtype)? } else { 0 };
+        // A tile's rows come when nothing of its hidden states is needed any more.
+        let in_place = gathers && rows_dtype == Some(self.dtype);
+        let rows = match rows_dtype {
+            Some(dtype) if !in_place => self.bytes_of_rows(hidden_size, dtype)?,
+            _ => 0,
+        };
+        let [activated, gathered, rows] = workspace(self.device, OP, [activated, gathered, rows])?;
+        Ok((Between { activated, gathered }, if in_place { gathered } else { rows }))
     }
 }
 
@@ -259,8 +285,8 @@ pub(super) fn forward(experts: &Experts, hidden: &Tensor, order: &ExpertOrder, d
         if call.is_empty() {
             return Ok(());
         }
-        let [activated] = workspace(device, OP, [call.activated_bytes()?])?;
-        call.project(activated, rows, DType::F32)
+        let (between, _) = call.workspace(None)?;
+        call.project(between, rows, DType::F32)
     })
 }
 
@@ -276,12 +302,9 @@ pub(super) fn forward_weighted(
     let call = Call::new(experts, hidden, order, tiles, device)?;
     let home = Home::new(topk_weights, order, experts.hidden_size(), device)?;
     let rows_dtype = call.path.rows_dtype(call.dtype, dtype, experts.hidden_size());
-    let [activated, rows] = match call.is_empty() {
-        true => [0, 0],
-        false => workspace(device, OP, [call.activated_bytes()?, call.rows_bytes(rows_dtype)?])?,
-    };
+    let (between, rows) = call.workspace(Some(rows_dtype))?;
     home.sums(rows_dtype, dtype, || {
-        call.project(activated, rows, rows_dtype)?;
+        call.project(between, rows, rows_dtype)?;
         Ok(rows)
     })
 }

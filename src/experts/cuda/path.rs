@@ -26,8 +26,11 @@ const FEW_SLOTS: usize = 6;
 /// Of `cuda/experts/tiled.cuh`: places of a tile, features of an item, threads and shared memory of a block.
 const TILED_ROWS: usize = 160;
 const TILED_FEATURES: usize = 192;
+/// Of `cuda/experts/gather.cu`: threads and places of a block.
+const GATHER_THREADS: u32 = 256;
+const GATHER_ROWS: usize = 8;
 const TILED_THREADS: u32 = 512;
-const TILED_SHARED: [usize; 2] = [224_256, 222_208];
+const TILED_SHARED: [usize; 2] = [223_232, 222_208];
 /// Of `cuda/experts/projection.cuh`: numbers by which all blocks meet.
 const MEETING: usize = 2;
 
@@ -148,6 +151,17 @@ impl Path {
             }
             _ => None,
         }
+    }
+
+    /// The kernel that brings hidden states into the order in which the layer kernel takes them, where it does not take them as
+    /// they are.
+    pub(super) fn gather_kernel(self, max_tiles: usize) -> Option<Kernel> {
+        if self != Self::Tiled {
+            return None;
+        }
+        let blocks = max_tiles.saturating_mul(TILED_ROWS / GATHER_ROWS);
+        let launch = Launch { starts_early: true, ..Launch::new(blocks, GATHER_THREADS, 0) };
+        Some(Kernel { name: "gather_16".into(), launch, warps: 0, token_features: 0 })
     }
 
     /// The dtype of rows on their way to sums in `sums`: whether the kernels round them, as who adds them up may.
