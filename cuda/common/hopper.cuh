@@ -12,7 +12,6 @@
 namespace moe {
 
 constexpr uint32_t kWarpgroup = 128;
-constexpr int kMostSums = 80;  // of a thread: 160 columns of products
 
 // A barrier in shared memory; its phases, numbered from 0, end one after another, each with the last of its arrivals.
 constexpr uint32_t kBarrierBytes = 8;
@@ -90,8 +89,8 @@ __device__ __forceinline__ Operands& operands_of_warp(const uint32_t (&a)[4]) {
 }
 
 // c += a b in time.
-template <typename T, int kColumns>
-__device__ __forceinline__ void multiply(float (&c)[kMostSums], const uint32_t (&a)[4], SharedAddress b, uint32_t step) {
+template <typename T, int kColumns, int kSums>
+__device__ __forceinline__ void multiply(float (&c)[kSums], const uint32_t (&a)[4], SharedAddress b, uint32_t step) {
     const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const Operands& warp = operands_of_warp(a);
     for (int i = 0; i < kColumns / 2; ++i) {
@@ -217,11 +216,17 @@ __device__ __forceinline__ void settle(float (&c)[kNumber]) {
     for (int i = 0; i < kNumber; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
 
+template <typename T, int kColumns>
+struct Multiply;
+
 // c += a b, when the group is done: a is the warpgroup's 64 x 16 weights in registers, warp w of it having rows 16 w ..
 // 16 w + 16 as one A operand of m16n8k16; b is columns 16 step .. 16 step + 16 of kColumns rows in shared memory; the first
 // kColumns / 2 of c are as many C operands of m16n8k16, of 8 columns each.
-template <typename T, int kColumns>
-__device__ __forceinline__ void multiply(float (&c)[kMostSums], const uint32_t (&a)[4], SharedAddress b, uint32_t step);
+template <typename T, int kColumns, int kSums>
+__device__ __forceinline__ void multiply(float (&c)[kSums], const uint32_t (&a)[4], SharedAddress b, uint32_t step) {
+    static_assert(kColumns <= 2 * kSums, "a sum for each product");
+    Multiply<T, kColumns>::add(c, a, b, step);
+}
 
 #define MOE_SUMS_0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define MOE_SUMS_1 MOE_SUMS_0 ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -250,15 +255,16 @@ __device__ __forceinline__ void multiply(float (&c)[kMostSums], const uint32_t (
 // The operands behind the sums: weights, descriptor, and 1 for "add to the sums".
 #define MOE_MULTIPLY(T, NAME, COLUMNS, LAST, A0, A1, A2, A3, B, ADD)                                                     \
     template <>                                                                                                          \
-    __device__ __forceinline__ void multiply<T, COLUMNS>(float (&c)[kMostSums], const uint32_t (&a)[4],                  \
-                                                         SharedAddress b, uint32_t step) {                               \
+    struct Multiply<T, COLUMNS> {                                                                                        \
+        static __device__ __forceinline__ void add(float* c, const uint32_t (&a)[4], SharedAddress b, uint32_t step) {   \
         asm volatile(                                                                                                    \
             "{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\n"                                                       \
             "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" MOE_SUMS_##LAST "}, "             \
             "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, 0;\n}"                                        \
             : MOE_REGISTERS_##LAST                                                                                       \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor_of(b + step * 32)), "r"(1));                    \
-    }
+        }                                                                                                                \
+    };
 #define MOE_MULTIPLIES(T, NAME)                             \
     MOE_MULTIPLY(T, NAME, 16, 0, 8, 9, 10, 11, 12, 13)      \
     MOE_MULTIPLY(T, NAME, 32, 1, 16, 17, 18, 19, 20, 21)    \

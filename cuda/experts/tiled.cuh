@@ -46,6 +46,7 @@ constexpr uint32_t kTiledThreads = kTiledWorkers + kWarpgroup;
 constexpr uint32_t kBlockBands = kTiledWorkers / 32;
 constexpr uint32_t kChunkColumns = 64;
 constexpr int kChunkSteps = kChunkColumns / 16;
+constexpr int kMostSums = kTileTokens / 2;  // of a thread
 constexpr uint32_t kStageBytes = kTileTokens * kSwizzledRowBytes;
 
 // Where the tile whose first place this is begins, in bytes.
@@ -62,15 +63,22 @@ struct TiledMxFp4 {
     static constexpr uint32_t kStages = 8, kSlots = 3, kPieceChunks = 3;
     static constexpr uint32_t kValueBytes = 512, kScaleBytes = 32;
 
+    struct Raw {
+        uint4 words;
+        uint32_t scale;
+    };
     // `values` is where this lane's are, and `scales` too.
-    static __device__ __forceinline__ void load(uint32_t (&a)[kChunkSteps][4], SharedAddress values, SharedAddress scales) {
-        const uint4 words = load_shared_16(values);
-        const uint32_t scale = load_shared_4(scales);
-        const uint32_t word[kChunkSteps] = {words.x, words.y, words.z, words.w};
+    static __device__ __forceinline__ void load(Raw& raw, SharedAddress values, SharedAddress scales) {
+        raw.words = load_shared_16(values);
+        raw.scale = load_shared_4(scales);
+    }
+    static __device__ __forceinline__ void decode(uint32_t (&a)[kChunkSteps][4], const Raw& raw) {
         uint32_t factors[2];
-        factors_of_scales(scale, factors);
-#pragma unroll
-        for (int s = 0; s < kChunkSteps; ++s) MxFp4::raw_operands(word[s], a[s]);
+        factors_of_scales(raw.scale, factors);
+        MxFp4::raw_operands(raw.words.x, a[0]);
+        MxFp4::raw_operands(raw.words.y, a[1]);
+        MxFp4::raw_operands(raw.words.z, a[2]);
+        MxFp4::raw_operands(raw.words.w, a[3]);
         scale_operands<0>(a[0], factors);
         scale_operands<1>(a[1], factors);
         scale_operands<2>(a[2], factors);
@@ -84,14 +92,16 @@ struct TiledDense {
     static constexpr uint32_t kStages = 6, kSlots = 4, kPieceChunks = 1;
     static constexpr uint32_t kValueBytes = 2048, kScaleBytes = 0;
 
-    static __device__ __forceinline__ void load(uint32_t (&a)[kChunkSteps][4], SharedAddress values, SharedAddress) {
+    // Nothing is to be made of them, so they are loaded where they are needed.
+    struct Raw {
+        SharedAddress values;
+    };
+    static __device__ __forceinline__ void load(Raw& raw, SharedAddress values, SharedAddress) { raw.values = values; }
+    static __device__ __forceinline__ void decode(uint32_t (&a)[kChunkSteps][4], const Raw& raw) {
 #pragma unroll
         for (int s = 0; s < kChunkSteps; ++s) {
-            const uint4 words = load_shared_16(values + s * 512);
-            a[s][0] = words.x;
-            a[s][1] = words.y;
-            a[s][2] = words.z;
-            a[s][3] = words.w;
+            const uint4 words = load_shared_16(raw.values + s * 512);
+            a[s][0] = words.x, a[s][1] = words.y, a[s][2] = words.z, a[s][3] = words.w;
         }
     }
 };
@@ -123,10 +133,10 @@ struct TiledItem {
         const uint32_t row_blocks = TiledShape(is_down ? a.down : a.gate_up, is_down).row_blocks, tile = number / row_blocks;
         return {0, 0, 0, (number - tile * row_blocks) * kBlockBands, tile < num_tiles ? tile : kNothing, is_down};
     }
-    // Groups of 16 places, and how many chunks of them a stage has room for.
-    __device__ __forceinline__ uint32_t sixteens() const { return (count + 15) / 16; }
-    __device__ __forceinline__ uint32_t chunks_of_stage() const { return kTileTokens / 16 / sixteens(); }
-    __device__ __forceinline__ uint32_t chunk_bytes() const { return sixteens() * (16 * kSwizzledRowBytes); }
+    // The columns of its products, and how many chunks of as many rows a stage has room for.
+    __device__ __forceinline__ uint32_t columns() const { return (count + 15) / 16 * 16; }
+    __device__ __forceinline__ uint32_t chunks_of_stage() const { return kTileTokens / columns(); }
+    __device__ __forceinline__ uint32_t chunk_bytes() const { return columns() * kSwizzledRowBytes; }
 
     __device__ __forceinline__ const ProjectionArguments& of(const LayerArguments& a) const {
         return is_down ? a.down : a.gate_up;
@@ -374,7 +384,6 @@ struct Worker {
     RingPosition<F::kStages> ring;
     RingPosition<F::kSlots> pieces;
     uint32_t taken = 0;    // chunks of the piece
-    uint32_t done = 0;     // chunks of the stage
     uint32_t before;       // a stage that is free when the products before the last ones are done
 
     __device__ __forceinline__ Worker(const LayerArguments& arguments, const Memory<F>& shared)
@@ -382,56 +391,20 @@ struct Worker {
           values(shared.piece(0) + warp * (F::kPieceChunks * F::kValueBytes) + lane * 16),
           scales(shared.piece(0) + Memory<F>::kPieceValues + warp * (F::kPieceChunks * F::kScaleBytes) + lane / 4 * 4) {}
 
-    // A branch that all threads take together is cheaper than loops for each number of columns, which would not share registers.
-    __device__ __forceinline__ void multiply_columns(float (&sums)[kMostSums], const uint32_t (&weights)[kChunkSteps][4],
-                                                     SharedAddress tokens, uint32_t sixteens) {
-        switch (sixteens) {
-            case 1: return multiply_steps<16>(sums, weights, tokens);
-            case 2: return multiply_steps<32>(sums, weights, tokens);
-            case 3: return multiply_steps<48>(sums, weights, tokens);
-            case 4: return multiply_steps<64>(sums, weights, tokens);
-            case 5: return multiply_steps<80>(sums, weights, tokens);
-            case 6: return multiply_steps<96>(sums, weights, tokens);
-            case 7: return multiply_steps<112>(sums, weights, tokens);
-            case 8: return multiply_steps<128>(sums, weights, tokens);
-            case 9: return multiply_steps<144>(sums, weights, tokens);
-            default: return multiply_steps<160>(sums, weights, tokens);
-        }
-    }
-
-    template <int kColumns>
-    static __device__ __forceinline__ void multiply_steps(float (&sums)[kMostSums], const uint32_t (&weights)[kChunkSteps][4],
-                                                          SharedAddress tokens) {
-        begin_multiplies();
-#pragma unroll
-        for (int s = 0; s < kChunkSteps; ++s) multiply<T, kColumns>(sums, weights[s], tokens, s);
-        end_multiplies();
-    }
-
-    // Takes the weights of the next chunk, which is the last one of its item or not.
-    __device__ __forceinline__ void take_weights(uint32_t (&weights)[kChunkSteps][4], bool is_last) {
+    // Loads the weights of the next chunk, which is the last one of its item or not.
+    __device__ __forceinline__ void load_weights(typename F::Raw& raw, bool is_last) {
         if (taken == 0) wait_for_phase(memory.piece_full(pieces.at), pieces.parity);
         const uint32_t piece = pieces.at * Memory<F>::kPieceBytes;
-        F::load(weights, values + piece + taken * F::kValueBytes, scales + piece + taken * F::kScaleBytes);
-        if (++taken < F::kPieceChunks && !is_last) return;
+        F::load(raw, values + piece + taken * F::kValueBytes, scales + piece + taken * F::kScaleBytes);
+        if (++taken == F::kPieceChunks || is_last) taken = 0;
+    }
+
+    // When no lane needs what was loaded of the piece any more.
+    __device__ __forceinline__ void free_piece() {
+        if (taken != 0) return;
         __syncwarp();
         if (lane == 0) arrive(memory.piece_empty(pieces.at));
         pieces.advance();
-        taken = 0;
-    }
-
-    // Starts the products of the next chunk.
-    __device__ __forceinline__ void multiply_chunk(
-        float (&sums)[kMostSums], uint32_t (&weights)[kChunkSteps][4], const TiledItem& item, bool is_last) {
-        take_weights(weights, is_last);
-        if (done == 0) wait_for_phase(memory.full(ring.at), ring.parity);
-        multiply_columns(sums, weights, memory.tokens(ring.at) + done * item.chunk_bytes(), item.sixteens());
-        wait_for_multiplies<1>();
-        free_stage();
-        if (++done < item.chunks_of_stage() && !is_last) return;
-        before = ring.at;
-        ring.advance();
-        done = 0;
     }
 
     __device__ __forceinline__ void free_stage() {
@@ -439,16 +412,70 @@ struct Worker {
         before = F::kStages;
     }
 
-    __device__ __forceinline__ void multiply_item(const TiledItem& item) {
-        float sums[kMostSums] = {};
-        uint32_t weights[2][kChunkSteps][4];
-        before = F::kStages;
-        const TiledShape shape(item.of(a), item.is_down);
-        for (uint32_t left = shape.chunks; left > 0; left -= 2) {
-            multiply_chunk(sums, weights[0], item, left == 1);
-            if (left == 1) break;
-            multiply_chunk(sums, weights[1], item, left == 2);
+    template <int kColumns>
+    static __device__ __forceinline__ void multiply_steps(
+        float (&sums)[kMostSums], const uint32_t (&weights)[kChunkSteps][4], SharedAddress tokens) {
+        begin_multiplies();
+#pragma unroll
+        for (int s = 0; s < kChunkSteps; ++s) multiply<T, kColumns>(sums, weights[s], tokens, s);
+        end_multiplies();
+    }
+
+    // Branches that all threads take together: loops for each number of columns would not share registers.
+    static __device__ __forceinline__ void multiply_columns(float (&sums)[kMostSums],
+                                                            const uint32_t (&weights)[kChunkSteps][4], SharedAddress tokens,
+                                                            uint32_t columns) {
+        if (columns > 112) {
+            if (columns > 144) return multiply_steps<160>(sums, weights, tokens);
+            if (columns > 128) return multiply_steps<144>(sums, weights, tokens);
+            return multiply_steps<128>(sums, weights, tokens);
         }
+        if (columns > 80) {
+            if (columns > 96) return multiply_steps<112>(sums, weights, tokens);
+            return multiply_steps<96>(sums, weights, tokens);
+        }
+        if (columns > 32) {
+            if (columns > 64) return multiply_steps<80>(sums, weights, tokens);
+            if (columns > 48) return multiply_steps<64>(sums, weights, tokens);
+            return multiply_steps<48>(sums, weights, tokens);
+        }
+        if (columns > 16) return multiply_steps<32>(sums, weights, tokens);
+        return multiply_steps<16>(sums, weights, tokens);
+    }
+
+    // The products of all chunks of an item. The weights of a chunk are loaded while those before it are multiplied.
+    __device__ __forceinline__ void multiply_chunks(float (&sums)[kMostSums], const TiledItem& item, uint32_t left) {
+        const uint32_t columns = item.columns(), chunk_bytes = item.chunk_bytes(), chunks_of_stage = item.chunks_of_stage();
+        typename F::Raw raw;
+        uint32_t weights[2][kChunkSteps][4];
+        uint32_t done = 0;  // chunks of the stage
+        before = F::kStages;
+        load_weights(raw, left == 1);
+        const auto multiply_chunk = [&](uint32_t(&a)[kChunkSteps][4]) {
+            F::decode(a, raw);
+            free_piece();
+            if (left > 1) load_weights(raw, left == 2);
+            if (done == 0) wait_for_phase(memory.full(ring.at), ring.parity);
+            multiply_columns(sums, a, memory.tokens(ring.at) + done * chunk_bytes, columns);
+            wait_for_multiplies<1>();
+            free_stage();
+            if (++done < chunks_of_stage && left > 1) return;
+            before = ring.at;
+            ring.advance();
+            done = 0;
+        };
+        for (;;) {
+            multiply_chunk(weights[0]);
+            if (--left == 0) break;
+            multiply_chunk(weights[1]);
+            if (--left == 0) break;
+        }
+    }
+
+    __device__ __forceinline__ void work_on(const TiledItem& item) {
+        float sums[kMostSums] = {};
+        const TiledShape shape(item.of(a), item.is_down);
+        multiply_chunks(sums, item, shape.chunks);
         wait_for_multiplies<0>();
         settle(sums);
         free_stage();
@@ -473,8 +500,7 @@ struct Worker {
     }
 
     // sums[4 j + i]: row g of the band, or g + 8 from i = 2 on; place 8 j + 2 t + i % 2 of the tile.
-    __device__ __forceinline__ void keep_activated(
-        const TiledItem& item, uint32_t band, const float (&sums)[kMostSums]) const {
+    __device__ __forceinline__ void keep_activated(const TiledItem& item, uint32_t band, const float (&sums)[kMostSums]) const {
         const ProjectionArguments& of = a.gate_up;
         const float2 bias = bias_of(of, kGateUp, item.expert, band);
         // A thread has one feature of two places, and keeps two features of one: the band's 8 are a piece of 16 bytes.
@@ -482,7 +508,7 @@ struct Worker {
         unsigned char* to = static_cast<unsigned char*>(of.output) + tile_offset(item.first, of.out_features) +
                             uint64_t(band / 8) * (item.count * kSwizzledRowBytes) + swizzled(row, band % 8) + lane % 4 * 4;
 #pragma unroll
-        for (uint32_t j = 0; j < kTileTokens / 8; ++j) {
+        for (uint32_t j = 0; j < kMostSums / 4; ++j) {
             if (8 * j >= item.count) break;
             const float first = activate_nearly(of, sums[4 * j] + bias.x, sums[4 * j + 2] + bias.y);
             const float second = activate_nearly(of, sums[4 * j + 1] + bias.x, sums[4 * j + 3] + bias.y);
@@ -498,7 +524,7 @@ struct Worker {
         Row* to = static_cast<Row*>(of.output) + uint64_t(item.first + lane % 4 * 2) * of.out_features +
                   (band * kBandRows + lane / 4 * 2);
 #pragma unroll
-        for (uint32_t j = 0; j < kTileTokens / 8; ++j) {
+        for (uint32_t j = 0; j < kMostSums / 4; ++j) {
             if (8 * j >= item.count) break;
 #pragma unroll
             for (uint32_t i = 0; i < 2; ++i) {
@@ -514,7 +540,7 @@ struct Worker {
             wait_for_phase(memory.full(ring.at), ring.parity);
             const TiledItem item = memory.read_item(ring.at);
             if (item.count == 0) return;
-            multiply_item(item);
+            work_on(item);
         }
     }
 };
@@ -526,13 +552,13 @@ __device__ __forceinline__ void run_tiles(const LayerArguments& a) {
     allow_next_kernel();
     wait_for_previous_kernel();
     const uint32_t num_tiles = count_tiles(a.gate_up);  // and a barrier of the block
-    // 3 x 144 + 80 registers, which are the 512 for a thread of each warpgroup.
+    // 3 x 152 + 56 registers, which are the 512 for a thread of each warpgroup.
     if (threadIdx.x < kTiledWorkers) {
-        take_registers<144>();
+        take_registers<152>();
         Worker<F, Row>(a, memory).run();
         return;
     }
-    leave_registers<80>();
+    leave_registers<56>();
     if (threadIdx.x % 32 != 0) return;
     const uint32_t warp = (threadIdx.x - kTiledWorkers) / 32;
     if (warp < kWeightWarps) {
