@@ -3,13 +3,17 @@
 
 #include "experts/tiled.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) gather_16(const __grid_constant__ moe::ProjectionArguments a) {
-    using namespace moe;
+namespace moe {
+
+constexpr uint32_t kGatherThreads = 256;
+
+template <uint32_t kPlaces>
+__device__ __forceinline__ void gather(const ProjectionArguments& a) {
     allow_next_kernel();
     wait_for_previous_kernel();
-    constexpr uint32_t kPlaces = 256 / 32, kGroups = kTileTokens / kPlaces;
-    const Tile tile = tile_of(a, blockIdx.x / kGroups, kTileTokens);
-    const uint32_t place = blockIdx.x % kGroups * kPlaces + threadIdx.x / 32;
+    constexpr uint32_t kAtOnce = kGatherThreads / 32, kBlocks = kPlaces / kAtOnce;
+    const Tile tile = tile_of(a, blockIdx.x / kBlocks, kPlaces);
+    const uint32_t place = blockIdx.x % kBlocks * kAtOnce + threadIdx.x / 32;
     if (place >= tile.count) return;
     const uint32_t token = a.sorted_slots[tile.first + place] / a.top_k, pieces = a.in_features / 8;
     const uint4* const from = static_cast<const uint4*>(a.input) + uint64_t(token) * pieces;
@@ -20,3 +24,13 @@ extern "C" __global__ void __launch_bounds__(256) gather_16(const __grid_constan
         *reinterpret_cast<uint4*>(to + chunk + swizzled(place, i % 8)) = from[i];
     }
 }
+
+}  // namespace moe
+
+#define GATHER(PLACES)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(moe::kGatherThreads)                                      \
+        gather_##PLACES(const __grid_constant__ moe::ProjectionArguments a) {                              \
+        moe::gather<PLACES>(a);                                                                            \
+    }
+GATHER(64)
+GATHER(160)

@@ -39,15 +39,23 @@
 
 namespace moe {
 
-constexpr uint32_t kTileTokens = 160;
-constexpr uint32_t kTiledWorkers = 3 * kWarpgroup;
-constexpr uint32_t kWeightWarps = 3;
-constexpr uint32_t kTiledThreads = kTiledWorkers + kWarpgroup;
-constexpr uint32_t kBlockBands = kTiledWorkers / 32;
 constexpr uint32_t kChunkColumns = 64;
 constexpr int kChunkSteps = kChunkColumns / 16;
-constexpr int kMostSums = kTileTokens / 2;  // of a thread
-constexpr uint32_t kStageBytes = kTileTokens * kSwizzledRowBytes;
+constexpr uint32_t kWeightWarps = 3;
+
+// How large items are: places of a tile, at most, and warpgroups that multiply.
+template <uint32_t kPlaces_, uint32_t kWarpgroups, uint32_t kWorkerRegisters_, uint32_t kProducerRegisters_>
+struct Size {
+    static constexpr uint32_t kPlaces = kPlaces_;
+    static constexpr uint32_t kWorkers = kWarpgroups * kWarpgroup, kThreads = kWorkers + kWarpgroup;
+    static constexpr uint32_t kBands = kWorkers / 32;
+    static constexpr uint32_t kStageBytes = kPlaces * kSwizzledRowBytes;
+    static constexpr int kSums = kPlaces / 2;  // of a thread
+    static constexpr int kWorkerRegisters = kWorkerRegisters_, kProducerRegisters = kProducerRegisters_;
+};
+// 3 x 152 + 56 registers are the 512 for a thread of each of four warpgroups; 4 x 104 + 56 are no more than 5 x 96.
+using ManyPlaces = Size<160, 3, 152, 56>;
+using FewPlaces = Size<64, 4, 104, 56>;
 
 // Where the tile whose first place this is begins, in bytes.
 __device__ __forceinline__ uint64_t tile_offset(uint32_t first, uint32_t features) { return uint64_t(first) * features * 2; }
@@ -55,13 +63,14 @@ __device__ __forceinline__ uint64_t tile_offset(uint32_t first, uint32_t feature
 #ifdef MOE_HOPPER
 
 // ------------------------------------------------------------------------------------------------------------------
-// Formats: stages of tokens and pieces of weights that a block has room for, chunks of a piece, bytes of a band in a chunk, and
-// the A operands that these give
+// Formats: chunks of a piece of weights, bytes of a band in a chunk, and the A operands that these give; stages of tokens and
+// pieces of weights that a block has room for, of either size
 
 struct TiledMxFp4 {
     using Element = __nv_bfloat16;
-    static constexpr uint32_t kStages = 8, kSlots = 3, kPieceChunks = 3;
-    static constexpr uint32_t kValueBytes = 512, kScaleBytes = 32;
+    static constexpr uint32_t kPieceChunks = 3, kValueBytes = 512, kScaleBytes = 32;
+    static constexpr uint32_t stages(bool few) { return few ? 12 : 8; }
+    static constexpr uint32_t slots(bool few) { return few ? 4 : 3; }
 
     struct Raw {
         uint4 words;
@@ -89,8 +98,9 @@ struct TiledMxFp4 {
 template <typename T>
 struct TiledDense {
     using Element = T;
-    static constexpr uint32_t kStages = 6, kSlots = 4, kPieceChunks = 1;
-    static constexpr uint32_t kValueBytes = 2048, kScaleBytes = 0;
+    static constexpr uint32_t kPieceChunks = 1, kValueBytes = 2048, kScaleBytes = 0;
+    static constexpr uint32_t stages(bool few) { return few ? 10 : 6; }
+    static constexpr uint32_t slots(bool) { return 4; }
 
     // Nothing is to be made of them, so they are loaded where they are needed.
     struct Raw {
@@ -110,15 +120,17 @@ struct TiledDense {
 // Items, and the ring
 
 // The items of a projection.
+template <typename S>
 struct TiledShape {
     uint32_t num_bands, row_blocks, chunks;
 
     __device__ __forceinline__ TiledShape(const ProjectionArguments& a, bool is_down)
         : num_bands((is_down ? 1 : 2) * a.out_features / kBandRows),
-          row_blocks((num_bands + kBlockBands - 1) / kBlockBands), chunks(a.in_features / kChunkColumns) {}
+          row_blocks((num_bands + S::kBands - 1) / S::kBands), chunks(a.in_features / kChunkColumns) {}
 };
 
 // Some rows of an expert's matrix by some of its places. 0 places: there are no more items.
+template <typename S>
 struct TiledItem {
     uint32_t expert, first, count;  // as in Tile
     uint32_t band;                  // the first of the row block
@@ -127,15 +139,17 @@ struct TiledItem {
 
     // Where item `number` is; tile is kNothing behind the last one. What else there is of it must be looked up.
     static __device__ __forceinline__ TiledItem of_number(const LayerArguments& a, uint32_t num_tiles, uint32_t number) {
-        const uint32_t before = num_tiles * TiledShape(a.gate_up, false).row_blocks;
+        const uint32_t before = num_tiles * TiledShape<S>(a.gate_up, false).row_blocks;
         const bool is_down = number >= before;
         if (is_down) number -= before;
-        const uint32_t row_blocks = TiledShape(is_down ? a.down : a.gate_up, is_down).row_blocks, tile = number / row_blocks;
-        return {0, 0, 0, (number - tile * row_blocks) * kBlockBands, tile < num_tiles ? tile : kNothing, is_down};
+        const uint32_t row_blocks = TiledShape<S>(is_down ? a.down : a.gate_up, is_down).row_blocks, tile = number / row_blocks;
+        return {0, 0, 0, (number - tile * row_blocks) * S::kBands, tile < num_tiles ? tile : kNothing, is_down};
     }
     // The columns of its products, and how many chunks of as many rows a stage has room for.
-    __device__ __forceinline__ uint32_t columns() const { return (count + 15) / 16 * 16; }
-    __device__ __forceinline__ uint32_t chunks_of_stage() const { return kTileTokens / columns(); }
+    __device__ __forceinline__ uint32_t columns() const {
+        return S::kPlaces == FewPlaces::kPlaces ? count > 32 ? 64 : 32 : (count + 15) / 16 * 16;
+    }
+    __device__ __forceinline__ uint32_t chunks_of_stage() const { return S::kPlaces / columns(); }
     __device__ __forceinline__ uint32_t chunk_bytes() const { return columns() * kSwizzledRowBytes; }
 
     __device__ __forceinline__ const ProjectionArguments& of(const LayerArguments& a) const {
@@ -149,23 +163,25 @@ struct TiledItem {
 
 // The shared memory of a block: a ring of stages of tokens, with the item whose first stage it is, and a ring of pieces of
 // weights, each with barriers for "full" and "empty".
-template <typename F>
+template <typename F, typename S>
 struct Memory {
-    static constexpr uint32_t kPieceValues = kBlockBands * F::kPieceChunks * F::kValueBytes;
-    static constexpr uint32_t kPieceBytes = kPieceValues + kBlockBands * F::kPieceChunks * F::kScaleBytes;
+    static constexpr uint32_t kStages = F::stages(S::kPlaces == FewPlaces::kPlaces);
+    static constexpr uint32_t kSlots = F::slots(S::kPlaces == FewPlaces::kPlaces);
+    static constexpr uint32_t kPieceValues = S::kBands * F::kPieceChunks * F::kValueBytes;
+    static constexpr uint32_t kPieceBytes = kPieceValues + S::kBands * F::kPieceChunks * F::kScaleBytes;
     static constexpr uint32_t kItemBytes = 32;
-    static constexpr uint32_t kPieces = F::kStages * kStageBytes;
-    static constexpr uint32_t kItems = kPieces + F::kSlots * kPieceBytes;
-    static constexpr uint32_t kFull = kItems + F::kStages * kItemBytes;
-    static constexpr uint32_t kEmpty = kFull + F::kStages * kBarrierBytes;
-    static constexpr uint32_t kPieceFull = kEmpty + F::kStages * kBarrierBytes;
-    static constexpr uint32_t kPieceEmpty = kPieceFull + F::kSlots * kBarrierBytes;
-    static constexpr uint32_t kEnd = kPieceEmpty + F::kSlots * kBarrierBytes;
+    static constexpr uint32_t kPieces = kStages * S::kStageBytes;
+    static constexpr uint32_t kItems = kPieces + kSlots * kPieceBytes;
+    static constexpr uint32_t kFull = kItems + kStages * kItemBytes;
+    static constexpr uint32_t kEmpty = kFull + kStages * kBarrierBytes;
+    static constexpr uint32_t kPieceFull = kEmpty + kStages * kBarrierBytes;
+    static constexpr uint32_t kPieceEmpty = kPieceFull + kSlots * kBarrierBytes;
+    static constexpr uint32_t kEnd = kPieceEmpty + kSlots * kBarrierBytes;
     static constexpr uint32_t kBytes = (kEnd + kSwizzleAlignment - 1) / kSwizzleAlignment * kSwizzleAlignment;
 
     SharedAddress start;
 
-    __device__ __forceinline__ SharedAddress tokens(uint32_t stage) const { return start + stage * kStageBytes; }
+    __device__ __forceinline__ SharedAddress tokens(uint32_t stage) const { return start + stage * S::kStageBytes; }
     __device__ __forceinline__ SharedAddress item(uint32_t stage) const { return start + (kItems + stage * kItemBytes); }
     __device__ __forceinline__ SharedAddress full(uint32_t stage) const { return start + (kFull + stage * kBarrierBytes); }
     __device__ __forceinline__ SharedAddress empty(uint32_t stage) const { return start + (kEmpty + stage * kBarrierBytes); }
@@ -179,28 +195,28 @@ struct Memory {
 
     // By the first threads, with a barrier of the block behind it.
     __device__ __forceinline__ void start_barriers(uint32_t thread) const {
-        if (thread < F::kStages) {
+        if (thread < kStages) {
             start_barrier(full(thread), 1);
-            start_barrier(empty(thread), kTiledWorkers / 32);
+            start_barrier(empty(thread), S::kBands);
         }
-        if (thread < F::kSlots) {
+        if (thread < kSlots) {
             start_barrier(piece_full(thread), kWeightWarps);
-            start_barrier(piece_empty(thread), kTiledWorkers / 32);
+            start_barrier(piece_empty(thread), S::kBands);
         }
         show_barriers();
     }
-    __device__ __forceinline__ void write_item(uint32_t stage, const TiledItem& of) const {
+    __device__ __forceinline__ void write_item(uint32_t stage, const TiledItem<S>& of) const {
         write_16(item(stage), make_uint4(of.expert, of.first, of.count, of.band));
         write_16(item(stage) + 16, make_uint4(of.tile, of.is_down, 0, 0));
     }
-    __device__ __forceinline__ TiledItem read_item(uint32_t stage) const {
+    __device__ __forceinline__ TiledItem<S> read_item(uint32_t stage) const {
         const uint4 low = load_shared_16(item(stage)), high = load_shared_16(item(stage) + 16);
         return {low.x, low.y, low.z, low.w, high.x, high.y};
     }
 };
 
-template <typename F>
-constexpr uint32_t tiled_shared_bytes() { return Memory<F>::kBytes; }
+template <typename F, typename S>
+constexpr uint32_t tiled_shared_bytes() { return Memory<F, S>::kBytes; }
 
 // Where a warp is in a ring of kLength, and the parity of the phase of its round.
 template <uint32_t kLength>
@@ -219,32 +235,33 @@ struct RingPosition {
 // The threads that have the copy engine bring weights and tokens
 
 // One of kWeightWarps threads, each with its part of the bands of a piece.
-template <typename F>
+template <typename F, typename S>
 struct WeightsProducer {
-    static constexpr uint32_t kBands = kBlockBands / kWeightWarps;
+    static constexpr uint32_t kMostBands = (S::kBands + kWeightWarps - 1) / kWeightWarps;
     // Bytes of a band in a piece.
     static constexpr uint32_t kValues = F::kPieceChunks * F::kValueBytes, kScales = F::kPieceChunks * F::kScaleBytes;
 
     const LayerArguments& a;
-    const Memory<F>& memory;
-    const uint32_t first, num_tiles;  // of its bands
-    RingPosition<F::kSlots> ring;
+    const Memory<F, S>& memory;
+    const uint32_t first, bands;  // of its part
+    const uint32_t num_tiles;
+    RingPosition<Memory<F, S>::kSlots> ring;
 
     __device__ __forceinline__ WeightsProducer(
-        const LayerArguments& arguments, const Memory<F>& shared, uint32_t number, uint32_t tiles)
-        : a(arguments), memory(shared), first(number * kBands), num_tiles(tiles) {}
+        const LayerArguments& arguments, const Memory<F, S>& shared, uint32_t number, uint32_t tiles)
+        : a(arguments), memory(shared), first(number * kMostBands), bands(min(kMostBands, S::kBands - first)), num_tiles(tiles) {}
 
-    __device__ __forceinline__ uint32_t expert_of(const TiledItem& item) const {
+    __device__ __forceinline__ uint32_t expert_of(const TiledItem<S>& item) const {
         return item.tile == kNothing ? 0 : a.gate_up.tile_experts[item.tile];
     }
 
     __device__ __forceinline__ void run() {
         uint32_t number = blockIdx.x;
-        TiledItem item = TiledItem::of_number(a, num_tiles, number);
+        TiledItem<S> item = TiledItem<S>::of_number(a, num_tiles, number);
         uint32_t expert = expert_of(item);
         while (item.tile != kNothing) {
             number += gridDim.x;
-            const TiledItem next = TiledItem::of_number(a, num_tiles, number);
+            const TiledItem<S> next = TiledItem<S>::of_number(a, num_tiles, number);
             const uint32_t next_expert = expert_of(next);
             bring_item(item, expert);
             item = next;
@@ -252,12 +269,12 @@ struct WeightsProducer {
         }
     }
 
-    __device__ __forceinline__ void bring_item(const TiledItem& item, uint32_t expert) {
+    __device__ __forceinline__ void bring_item(const TiledItem<S>& item, uint32_t expert) {
         const ProjectionArguments& of = item.of(a);
-        const TiledShape shape(of, item.is_down);
-        uint64_t chunks[kBands];  // before the next ones
+        const TiledShape<S> shape(of, item.is_down);
+        uint64_t chunks[kMostBands];  // before the next ones
 #pragma unroll
-        for (uint32_t i = 0; i < kBands; ++i) {
+        for (uint32_t i = 0; i < kMostBands; ++i) {
             // The last band stands for those behind it.
             const uint32_t band = min(item.band + first + i, shape.num_bands - 1);
             chunks[i] = (uint64_t(expert) * shape.num_bands + band) * shape.chunks;
@@ -267,16 +284,17 @@ struct WeightsProducer {
             const SharedAddress piece = memory.piece(ring.at), full = memory.piece_full(ring.at);
             wait_for_phase(memory.piece_empty(ring.at), ring.parity ^ 1);
 #pragma unroll
-            for (uint32_t i = 0; i < kBands; ++i) {
+            for (uint32_t i = 0; i < kMostBands; ++i) {
+                if (i >= bands) break;
                 const unsigned char* const values = static_cast<const unsigned char*>(of.weights) + chunks[i] * F::kValueBytes;
                 copy_by_engine(piece + (first + i) * kValues, values, count * F::kValueBytes, full);
                 if constexpr (F::kScaleBytes > 0) {
                     const unsigned char* const scales = static_cast<const unsigned char*>(of.scales) + chunks[i] * F::kScaleBytes;
-                    copy_by_engine(piece + Memory<F>::kPieceValues + (first + i) * kScales, scales, count * F::kScaleBytes, full);
+                    copy_by_engine(piece + Memory<F, S>::kPieceValues + (first + i) * kScales, scales, count * F::kScaleBytes, full);
                 }
                 chunks[i] += count;
             }
-            arrive_expecting(full, kBands * count * (F::kValueBytes + F::kScaleBytes));
+            arrive_expecting(full, bands * count * (F::kValueBytes + F::kScaleBytes));
             ring.advance();
             left -= count;
         }
@@ -284,35 +302,35 @@ struct WeightsProducer {
 };
 
 // One thread.
-template <typename F>
+template <typename F, typename S>
 struct TokensProducer {
     const LayerArguments& a;
-    const Memory<F>& memory;
+    const Memory<F, S>& memory;
     const uint32_t num_tiles;
-    RingPosition<F::kStages> ring;
-    TiledItem item, next;
+    RingPosition<Memory<F, S>::kStages> ring;
+    TiledItem<S> item, next;
 
-    __device__ __forceinline__ TokensProducer(const LayerArguments& arguments, const Memory<F>& shared, uint32_t tiles)
+    __device__ __forceinline__ TokensProducer(const LayerArguments& arguments, const Memory<F, S>& shared, uint32_t tiles)
         : a(arguments), memory(shared), num_tiles(tiles) {}
 
     // Looks up item `number`, in two steps of which the second needs what the first has loaded.
     __device__ __forceinline__ void look_up(uint32_t step, uint32_t number) {
-        if (step == 0) next = TiledItem::of_number(a, num_tiles, number);
+        if (step == 0) next = TiledItem<S>::of_number(a, num_tiles, number);
         if (next.tile == kNothing) return;
         if (step == 0) {
             next.expert = a.gate_up.tile_experts[next.tile];
             next.first = a.gate_up.tile_starts[next.tile];
         } else if (step == 1) {
-            next.count = min(kTileTokens, a.gate_up.expert_offsets[next.expert + 1] - next.first);
+            next.count = min(S::kPlaces, a.gate_up.expert_offsets[next.expert + 1] - next.first);
         }
     }
 
     // Waits for the h of the item's tile. The last item of the tile that does leaves the numbers as they were.
     __device__ __forceinline__ void wait_for_tile() const {
-        const uint32_t all = TiledShape(a.gate_up, false).row_blocks * kBlockBands;
+        const uint32_t all = TiledShape<S>(a.gate_up, false).row_blocks * S::kBands;
         while (load_acquire(item.done(a)) < all) {
         }
-        if (atomicAdd(item.seen(a), 1u) + 1 == TiledShape(a.down, true).row_blocks) *item.done(a) = *item.seen(a) = 0;
+        if (atomicAdd(item.seen(a), 1u) + 1 == TiledShape<S>(a.down, true).row_blocks) *item.done(a) = *item.seen(a) = 0;
         show_to_engine();
     }
 
@@ -322,7 +340,7 @@ struct TokensProducer {
         const uint32_t bytes = item.count * kSwizzledRowBytes;
         const unsigned char* from = static_cast<const unsigned char*>(of.input) + tile_offset(item.first, of.in_features);
         uint32_t step = 0;
-        for (uint32_t left = TiledShape(of, item.is_down).chunks, is_first = 1; left > 0; is_first = 0) {
+        for (uint32_t left = TiledShape<S>(of, item.is_down).chunks, is_first = 1; left > 0; is_first = 0) {
             const uint32_t count = min(left, item.chunks_of_stage());
             const SharedAddress full = memory.full(ring.at);
             wait_for_phase(memory.empty(ring.at), ring.parity ^ 1);
@@ -373,28 +391,28 @@ __device__ __forceinline__ float activate_nearly(const ProjectionArguments& a, f
     return gate * fraction_of_power(gate * (a.alpha * -kLog2E)) * (up + 1.0f);
 }
 
-template <typename F, typename Row>
+template <typename F, typename S, typename Row>
 struct Worker {
     using T = typename F::Element;
 
     const LayerArguments& a;
-    const Memory<F>& memory;
+    const Memory<F, S>& memory;
     const uint32_t warp, lane;
     const SharedAddress values, scales;  // of this lane in the first stage of the first piece
-    RingPosition<F::kStages> ring;
-    RingPosition<F::kSlots> pieces;
+    RingPosition<Memory<F, S>::kStages> ring;
+    RingPosition<Memory<F, S>::kSlots> pieces;
     uint32_t taken = 0;    // chunks of the piece
     uint32_t before;       // a stage that is free when the products before the last ones are done
 
-    __device__ __forceinline__ Worker(const LayerArguments& arguments, const Memory<F>& shared)
+    __device__ __forceinline__ Worker(const LayerArguments& arguments, const Memory<F, S>& shared)
         : a(arguments), memory(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
           values(shared.piece(0) + warp * (F::kPieceChunks * F::kValueBytes) + lane * 16),
-          scales(shared.piece(0) + Memory<F>::kPieceValues + warp * (F::kPieceChunks * F::kScaleBytes) + lane / 4 * 4) {}
+          scales(shared.piece(0) + Memory<F, S>::kPieceValues + warp * (F::kPieceChunks * F::kScaleBytes) + lane / 4 * 4) {}
 
     // Loads the weights of the next chunk, which is the last one of its item or not.
     __device__ __forceinline__ void load_weights(typename F::Raw& raw, bool is_last) {
         if (taken == 0) wait_for_phase(memory.piece_full(pieces.at), pieces.parity);
-        const uint32_t piece = pieces.at * Memory<F>::kPieceBytes;
+        const uint32_t piece = pieces.at * Memory<F, S>::kPieceBytes;
         F::load(raw, values + piece + taken * F::kValueBytes, scales + piece + taken * F::kScaleBytes);
         if (++taken == F::kPieceChunks || is_last) taken = 0;
     }
@@ -408,13 +426,13 @@ struct Worker {
     }
 
     __device__ __forceinline__ void free_stage() {
-        if (before < F::kStages && lane == 0) arrive(memory.empty(before));
-        before = F::kStages;
+        if (before < Memory<F, S>::kStages && lane == 0) arrive(memory.empty(before));
+        before = Memory<F, S>::kStages;
     }
 
     template <int kColumns>
     static __device__ __forceinline__ void multiply_steps(
-        float (&sums)[kMostSums], const uint32_t (&weights)[kChunkSteps][4], SharedAddress tokens) {
+        float (&sums)[S::kSums], const uint32_t (&weights)[kChunkSteps][4], SharedAddress tokens) {
         begin_multiplies();
 #pragma unroll
         for (int s = 0; s < kChunkSteps; ++s) multiply<T, kColumns>(sums, weights[s], tokens, s);
@@ -422,9 +440,18 @@ struct Worker {
     }
 
     // Branches that all threads take together: loops for each number of columns would not share registers.
-    static __device__ __forceinline__ void multiply_columns(float (&sums)[kMostSums],
+    static __device__ __forceinline__ void multiply_columns(float (&sums)[S::kSums],
                                                             const uint32_t (&weights)[kChunkSteps][4], SharedAddress tokens,
                                                             uint32_t columns) {
+        if constexpr (S::kPlaces == FewPlaces::kPlaces) {
+            if (columns > 32) return multiply_steps<64>(sums, weights, tokens);
+            return multiply_steps<32>(sums, weights, tokens);
+        } else {
+            return multiply_any(sums, weights, tokens, columns);
+        }
+    }
+    static __device__ __forceinline__ void multiply_any(
+        float (&sums)[S::kSums], const uint32_t (&weights)[kChunkSteps][4], SharedAddress tokens, uint32_t columns) {
         if (columns > 112) {
             if (columns > 144) return multiply_steps<160>(sums, weights, tokens);
             if (columns > 128) return multiply_steps<144>(sums, weights, tokens);
@@ -444,12 +471,12 @@ struct Worker {
     }
 
     // The products of all chunks of an item. The weights of a chunk are loaded while those before it are multiplied.
-    __device__ __forceinline__ void multiply_chunks(float (&sums)[kMostSums], const TiledItem& item, uint32_t left) {
+    __device__ __forceinline__ void multiply_chunks(float (&sums)[S::kSums], const TiledItem<S>& item, uint32_t left) {
         const uint32_t columns = item.columns(), chunk_bytes = item.chunk_bytes(), chunks_of_stage = item.chunks_of_stage();
         typename F::Raw raw;
         uint32_t weights[2][kChunkSteps][4];
         uint32_t done = 0;  // chunks of the stage
-        before = F::kStages;
+        before = Memory<F, S>::kStages;
         load_weights(raw, left == 1);
         const auto multiply_chunk = [&](uint32_t(&a)[kChunkSteps][4]) {
             F::decode(a, raw);
@@ -472,9 +499,9 @@ struct Worker {
         }
     }
 
-    __device__ __forceinline__ void work_on(const TiledItem& item) {
-        float sums[kMostSums] = {};
-        const TiledShape shape(item.of(a), item.is_down);
+    __device__ __forceinline__ void work_on(const TiledItem<S>& item) {
+        float sums[S::kSums] = {};
+        const TiledShape<S> shape(item.of(a), item.is_down);
         multiply_chunks(sums, item, shape.chunks);
         wait_for_multiplies<0>();
         settle(sums);
@@ -500,7 +527,7 @@ struct Worker {
     }
 
     // sums[4 j + i]: row g of the band, or g + 8 from i = 2 on; place 8 j + 2 t + i % 2 of the tile.
-    __device__ __forceinline__ void keep_activated(const TiledItem& item, uint32_t band, const float (&sums)[kMostSums]) const {
+    __device__ __forceinline__ void keep_activated(const TiledItem<S>& item, uint32_t band, const float (&sums)[S::kSums]) const {
         const ProjectionArguments& of = a.gate_up;
         const float2 bias = bias_of(of, kGateUp, item.expert, band);
         // A thread has one feature of two places, and keeps two features of one: the band's 8 are a piece of 16 bytes.
@@ -508,7 +535,7 @@ struct Worker {
         unsigned char* to = static_cast<unsigned char*>(of.output) + tile_offset(item.first, of.out_features) +
                             uint64_t(band / 8) * (item.count * kSwizzledRowBytes) + swizzled(row, band % 8) + lane % 4 * 4;
 #pragma unroll
-        for (uint32_t j = 0; j < kMostSums / 4; ++j) {
+        for (uint32_t j = 0; j < S::kSums / 4; ++j) {
             if (8 * j >= item.count) break;
             const float first = activate_nearly(of, sums[4 * j] + bias.x, sums[4 * j + 2] + bias.y);
             const float second = activate_nearly(of, sums[4 * j + 1] + bias.x, sums[4 * j + 3] + bias.y);
@@ -518,13 +545,13 @@ struct Worker {
         }
     }
 
-    __device__ __forceinline__ void keep_rows(const TiledItem& item, uint32_t band, const float (&sums)[kMostSums]) const {
+    __device__ __forceinline__ void keep_rows(const TiledItem<S>& item, uint32_t band, const float (&sums)[S::kSums]) const {
         const ProjectionArguments& of = a.down;
         const float2 bias = bias_of(of, kDown, item.expert, band);
         Row* to = static_cast<Row*>(of.output) + uint64_t(item.first + lane % 4 * 2) * of.out_features +
                   (band * kBandRows + lane / 4 * 2);
 #pragma unroll
-        for (uint32_t j = 0; j < kMostSums / 4; ++j) {
+        for (uint32_t j = 0; j < S::kSums / 4; ++j) {
             if (8 * j >= item.count) break;
 #pragma unroll
             for (uint32_t i = 0; i < 2; ++i) {
@@ -538,33 +565,32 @@ struct Worker {
     __device__ __forceinline__ void run() {
         for (;;) {
             wait_for_phase(memory.full(ring.at), ring.parity);
-            const TiledItem item = memory.read_item(ring.at);
+            const TiledItem<S> item = memory.read_item(ring.at);
             if (item.count == 0) return;
             work_on(item);
         }
     }
 };
 
-template <typename F, typename Row>
+template <typename F, typename S, typename Row>
 __device__ __forceinline__ void run_tiles(const LayerArguments& a) {
-    const Memory<F> memory = {aligned_shared()};
+    const Memory<F, S> memory = {aligned_shared()};
     memory.start_barriers(threadIdx.x);
     allow_next_kernel();
     wait_for_previous_kernel();
     const uint32_t num_tiles = count_tiles(a.gate_up);  // and a barrier of the block
-    // 3 x 152 + 56 registers, which are the 512 for a thread of each warpgroup.
-    if (threadIdx.x < kTiledWorkers) {
-        take_registers<152>();
-        Worker<F, Row>(a, memory).run();
+    if (threadIdx.x < S::kWorkers) {
+        take_registers<S::kWorkerRegisters>();
+        Worker<F, S, Row>(a, memory).run();
         return;
     }
-    leave_registers<56>();
+    leave_registers<S::kProducerRegisters>();
     if (threadIdx.x % 32 != 0) return;
-    const uint32_t warp = (threadIdx.x - kTiledWorkers) / 32;
+    const uint32_t warp = (threadIdx.x - S::kWorkers) / 32;
     if (warp < kWeightWarps) {
-        WeightsProducer<F>(a, memory, warp, num_tiles).run();
+        WeightsProducer<F, S>(a, memory, warp, num_tiles).run();
     } else {
-        TokensProducer<F>(a, memory, num_tiles).run();
+        TokensProducer<F, S>(a, memory, num_tiles).run();
     }
 }
 
