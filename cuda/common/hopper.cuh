@@ -196,8 +196,8 @@ __device__ __forceinline__ void leave_registers() {
 
 // The descriptor of rows: address / 16 in bits 0 to 13 (of a block that is in no cluster), 1024 / 16 for 8 rows in bits 32 to
 // 45, the swizzle in bits 62 and 63. Bits 16 to 29 do not count where a row is one swizzled line.
-__device__ __forceinline__ uint64_t descriptor_of(SharedAddress rows) {
-    return uint64_t(1u << 30 | 1024 / 16) << 32 | rows >> 4;
+__device__ __forceinline__ uint64_t descriptor_of(SharedAddress rows, uint32_t step) {
+    return uint64_t(1u << 30 | 1024 / 16) << 32 | ((rows >> 4) + step * (32 / 16));
 }
 
 // Before the first product of a group: registers that the threads have written are seen by it.
@@ -262,7 +262,7 @@ __device__ __forceinline__ void multiply(float (&c)[kSums], const uint32_t (&a)[
             "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" MOE_SUMS_##LAST "}, "             \
             "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, 0;\n}"                                        \
             : MOE_REGISTERS_##LAST                                                                                       \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor_of(b + step * 32)), "r"(1));                    \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor_of(b, step)), "r"(1));                         \
         }                                                                                                                \
     };
 #define MOE_MULTIPLIES(T, NAME)                             \

@@ -49,13 +49,13 @@ struct Size {
     static constexpr uint32_t kPlaces = kPlaces_;
     static constexpr uint32_t kWorkers = kWarpgroups * kWarpgroup, kThreads = kWorkers + kWarpgroup;
     static constexpr uint32_t kBands = kWorkers / 32;
-    static constexpr uint32_t kStageBytes = kPlaces * kSwizzledRowBytes;
+    static constexpr uint32_t kChunkBytes = kPlaces * kSwizzledRowBytes;
     static constexpr int kSums = kPlaces / 2;  // of a thread
     static constexpr int kWorkerRegisters = kWorkerRegisters_, kProducerRegisters = kProducerRegisters_;
 };
-// 3 x 152 + 56 registers are the 512 for a thread of each of four warpgroups; 4 x 104 + 56 are no more than 5 x 96.
+// 3 x 152 + 56 registers are the 512 for a thread of each of four warpgroups.
 using ManyPlaces = Size<160, 3, 152, 56>;
-using FewPlaces = Size<64, 4, 104, 56>;
+using FewPlaces = Size<64, 3, 152, 56>;
 
 // Where the tile whose first place this is begins, in bytes.
 __device__ __forceinline__ uint64_t tile_offset(uint32_t first, uint32_t features) { return uint64_t(first) * features * 2; }
@@ -69,8 +69,8 @@ __device__ __forceinline__ uint64_t tile_offset(uint32_t first, uint32_t feature
 struct TiledMxFp4 {
     using Element = __nv_bfloat16;
     static constexpr uint32_t kPieceChunks = 3, kValueBytes = 512, kScaleBytes = 32;
-    static constexpr uint32_t stages(bool few) { return few ? 12 : 8; }
-    static constexpr uint32_t slots(bool few) { return few ? 4 : 3; }
+    static constexpr uint32_t stages(bool few) { return few ? 4 : 8; }
+    static constexpr uint32_t slots(bool few) { return few ? 5 : 3; }
 
     struct Raw {
         uint4 words;
@@ -149,7 +149,10 @@ struct TiledItem {
     __device__ __forceinline__ uint32_t columns() const {
         return S::kPlaces == FewPlaces::kPlaces ? count > 32 ? 64 : 32 : (count + 15) / 16 * 16;
     }
-    __device__ __forceinline__ uint32_t chunks_of_stage() const { return S::kPlaces / columns(); }
+    template <typename F>
+    __device__ __forceinline__ uint32_t chunks_of_stage() const {
+        return S::kPlaces == FewPlaces::kPlaces ? F::kPieceChunks : S::kPlaces / columns();
+    }
     __device__ __forceinline__ uint32_t chunk_bytes() const { return columns() * kSwizzledRowBytes; }
 
     __device__ __forceinline__ const ProjectionArguments& of(const LayerArguments& a) const {
@@ -170,7 +173,8 @@ struct Memory {
     static constexpr uint32_t kPieceValues = S::kBands * F::kPieceChunks * F::kValueBytes;
     static constexpr uint32_t kPieceBytes = kPieceValues + S::kBands * F::kPieceChunks * F::kScaleBytes;
     static constexpr uint32_t kItemBytes = 32;
-    static constexpr uint32_t kPieces = kStages * S::kStageBytes;
+    static constexpr uint32_t kStageBytes = (S::kPlaces == FewPlaces::kPlaces ? F::kPieceChunks : 1) * S::kChunkBytes;
+    static constexpr uint32_t kPieces = kStages * kStageBytes;
     static constexpr uint32_t kItems = kPieces + kSlots * kPieceBytes;
     static constexpr uint32_t kFull = kItems + kStages * kItemBytes;
     static constexpr uint32_t kEmpty = kFull + kStages * kBarrierBytes;
@@ -181,7 +185,7 @@ struct Memory {
 
     SharedAddress start;
 
-    __device__ __forceinline__ SharedAddress tokens(uint32_t stage) const { return start + stage * S::kStageBytes; }
+    __device__ __forceinline__ SharedAddress tokens(uint32_t stage) const { return start + stage * kStageBytes; }
     __device__ __forceinline__ SharedAddress item(uint32_t stage) const { return start + (kItems + stage * kItemBytes); }
     __device__ __forceinline__ SharedAddress full(uint32_t stage) const { return start + (kFull + stage * kBarrierBytes); }
     __device__ __forceinline__ SharedAddress empty(uint32_t stage) const { return start + (kEmpty + stage * kBarrierBytes); }
@@ -341,7 +345,7 @@ struct TokensProducer {
         const unsigned char* from = static_cast<const unsigned char*>(of.input) + tile_offset(item.first, of.in_features);
         uint32_t step = 0;
         for (uint32_t left = TiledShape<S>(of, item.is_down).chunks, is_first = 1; left > 0; is_first = 0) {
-            const uint32_t count = min(left, item.chunks_of_stage());
+            const uint32_t count = min(left, item.template chunks_of_stage<F>());
             const SharedAddress full = memory.full(ring.at);
             wait_for_phase(memory.empty(ring.at), ring.parity ^ 1);
             for (uint32_t i = 0; i < count; ++i) {
@@ -472,7 +476,7 @@ struct Worker {
 
     // The products of all chunks of an item. The weights of a chunk are loaded while those before it are multiplied.
     __device__ __forceinline__ void multiply_chunks(float (&sums)[S::kSums], const TiledItem<S>& item, uint32_t left) {
-        const uint32_t columns = item.columns(), chunk_bytes = item.chunk_bytes(), chunks_of_stage = item.chunks_of_stage();
+        const uint32_t columns = item.columns(), chunk_bytes = item.chunk_bytes(), chunks_of_stage = item.template chunks_of_stage<F>();
         typename F::Raw raw;
         uint32_t weights[2][kChunkSteps][4];
         uint32_t done = 0;  // chunks of the stage
@@ -499,10 +503,50 @@ struct Worker {
         }
     }
 
+    // The same for few places, where a stage has as many chunks as a piece: what comes once for each piece counts.
+    __device__ __forceinline__ void multiply_pieces(float (&sums)[S::kSums], const TiledItem<S>& item, uint32_t left) {
+        constexpr uint32_t kChunks = F::kPieceChunks;
+        const uint32_t columns = item.columns(), chunk_bytes = item.chunk_bytes();
+        uint32_t weights[kChunks][kChunkSteps][4];
+        before = Memory<F, S>::kStages;
+        for (; left > 0; left -= min(left, kChunks)) {
+            wait_for_phase(memory.piece_full(pieces.at), pieces.parity);
+            const SharedAddress piece = values + pieces.at * Memory<F, S>::kPieceBytes;
+            const SharedAddress its_scales = scales + pieces.at * Memory<F, S>::kPieceBytes;
+            const SharedAddress tokens = memory.tokens(ring.at);
+            typename F::Raw raw[2];
+            F::load(raw[0], piece, its_scales);
+#pragma unroll
+            for (uint32_t i = 0; i < kChunks; ++i) {
+                if (i >= left) break;
+                // The products that had these registers are done, and in the end those of the piece before this one.
+                wait_for_multiplies<(kChunks > 1 ? kChunks - 1 : 0)>();
+                if (i + 1 == kChunks) free_stage();
+                F::decode(weights[i], raw[i % 2]);
+                if (i + 1 < kChunks) F::load(raw[(i + 1) % 2], piece + (i + 1) * F::kValueBytes, its_scales + (i + 1) * F::kScaleBytes);
+                if (i == 0) wait_for_phase(memory.full(ring.at), ring.parity);
+                multiply_columns(sums, weights[i], tokens + i * chunk_bytes, columns);
+            }
+            if (left < kChunks) {
+                wait_for_multiplies<0>();
+                free_stage();
+            }
+            __syncwarp();
+            if (lane == 0) arrive(memory.piece_empty(pieces.at));
+            pieces.advance();
+            before = ring.at;
+            ring.advance();
+        }
+    }
+
     __device__ __forceinline__ void work_on(const TiledItem<S>& item) {
         float sums[S::kSums] = {};
         const TiledShape<S> shape(item.of(a), item.is_down);
-        multiply_chunks(sums, item, shape.chunks);
+        if constexpr (S::kPlaces == FewPlaces::kPlaces) {
+            multiply_pieces(sums, item, shape.chunks);
+        } else {
+            multiply_chunks(sums, item, shape.chunks);
+        }
         wait_for_multiplies<0>();
         settle(sums);
         free_stage();

@@ -199,25 +199,37 @@ impl Model {
     }
 }
 
-/// In one go come the bits of the rows and of their sum one after the other, rounded once, and the same ones again.
+/// In one go come the bits of the rows and of their sum one after the other, rounded once; only on CUDA bfloat16 rows may be
+/// rounded before they are added up. The same bits come again.
 fn check_weighted(experts: &Experts, hidden: &Tensor, order: &ExpertOrder) {
     let (num_tokens, top_k, dtype) = (order.num_tokens(), order.top_k(), hidden.dtype());
     let weights = Random(num_tokens as u64).units(num_tokens * top_k, 1.0);
     let weights = Tensor::from_vec(weights, (num_tokens, top_k), hidden.device()).unwrap();
     let rows = experts.forward(hidden, order).unwrap();
-    let expected = devices::to_host(&weighted_sum(&rows, &weights, order).unwrap());
+    let values = |sums: &Tensor| -> Vec<f32> {
+        devices::to_host(sums).to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    };
+    let expected = weighted_sum(&rows, &weights, order).unwrap();
+    let sizes = values(&weighted_sum(&rows.abs().unwrap(), &weights.abs().unwrap(), order).unwrap());
     let tile_rows = experts.tile_rows(num_tokens, top_k, dtype, hidden.device()).unwrap();
     let tiles = tile_rows.map(|tile_rows| order.tile_map(tile_rows).unwrap());
+    let mut before = Vec::new();
     for (tiles, dtype) in [(tiles.as_ref(), DType::F32), (None, dtype), (tiles.as_ref(), dtype)] {
         let found = experts.forward_weighted(hidden, &weights, order, tiles, dtype).unwrap();
         assert_eq!((found.dtype(), found.dims()), (dtype, &[num_tokens, experts.hidden_size()][..]));
-        let values = |sums: &Tensor| {
-            sums.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter()
-        };
-        for (found, expected) in values(&devices::to_host(&found)).zip(values(&expected.to_dtype(dtype).unwrap())) {
+        let (found, expected) = (values(&found), values(&devices::to_host(&expected).to_dtype(dtype).unwrap()));
+        let rounds_rows = (hidden.dtype(), dtype) == (DType::BF16, DType::BF16) && hidden.device().is_cuda();
+        for ((&found, &expected), size) in found.iter().zip(&expected).zip(&sizes) {
+            // Half a last place of each row, and a whole one of the sum, whose roundings may differ.
+            let near = rounds_rows && (found - expected).abs() <= size / 512.0 + expected.abs() / 128.0;
             // A NaN is any.
             let same = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
-            assert!(same, "in one go, {dtype:?}: {found}, not {expected}");
+            assert!(same || near, "in one go, {dtype:?}: {found}, not {expected}");
+        }
+        let bits: Vec<u32> = found.iter().map(|value| value.to_bits()).collect();
+        assert!(before.is_empty() || before == bits, "in one go, {dtype:?}: other bits than before");
+        if dtype != DType::F32 {
+            before = bits;
         }
     }
 }
@@ -375,13 +387,9 @@ fn the_kernels_follow_the_number_of_tokens() {
     let experts = model.experts.to_device(device).unwrap();
     let tile_rows = |num_tokens, dtype| experts.tile_rows(num_tokens, 4, dtype, device).unwrap();
     assert_eq!([1, 6].map(|num_tokens| tile_rows(num_tokens, DType::BF16)), [Some(8); 2]);
+    let many = [7, 40, 41, 8192].map(|num_tokens| tile_rows(num_tokens, DType::BF16));
     // Of compute capability 9.0, and others.
-    assert!(
-        [7, 8192]
-            .map(|num_tokens| tile_rows(num_tokens, DType::BF16))
-            .iter()
-            .all(|rows| matches!(rows, Some(128 | 16)))
-    );
+    assert!(many == [64, 64, 160, 160].map(Some) || many == [Some(16); 4], "{many:?}");
     // Float32 goes through the general kernels.
     assert_eq!([1, 7].map(|num_tokens| tile_rows(num_tokens, DType::F32)), [Some(16); 2]);
     assert_eq!(model.experts.tile_rows(1, 4, DType::BF16, &Device::Cpu).unwrap(), None);

@@ -1,7 +1,7 @@
 //! Which kernels take a call, and how they are launched.
 
-use super::super::{ExpertProjection, Experts};
 use super::super::weights::{ExpertWeights, Values};
+use super::super::{ExpertProjection, Experts};
 use super::HOME_BYTES;
 use super::fragments::{BAND_ROWS, Format, UNIT_COLUMNS};
 use crate::cuda::{Binary, Launch, Properties};
@@ -23,14 +23,11 @@ const MAX_WARPS: [usize; 2] = [32, 17];
 const RESIDENT_STATIC_SHARED: usize = 1024;
 /// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
 const FEW_SLOTS: usize = 6;
-/// Of `cuda/experts/tiled.cuh`: places of a tile, features of an item, threads and shared memory of a block.
-const TILED_ROWS: usize = 160;
-const TILED_FEATURES: usize = 192;
+/// Slots per expert up to which tiles are the smaller ones of `cuda/experts/tiled.cuh`.
+const SOME_SLOTS: usize = 40;
 /// Of `cuda/experts/gather.cu`: threads and places of a block.
 const GATHER_THREADS: u32 = 256;
 const GATHER_ROWS: usize = 8;
-const TILED_THREADS: u32 = 512;
-const TILED_SHARED: [usize; 2] = [223_232, 222_208];
 /// Of `cuda/experts/projection.cuh`: numbers by which all blocks meet.
 const MEETING: usize = 2;
 
@@ -42,7 +39,41 @@ pub(super) enum Path {
     /// `cuda/experts/resident.cuh`: few tokens for each expert, in tiles of 8 times `blocks` places.
     Resident { blocks: usize },
     /// `cuda/experts/tiled.cuh`: many tokens, on compute capability 9.0.
-    Tiled,
+    Tiled(TileSize),
+}
+
+/// The sizes of `cuda/experts/tiled.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TileSize {
+    Few,
+    Many,
+}
+
+impl TileSize {
+    /// Places of a tile, and rows of a matrix that an item has.
+    fn rows(self) -> (usize, usize) {
+        match self {
+            Self::Few => (64, 256),
+            Self::Many => (160, 192),
+        }
+    }
+
+    fn threads(self) -> u32 {
+        match self {
+            Self::Few => 640,
+            Self::Many => 512,
+        }
+    }
+
+    /// Bytes of shared memory of a block.
+    fn shared(self, format: Format) -> usize {
+        match (self, format) {
+            (Self::Few, Format::Mxfp4 { .. }) => 203_776,
+            (Self::Few, Format::Bf16 | Format::F16) => 214_016,
+            (Self::Many, Format::Mxfp4 { .. }) => 223_232,
+            (Self::Many, Format::Bf16 | Format::F16) => 222_208,
+        }
+    }
 }
 
 impl Path {
@@ -52,9 +83,11 @@ impl Path {
         let fits = |path: &Self| weights.iter().all(|weights| path.takes(weights, num_slots, dtype, device));
         let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
         // A kernel for the whole layer takes both projections in one format.
-        let fits = |path: &Self| fits(path) && (*path != Self::Tiled || format_of_both(experts, dtype).is_some());
+        let fits =
+            |path: &Self| fits(path) && (!matches!(path, Self::Tiled(_)) || format_of_both(experts, dtype).is_some());
         let (few, more) = (Self::Resident { blocks: 1 }, Self::Resident { blocks: 2 });
-        let by_speed: &[Self] = if per_expert <= FEW_SLOTS { &[few] } else { &[Self::Tiled, more, few] };
+        let tiled = Self::Tiled(if per_expert <= SOME_SLOTS { TileSize::Few } else { TileSize::Many });
+        let by_speed: &[Self] = if per_expert <= FEW_SLOTS { &[few] } else { &[tiled, more, few] };
         by_speed.iter().copied().find(fits).unwrap_or(Self::General)
     }
 
@@ -63,7 +96,7 @@ impl Path {
         match self {
             Self::General => Binary::Experts,
             Self::Resident { .. } => Binary::ExpertsResident,
-            Self::Tiled => Binary::ExpertsTiled,
+            Self::Tiled(_) => Binary::ExpertsTiled,
         }
     }
 
@@ -72,7 +105,7 @@ impl Path {
         match self {
             Self::General => GENERAL_TILE_ROWS,
             Self::Resident { blocks } => 8 * blocks,
-            Self::Tiled => TILED_ROWS,
+            Self::Tiled(size) => size.rows().0,
         }
     }
 
@@ -85,12 +118,12 @@ impl Path {
             (Self::Resident { blocks }, Some(format)) => {
                 u32::try_from(max_items).is_ok() && Resident::new(format, &[weights], blocks, device).is_some()
             }
-            (Self::Tiled, Some(format)) => {
+            (Self::Tiled(size), Some(format)) => {
                 let is_exact = match format {
                     Format::Mxfp4 { has_small_scales } => has_small_scales && dtype == DType::BF16,
                     Format::Bf16 | Format::F16 => true,
                 };
-                device.is_hopper && is_exact && tiled_shared(format) <= device.max_shared
+                device.is_hopper && is_exact && size.shared(format) <= device.max_shared
             }
         }
     }
@@ -140,12 +173,13 @@ impl Path {
                 kernel.launch.cooperative = true;
                 Some(kernel)
             }
-            Self::Tiled => {
-                let name = format!("tiled_{}_{}_{}", format.name(), dtype.as_str(), rows.as_str());
-                let row_blocks = |projection: &ExpertProjection| projection.weights().out_features().div_ceil(TILED_FEATURES);
+            Self::Tiled(size) => {
+                let (places, features) = size.rows();
+                let name = format!("tiled_{places}_{}_{}_{}", format.name(), dtype.as_str(), rows.as_str());
+                let row_blocks = |projection: &ExpertProjection| projection.weights().out_features().div_ceil(features);
                 let max_items = max_tiles.saturating_mul(row_blocks(&experts.gate_up) + row_blocks(&experts.down));
                 let blocks = device.num_multiprocessors.min(max_items);
-                let launch = Launch::new(blocks, TILED_THREADS, tiled_shared(format));
+                let launch = Launch::new(blocks, size.threads(), size.shared(format));
                 let launch = Launch { starts_early: true, cooperative: true, ..launch };
                 Some(Kernel { name, launch, warps: 0, token_features: 0 })
             }
@@ -156,23 +190,22 @@ impl Path {
     /// The kernel that brings hidden states into the order in which the layer kernel takes them, where it does not take them as
     /// they are.
     pub(super) fn gather_kernel(self, max_tiles: usize) -> Option<Kernel> {
-        if self != Self::Tiled {
-            return None;
-        }
-        let blocks = max_tiles.saturating_mul(TILED_ROWS / GATHER_ROWS);
+        let Self::Tiled(size) = self else { return None };
+        let places = size.rows().0;
+        let blocks = max_tiles.saturating_mul(places / GATHER_ROWS);
         let launch = Launch { starts_early: true, ..Launch::new(blocks, GATHER_THREADS, 0) };
-        Some(Kernel { name: "gather_16".into(), launch, warps: 0, token_features: 0 })
+        Some(Kernel { name: format!("gather_{places}"), launch, warps: 0, token_features: 0 })
     }
 
     /// The dtype of rows on their way to sums in `sums`: whether the kernels round them, as who adds them up may.
     pub(super) fn rows_dtype(self, dtype: DType, sums: DType, hidden_size: usize) -> DType {
-        let is_narrow = self == Self::Tiled && (dtype, sums) == (DType::BF16, DType::BF16);
+        let is_narrow = matches!(self, Self::Tiled(_)) && (dtype, sums) == (DType::BF16, DType::BF16);
         if is_narrow && hidden_size.is_multiple_of(HOME_BYTES / size_of::<u16>()) { DType::BF16 } else { DType::F32 }
     }
 
     /// How many numbers the blocks of its layer kernel tell each other.
     pub(super) fn num_signals(self, max_tiles: usize) -> usize {
-        if self == Self::Tiled { MEETING + 2 * max_tiles } else { MEETING }
+        if matches!(self, Self::Tiled(_)) { MEETING + 2 * max_tiles } else { MEETING }
     }
 }
 
@@ -196,14 +229,6 @@ fn weights_name(format: Format, dtype: DType) -> &'static str {
     match format {
         Format::Mxfp4 { has_small_scales: false } if dtype == DType::BF16 => "mxfp4_wide",
         _ => format.name(),
-    }
-}
-
-/// Bytes of shared memory of a block of `cuda/experts/tiled.cuh`.
-fn tiled_shared(format: Format) -> usize {
-    match format {
-        Format::Mxfp4 { .. } => TILED_SHARED[0],
-        Format::Bf16 | Format::F16 => TILED_SHARED[1],
     }
 }
 
