@@ -32,5 +32,5 @@ __device__ __forceinline__ void gather(const ProjectionArguments& a) {
         gather_##PLACES(const __grid_constant__ moe::ProjectionArguments a) {                              \
         moe::gather<PLACES>(a);                                                                            \
     }
-GATHER(64)
+GATHER(96)
 GATHER(160)

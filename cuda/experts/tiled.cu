@@ -15,7 +15,7 @@
         RUN_TILES(F, SIZE, ROW);                                                                          \
     }
 #define TILED_SIZES(F, NAME, ROW, ROW_NAME)               \
-    TILED(F, NAME, FewPlaces, 64, ROW, ROW_NAME)          \
+    TILED(F, NAME, FewPlaces, 96, ROW, ROW_NAME)          \
     TILED(F, NAME, ManyPlaces, 160, ROW, ROW_NAME)
 
 TILED_SIZES(TiledMxFp4, mxfp4_bf16, float, f32)

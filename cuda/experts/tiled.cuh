@@ -53,9 +53,9 @@ struct Size {
     static constexpr int kSums = kPlaces / 2;  // of a thread
     static constexpr int kWorkerRegisters = kWorkerRegisters_, kProducerRegisters = kProducerRegisters_;
 };
-// 3 x 152 + 56 registers are the 512 for a thread of each of four warpgroups.
-using ManyPlaces = Size<160, 3, 152, 56>;
-using FewPlaces = Size<64, 3, 152, 56>;
+// Three times the one and once the other number of registers are the 512 for a thread of each of four warpgroups.
+using ManyPlaces = Size<160, 3, 160, 32>;
+using FewPlaces = Size<96, 3, 152, 56>;
 
 // Where the tile whose first place this is begins, in bytes.
 __device__ __forceinline__ uint64_t tile_offset(uint32_t first, uint32_t features) { return uint64_t(first) * features * 2; }
@@ -69,8 +69,8 @@ __device__ __forceinline__ uint64_t tile_offset(uint32_t first, uint32_t feature
 struct TiledMxFp4 {
     using Element = __nv_bfloat16;
     static constexpr uint32_t kPieceChunks = 3, kValueBytes = 512, kScaleBytes = 32;
-    static constexpr uint32_t stages(bool few) { return few ? 4 : 8; }
-    static constexpr uint32_t slots(bool few) { return few ? 5 : 3; }
+    static constexpr uint32_t stages(bool few) { return few ? 3 : 2; }
+    static constexpr uint32_t slots(bool few) { return few ? 5 : 5; }
 
     struct Raw {
         uint4 words;
@@ -98,9 +98,9 @@ struct TiledMxFp4 {
 template <typename T>
 struct TiledDense {
     using Element = T;
-    static constexpr uint32_t kPieceChunks = 1, kValueBytes = 2048, kScaleBytes = 0;
-    static constexpr uint32_t stages(bool few) { return few ? 10 : 6; }
-    static constexpr uint32_t slots(bool) { return 4; }
+    static constexpr uint32_t kPieceChunks = 2, kValueBytes = 2048, kScaleBytes = 0;
+    static constexpr uint32_t stages(bool few) { return few ? 3 : 2; }
+    static constexpr uint32_t slots(bool few) { return few ? 3 : 2; }
 
     // Nothing is to be made of them, so they are loaded where they are needed.
     struct Raw {
@@ -145,13 +145,10 @@ struct TiledItem {
         const uint32_t row_blocks = TiledShape<S>(is_down ? a.down : a.gate_up, is_down).row_blocks, tile = number / row_blocks;
         return {0, 0, 0, (number - tile * row_blocks) * S::kBands, tile < num_tiles ? tile : kNothing, is_down};
     }
-    // The columns of its products, and how many chunks of as many rows a stage has room for.
+    // The columns of its products, and bytes of a chunk of as many rows.
     __device__ __forceinline__ uint32_t columns() const {
-        return S::kPlaces == FewPlaces::kPlaces ? count > 32 ? 64 : 32 : (count + 15) / 16 * 16;
-    }
-    template <typename F>
-    __device__ __forceinline__ uint32_t chunks_of_stage() const {
-        return S::kPlaces == FewPlaces::kPlaces ? F::kPieceChunks : S::kPlaces / columns();
+        constexpr uint32_t kStep = S::kPlaces == FewPlaces::kPlaces ? 32 : 16;
+        return (count + kStep - 1) / kStep * kStep;
     }
     __device__ __forceinline__ uint32_t chunk_bytes() const { return columns() * kSwizzledRowBytes; }
 
@@ -173,7 +170,7 @@ struct Memory {
     static constexpr uint32_t kPieceValues = S::kBands * F::kPieceChunks * F::kValueBytes;
     static constexpr uint32_t kPieceBytes = kPieceValues + S::kBands * F::kPieceChunks * F::kScaleBytes;
     static constexpr uint32_t kItemBytes = 32;
-    static constexpr uint32_t kStageBytes = (S::kPlaces == FewPlaces::kPlaces ? F::kPieceChunks : 1) * S::kChunkBytes;
+    static constexpr uint32_t kStageBytes = F::kPieceChunks * S::kChunkBytes;
     static constexpr uint32_t kPieces = kStages * kStageBytes;
     static constexpr uint32_t kItems = kPieces + kSlots * kPieceBytes;
     static constexpr uint32_t kFull = kItems + kStages * kItemBytes;
@@ -276,13 +273,9 @@ struct WeightsProducer {
     __device__ __forceinline__ void bring_item(const TiledItem<S>& item, uint32_t expert) {
         const ProjectionArguments& of = item.of(a);
         const TiledShape<S> shape(of, item.is_down);
-        uint64_t chunks[kMostBands];  // before the next ones
-#pragma unroll
-        for (uint32_t i = 0; i < kMostBands; ++i) {
-            // The last band stands for those behind it.
-            const uint32_t band = min(item.band + first + i, shape.num_bands - 1);
-            chunks[i] = (uint64_t(expert) * shape.num_bands + band) * shape.chunks;
-        }
+        // The last band stands for those behind it.
+        const uint32_t band = min(item.band + first, shape.num_bands - 1), behind = shape.num_bands - 1 - band;
+        uint64_t chunk = (uint64_t(expert) * shape.num_bands + band) * shape.chunks;  // the next one of the first band
         for (uint32_t left = shape.chunks; left > 0;) {
             const uint32_t count = min(left, F::kPieceChunks);
             const SharedAddress piece = memory.piece(ring.at), full = memory.piece_full(ring.at);
@@ -290,14 +283,15 @@ struct WeightsProducer {
 #pragma unroll
             for (uint32_t i = 0; i < kMostBands; ++i) {
                 if (i >= bands) break;
-                const unsigned char* const values = static_cast<const unsigned char*>(of.weights) + chunks[i] * F::kValueBytes;
+                const uint64_t from = chunk + min(i, behind) * shape.chunks;
+                const unsigned char* const values = static_cast<const unsigned char*>(of.weights) + from * F::kValueBytes;
                 copy_by_engine(piece + (first + i) * kValues, values, count * F::kValueBytes, full);
                 if constexpr (F::kScaleBytes > 0) {
-                    const unsigned char* const scales = static_cast<const unsigned char*>(of.scales) + chunks[i] * F::kScaleBytes;
+                    const unsigned char* const scales = static_cast<const unsigned char*>(of.scales) + from * F::kScaleBytes;
                     copy_by_engine(piece + Memory<F, S>::kPieceValues + (first + i) * kScales, scales, count * F::kScaleBytes, full);
                 }
-                chunks[i] += count;
             }
+            chunk += count;
             arrive_expecting(full, bands * count * (F::kValueBytes + F::kScaleBytes));
             ring.advance();
             left -= count;
@@ -345,7 +339,7 @@ struct TokensProducer {
         const unsigned char* from = static_cast<const unsigned char*>(of.input) + tile_offset(item.first, of.in_features);
         uint32_t step = 0;
         for (uint32_t left = TiledShape<S>(of, item.is_down).chunks, is_first = 1; left > 0; is_first = 0) {
-            const uint32_t count = min(left, item.template chunks_of_stage<F>());
+            const uint32_t count = min(left, F::kPieceChunks);
             const SharedAddress full = memory.full(ring.at);
             wait_for_phase(memory.empty(ring.at), ring.parity ^ 1);
             for (uint32_t i = 0; i < count; ++i) {
@@ -405,29 +399,12 @@ struct Worker {
     const SharedAddress values, scales;  // of this lane in the first stage of the first piece
     RingPosition<Memory<F, S>::kStages> ring;
     RingPosition<Memory<F, S>::kSlots> pieces;
-    uint32_t taken = 0;    // chunks of the piece
     uint32_t before;       // a stage that is free when the products before the last ones are done
 
     __device__ __forceinline__ Worker(const LayerArguments& arguments, const Memory<F, S>& shared)
         : a(arguments), memory(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
           values(shared.piece(0) + warp * (F::kPieceChunks * F::kValueBytes) + lane * 16),
           scales(shared.piece(0) + Memory<F, S>::kPieceValues + warp * (F::kPieceChunks * F::kScaleBytes) + lane / 4 * 4) {}
-
-    // Loads the weights of the next chunk, which is the last one of its item or not.
-    __device__ __forceinline__ void load_weights(typename F::Raw& raw, bool is_last) {
-        if (taken == 0) wait_for_phase(memory.piece_full(pieces.at), pieces.parity);
-        const uint32_t piece = pieces.at * Memory<F, S>::kPieceBytes;
-        F::load(raw, values + piece + taken * F::kValueBytes, scales + piece + taken * F::kScaleBytes);
-        if (++taken == F::kPieceChunks || is_last) taken = 0;
-    }
-
-    // When no lane needs what was loaded of the piece any more.
-    __device__ __forceinline__ void free_piece() {
-        if (taken != 0) return;
-        __syncwarp();
-        if (lane == 0) arrive(memory.piece_empty(pieces.at));
-        pieces.advance();
-    }
 
     __device__ __forceinline__ void free_stage() {
         if (before < Memory<F, S>::kStages && lane == 0) arrive(memory.empty(before));
@@ -448,6 +425,7 @@ struct Worker {
                                                             const uint32_t (&weights)[kChunkSteps][4], SharedAddress tokens,
                                                             uint32_t columns) {
         if constexpr (S::kPlaces == FewPlaces::kPlaces) {
+            if (columns > 64) return multiply_steps<96>(sums, weights, tokens);
             if (columns > 32) return multiply_steps<64>(sums, weights, tokens);
             return multiply_steps<32>(sums, weights, tokens);
         } else {
@@ -474,36 +452,7 @@ struct Worker {
         return multiply_steps<16>(sums, weights, tokens);
     }
 
-    // The products of all chunks of an item. The weights of a chunk are loaded while those before it are multiplied.
-    __device__ __forceinline__ void multiply_chunks(float (&sums)[S::kSums], const TiledItem<S>& item, uint32_t left) {
-        const uint32_t columns = item.columns(), chunk_bytes = item.chunk_bytes(), chunks_of_stage = item.template chunks_of_stage<F>();
-        typename F::Raw raw;
-        uint32_t weights[2][kChunkSteps][4];
-        uint32_t done = 0;  // chunks of the stage
-        before = Memory<F, S>::kStages;
-        load_weights(raw, left == 1);
-        const auto multiply_chunk = [&](uint32_t(&a)[kChunkSteps][4]) {
-            F::decode(a, raw);
-            free_piece();
-            if (left > 1) load_weights(raw, left == 2);
-            if (done == 0) wait_for_phase(memory.full(ring.at), ring.parity);
-            multiply_columns(sums, a, memory.tokens(ring.at) + done * chunk_bytes, columns);
-            wait_for_multiplies<1>();
-            free_stage();
-            if (++done < chunks_of_stage && left > 1) return;
-            before = ring.at;
-            ring.advance();
-            done = 0;
-        };
-        for (;;) {
-            multiply_chunk(weights[0]);
-            if (--left == 0) break;
-            multiply_chunk(weights[1]);
-            if (--left == 0) break;
-        }
-    }
-
-    // The same for few places, where a stage has as many chunks as a piece: what comes once for each piece counts.
+    // The products of all chunks of an item, a piece of weights and a stage of tokens at a time.
     __device__ __forceinline__ void multiply_pieces(float (&sums)[S::kSums], const TiledItem<S>& item, uint32_t left) {
         constexpr uint32_t kChunks = F::kPieceChunks;
         const uint32_t columns = item.columns(), chunk_bytes = item.chunk_bytes();
@@ -542,11 +491,7 @@ struct Worker {
     __device__ __forceinline__ void work_on(const TiledItem<S>& item) {
         float sums[S::kSums] = {};
         const TiledShape<S> shape(item.of(a), item.is_down);
-        if constexpr (S::kPlaces == FewPlaces::kPlaces) {
-            multiply_pieces(sums, item, shape.chunks);
-        } else {
-            multiply_chunks(sums, item, shape.chunks);
-        }
+        multiply_pieces(sums, item, shape.chunks);
         wait_for_multiplies<0>();
         settle(sums);
         free_stage();
