@@ -399,7 +399,8 @@ struct Worker {
     const SharedAddress values, scales;  // of this lane in the first stage of the first piece
     RingPosition<Memory<F, S>::kStages> ring;
     RingPosition<Memory<F, S>::kSlots> pieces;
-    uint32_t before;       // a stage that is free when the products before the last ones are done
+    uint32_t before;           // a stage that is free when the products before the last ones are done
+    uint32_t* kept = nullptr;  // what counts the parts of an h of which this warp has just kept one
 
     __device__ __forceinline__ Worker(const LayerArguments& arguments, const Memory<F, S>& shared)
         : a(arguments), memory(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
@@ -485,25 +486,37 @@ struct Worker {
             pieces.advance();
             before = ring.at;
             ring.advance();
+            announce_kept();
         }
     }
 
     __device__ __forceinline__ void work_on(const TiledItem<S>& item) {
         float sums[S::kSums] = {};
-        const TiledShape<S> shape(item.of(a), item.is_down);
+        const ProjectionArguments& of = item.of(a);
+        const TiledShape<S> shape(of, item.is_down);
+        const uint32_t band = item.band + warp;
+        const bool is_in = band < shape.num_bands;
+        // There before it is needed.
+        const float2 bias = is_in ? bias_of(of, item.is_down ? kDown : kGateUp, item.expert, band) : make_float2(0.0f, 0.0f);
         multiply_pieces(sums, item, shape.chunks);
         wait_for_multiplies<0>();
         settle(sums);
         free_stage();
-        const uint32_t band = item.band + warp;
         if (!item.is_down) {
-            if (band < shape.num_bands) keep_activated(item, band, sums);
+            if (is_in) keep_activated(item, band, bias, sums);
             show_to_engine();
-            __syncwarp();
-            if (lane == 0) add_release(item.done(a));
-        } else if (band < shape.num_bands) {
-            keep_rows(item, band, sums);
+            kept = item.done(a);
+        } else if (is_in) {
+            keep_rows(item, band, bias, sums);
         }
+    }
+
+    // Says that this warp's part of an h is kept. That waits for the stores, so there is other work in between, if any.
+    __device__ __forceinline__ void announce_kept() {
+        if (kept == nullptr) return;
+        __syncwarp();
+        if (lane == 0) add_release(kept);
+        kept = nullptr;
     }
 
     // The bias of rows g and g + 8 of a band.
@@ -516,9 +529,9 @@ struct Worker {
     }
 
     // sums[4 j + i]: row g of the band, or g + 8 from i = 2 on; place 8 j + 2 t + i % 2 of the tile.
-    __device__ __forceinline__ void keep_activated(const TiledItem<S>& item, uint32_t band, const float (&sums)[S::kSums]) const {
+    __device__ __forceinline__ void keep_activated(
+        const TiledItem<S>& item, uint32_t band, float2 bias, const float (&sums)[S::kSums]) const {
         const ProjectionArguments& of = a.gate_up;
-        const float2 bias = bias_of(of, kGateUp, item.expert, band);
         // A thread has one feature of two places, and keeps two features of one: the band's 8 are a piece of 16 bytes.
         const uint32_t row = lane / 4;
         unsigned char* to = static_cast<unsigned char*>(of.output) + tile_offset(item.first, of.out_features) +
@@ -534,9 +547,9 @@ struct Worker {
         }
     }
 
-    __device__ __forceinline__ void keep_rows(const TiledItem<S>& item, uint32_t band, const float (&sums)[S::kSums]) const {
+    __device__ __forceinline__ void keep_rows(
+        const TiledItem<S>& item, uint32_t band, float2 bias, const float (&sums)[S::kSums]) const {
         const ProjectionArguments& of = a.down;
-        const float2 bias = bias_of(of, kDown, item.expert, band);
         Row* to = static_cast<Row*>(of.output) + uint64_t(item.first + lane % 4 * 2) * of.out_features +
                   (band * kBandRows + lane / 4 * 2);
 #pragma unroll
@@ -553,9 +566,11 @@ struct Worker {
 
     __device__ __forceinline__ void run() {
         for (;;) {
+            // What is waited for may wait for this.
+            if (!__all_sync(kAllLanes, phase_has_ended(memory.full(ring.at), ring.parity))) announce_kept();
             wait_for_phase(memory.full(ring.at), ring.parity);
             const TiledItem<S> item = memory.read_item(ring.at);
-            if (item.count == 0) return;
+            if (item.count == 0) return announce_kept();
             work_on(item);
         }
     }
