@@ -48,11 +48,8 @@ __device__ __forceinline__ void arrive(SharedAddress barrier) {
     const uint64_t arrivals = state >> 16 & 0xffffu, left = (state & 0xffffu) - 1;
     state = left > 0 ? state - 1 : ((state >> 32) + 1) << 32 | arrivals << 16 | arrivals;
 }
-__device__ __forceinline__ bool phase_has_ended(SharedAddress barrier, uint32_t parity) {
-    return (*reinterpret_cast<volatile uint64_t*>(barrier) >> 32 & 1) != parity;
-}
 __device__ __forceinline__ void wait_for_phase(SharedAddress barrier, uint32_t parity) {
-    while (!phase_has_ended(barrier, parity)) emulator::yield();
+    while ((*reinterpret_cast<volatile uint64_t*>(barrier) >> 32 & 1) == parity) emulator::yield();
 }
 
 __device__ __forceinline__ void show_barriers() {}
@@ -152,17 +149,6 @@ __device__ __forceinline__ void wait_for_phase(SharedAddress barrier, uint32_t p
         "done:\n"
         "}" ::"r"(barrier), "r"(parity)
         : "memory");
-}
-
-// Whether it has by now.
-__device__ __forceinline__ bool phase_has_ended(SharedAddress barrier, uint32_t parity) {
-    uint32_t ended;
-    asm volatile(
-        "{\n.reg .pred ended;\nmbarrier.test_wait.parity.shared::cta.b64 ended, [%1], %2;\nselp.b32 %0, 1, 0, ended;\n}"
-        : "=r"(ended)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    return ended != 0;
 }
 
 // Barriers that were started are known to the copy engine after this.

@@ -84,9 +84,8 @@ struct Tile {
 
 // A tile of the tile map, whose tiles have up to `tile_rows` places.
 __device__ __forceinline__ Tile tile_of(const ProjectionArguments& a, uint32_t tile, uint32_t tile_rows) {
-    const uint32_t expert = a.tile_experts[tile];
+    const uint32_t expert = a.tile_experts[tile], first = a.tile_starts[tile];
     if (expert == kNothing) return {0, 0, 0};
-    const uint32_t first = a.tile_starts[tile];
     return {expert, first, min(tile_rows, a.expert_offsets[expert + 1] - first)};
 }
 

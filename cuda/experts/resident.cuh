@@ -29,6 +29,12 @@ namespace moe {
 
 // Pieces of weights that a warp has room for, and units of a piece.
 constexpr int kSlots = 3;
+// Pieces that are under way before the first one is taken: where threads copy, the slot of the one that is taken stays out.
+#ifdef MOE_HOPPER
+constexpr int kPrefetched = kSlots;
+#else
+constexpr int kPrefetched = kSlots - 1;
+#endif
 template <typename Format> constexpr uint32_t kPieceUnits = Format::kWords == 1 ? 3 : 1;
 template <typename Format> constexpr uint32_t kUnitBytes = Format::kWords * 512;
 constexpr uint32_t kScaleBytes = 32;  // of a unit
@@ -382,13 +388,15 @@ __device__ __forceinline__ void multiply_items(
     Walk walk = span.walk(place);
     const uint32_t units = a.in_features / kUnitColumns;
     const uint32_t first = units * place.warp / place.warps, mine = units * (place.warp + 1) / place.warps - first;
-    Stream<M, kWhole> stream(a, walk, units, first, mine, ring);
-#pragma unroll
-    for (int i = 0; i + 1 < kSlots; ++i) stream.fetch();
     __shared__ uint32_t rows[2][8 * M::kBlocks], counts[2];
     const Sources<M> sources{rows, counts};
     const bool looks_up = threadIdx.x < 32;
     if (looks_up) sources.look_up(a, span.tile, span.last_tile);
+    Stream<M, kWhole> stream(a, walk, units, first, mine, ring);
+    // Of gate_up one piece: what is looked up, each time with an answer to wait for, comes behind what is under way.
+    constexpr int kEarly = M::kKind == kGateUp ? 1 : kPrefetched;
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i) stream.fetch();
     wait_for_input();
 
     const uint32_t row_bytes = place.pitch * sizeof(T), block_bytes = 8 * row_bytes;
@@ -400,6 +408,10 @@ __device__ __forceinline__ void multiply_items(
     for (uint32_t tile = span.tile; tile <= span.last_tile; ++tile) {
         wait_at_barrier(kTokens, place.multiplying());  // nobody needs the tile before any more
         sources.load(a, tile, place.tokens, place.pitch, place.multiplying());
+        if (tile == span.tile) {
+#pragma unroll
+            for (int i = kEarly; i < kPrefetched; ++i) stream.fetch();
+        }
         if (looks_up) sources.look_up(a, tile + 1, span.last_tile);
         wait_at_barrier(kTokens, place.multiplying());
         for (; !walk.ends() && walk.tile == tile; walk.next(), ++items) {
@@ -473,14 +485,16 @@ struct Bias {
 // A warp that finishes.
 template <typename M>
 __device__ __forceinline__ void finish_items(const ProjectionArguments& a, const Place<M>& place, const Span& span) {
-    Tile tile{};
-    uint32_t of_tile = kNothing, room = 0;
-    for (Walk walk = span.walk(place); !walk.ends(); walk.next()) {
-        if (walk.tile != of_tile) {
-            of_tile = walk.tile;
-            tile = tile_of(a, of_tile, 8 * M::kBlocks);
-        }
-        const Bias<M::kKind> bias(a, tile.expert, walk.band);
+    Walk walk = span.walk(place);
+    if (walk.ends()) return;
+    Tile tile = tile_of(a, walk.tile, 8 * M::kBlocks);
+    Bias<M::kKind> bias(a, tile.expert, walk.band);
+    for (uint32_t room = 0; !walk.ends();) {
+        // What the next item needs is on its way before this one is waited for.
+        Walk next = walk;
+        next.next();
+        const Tile next_tile = next.ends() || next.tile == walk.tile ? tile : tile_of(a, next.tile, 8 * M::kBlocks);
+        const Bias<M::kKind> next_bias = next.ends() ? bias : Bias<M::kKind>(a, next_tile.expert, next.band);
         const uint32_t barrier = place.group * kSums + room;
         wait_at_barrier(kFull + barrier, place.threads());
         float4 c[M::kBlocks] = {};
@@ -500,6 +514,9 @@ __device__ __forceinline__ void finish_items(const ProjectionArguments& a, const
             write_results<typename M::T, M::kKind>(a, tile, walk.band, i, results);
         }
         room = room + 1 == kSums ? 0 : room + 1;
+        walk = next;
+        tile = next_tile;
+        bias = next_bias;
     }
 }
 
@@ -545,18 +562,15 @@ struct Meeting {
     __device__ __forceinline__ explicit Meeting(uint32_t* at) : come(at), times(at + 1), before(load_acquire(times)) {}
 
     __device__ __forceinline__ void wait(uint32_t num_warps) const {
-        __threadfence();
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
-            if (atomicAdd(come, 1u) + 1 == num_warps) {
+            if (add_and_see(come) + 1 == num_warps) {
                 *come = 0;
-                __threadfence();
-                atomicAdd(times, 1u);
+                add_release(times);
             } else {
                 while (load_acquire(times) == before) {
                 }
             }
-            __threadfence();
         }
         __syncwarp();
     }
@@ -569,11 +583,11 @@ __device__ __forceinline__ void run_layer(const LayerArguments& a) {
     MOE_DYNAMIC_SHARED(unsigned char, memory);
     const Place<GateUp> of_gate_up(memory, a.gate_up);
     const Place<Down> of_down(memory, a.down);
+    Ring<Down::kPiece> ring(of_down.pieces);
     allow_next_kernel();
     wait_for_previous_kernel();
     const uint32_t num_tiles = count_tiles(a.gate_up);
     const Span gate_up = Span::of<GateUp>(a.gate_up, num_tiles), down = Span::of<Down>(a.down, num_tiles);
-    Ring<Down::kPiece> ring(of_down.pieces);
     if (of_down.warp == of_down.warps) {
         const Meeting meeting(a.signals);
         if (gate_up.count > 0) finish_items(a.gate_up, of_gate_up, gate_up);

@@ -10,7 +10,7 @@
 #endif
 
 #define TILED(F, NAME, SIZE, PLACES, ROW, ROW_NAME)                                                       \
-    extern "C" __global__ void __launch_bounds__(moe::SIZE::kThreads, 1)                                  \
+    extern "C" __global__ void __launch_bounds__(moe::kTiledThreads, 1)                                  \
         tiled_##PLACES##_##NAME##_##ROW_NAME(const __grid_constant__ moe::LayerArguments a) {             \
         RUN_TILES(F, SIZE, ROW);                                                                          \
     }

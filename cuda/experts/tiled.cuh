@@ -3,7 +3,7 @@
 //     gate_up   h[place]    = round(activation(W1 x + b1)), of the token at each place of the order
 //     down      rows[place] = W2 h[place] + b2, in float32 or rounded
 //
-// An item of work is 192 rows of an expert's matrix (12 bands) by a tile of up to 160 places. As many blocks as
+// An item of work is 192 rows of an expert's matrix (12 bands) by a tile of up to 96 or 160 places. As many blocks as
 // multiprocessors take items in turn, all of gate_up and then all of down: block b has items b, b + blocks, ..; the row blocks
 // of a tile follow each other, and the tiles of an expert, so that its weights come from device memory once and its tokens
 // stay in the L2 cache. Of the h of a tile `down` waits for all row blocks, which a number counts; they began long before.
@@ -17,17 +17,20 @@
 //
 //     3 threads       have the copy engine bring the weights of 12 bands, three chunks (1536 bytes a band) at a time: smaller
 //                     pieces would come slower, since each takes its time whatever its size
-//     1 thread        has it bring tokens, as many chunks at a time as a stage has room for
+//     1 thread        has it bring tokens, as many chunks at a time as there are in a piece
 //     3 warpgroups    each has 64 rows, each warp of it a band; they take weights to registers, make 16-bit floats of them, and
 //                     multiply them with the tokens of a chunk (wgmma) while the next ones are made
 //
+// Why it is fast:
+//
 // 1. Weights are the A operand, so that their decoded form never sees shared memory, and tokens the B operand, whose number is
-//    any multiple of 16: a short tile costs what it has.
-// 2. Copies are under way while others are multiplied; no thread waits for them but those that need them.
-// 3. In one launch the items of both projections fill the last round of blocks together, and nothing drains between them.
+//    a multiple of 16 or 32: a short tile costs what it has.
+// 2. Whoever multiplies copies nothing, waits for nothing but what it needs, and looks after rings once in three chunks.
+// 3. The copy engine brings all of it, in few large pieces, and what it brings the products see without a fence.
+// 4. In one launch the items of both projections fill the last round of blocks together, and nothing drains between them.
 //
 // Limits: in_features is a multiple of 64, a matrix has a multiple of 16 rows; MXFP4 scales are at most 128.
-// Launch: cooperative (blocks wait for each other), kTiledThreads threads, tiled_shared_bytes<F>() bytes of dynamic shared
+// Launch: cooperative (blocks wait for each other), kTiledThreads threads, tiled_shared_bytes<F, S>() bytes of dynamic shared
 // memory, up to one block for each multiprocessor.
 #pragma once
 
@@ -39,23 +42,22 @@
 
 namespace moe {
 
+constexpr uint32_t kTiledWorkers = 3 * kWarpgroup, kTiledThreads = kTiledWorkers + kWarpgroup;
+constexpr uint32_t kWeightWarps = 3;  // and one for tokens
+constexpr uint32_t kBlockBands = kTiledWorkers / 32;
 constexpr uint32_t kChunkColumns = 64;
 constexpr int kChunkSteps = kChunkColumns / 16;
-constexpr uint32_t kWeightWarps = 3;
 
-// How large items are: places of a tile, at most, and warpgroups that multiply.
-template <uint32_t kPlaces_, uint32_t kWarpgroups, uint32_t kWorkerRegisters_, uint32_t kProducerRegisters_>
+// How large tiles are: places, at most, of which a multiple of kStep_ is multiplied; stages that a block has room for; registers
+// of a thread that multiplies and of one that brings, of the 512 that four warpgroups have for a thread of each.
+template <uint32_t kPlaces_, uint32_t kStep_, uint32_t kStages_, int kWorkerRegisters_>
 struct Size {
-    static constexpr uint32_t kPlaces = kPlaces_;
-    static constexpr uint32_t kWorkers = kWarpgroups * kWarpgroup, kThreads = kWorkers + kWarpgroup;
-    static constexpr uint32_t kBands = kWorkers / 32;
-    static constexpr uint32_t kChunkBytes = kPlaces * kSwizzledRowBytes;
+    static constexpr uint32_t kPlaces = kPlaces_, kStep = kStep_, kStages = kStages_;
     static constexpr int kSums = kPlaces / 2;  // of a thread
-    static constexpr int kWorkerRegisters = kWorkerRegisters_, kProducerRegisters = kProducerRegisters_;
+    static constexpr int kWorkerRegisters = kWorkerRegisters_, kProducerRegisters = 512 - 3 * kWorkerRegisters_;
 };
-// Three times the one and once the other number of registers are the 512 for a thread of each of four warpgroups.
-using ManyPlaces = Size<160, 3, 160, 32>;
-using FewPlaces = Size<96, 3, 152, 56>;
+using FewPlaces = Size<96, 32, 3, 152>;
+using ManyPlaces = Size<160, 16, 2, 160>;
 
 // Where the tile whose first place this is begins, in bytes.
 __device__ __forceinline__ uint64_t tile_offset(uint32_t first, uint32_t features) { return uint64_t(first) * features * 2; }
@@ -63,14 +65,12 @@ __device__ __forceinline__ uint64_t tile_offset(uint32_t first, uint32_t feature
 #ifdef MOE_HOPPER
 
 // ------------------------------------------------------------------------------------------------------------------
-// Formats: chunks of a piece of weights, bytes of a band in a chunk, and the A operands that these give; stages of tokens and
-// pieces of weights that a block has room for, of either size
+// Formats: pieces of weights that a block has room for, chunks of a piece, bytes of a band in a chunk, and the A operands that
+// these give
 
 struct TiledMxFp4 {
     using Element = __nv_bfloat16;
-    static constexpr uint32_t kPieceChunks = 3, kValueBytes = 512, kScaleBytes = 32;
-    static constexpr uint32_t stages(bool few) { return few ? 3 : 2; }
-    static constexpr uint32_t slots(bool few) { return few ? 5 : 5; }
+    static constexpr uint32_t kSlots = 5, kPieceChunks = 3, kValueBytes = 512, kScaleBytes = 32;
 
     struct Raw {
         uint4 words;
@@ -98,9 +98,7 @@ struct TiledMxFp4 {
 template <typename T>
 struct TiledDense {
     using Element = T;
-    static constexpr uint32_t kPieceChunks = 2, kValueBytes = 2048, kScaleBytes = 0;
-    static constexpr uint32_t stages(bool few) { return few ? 3 : 2; }
-    static constexpr uint32_t slots(bool few) { return few ? 3 : 2; }
+    static constexpr uint32_t kSlots = 3, kPieceChunks = 2, kValueBytes = 2048, kScaleBytes = 0;
 
     // Nothing is to be made of them, so they are loaded where they are needed.
     struct Raw {
@@ -117,16 +115,15 @@ struct TiledDense {
 };
 
 // ------------------------------------------------------------------------------------------------------------------
-// Items, and the ring
+// Items, and the shared memory that they go through
 
 // The items of a projection.
-template <typename S>
 struct TiledShape {
     uint32_t num_bands, row_blocks, chunks;
 
     __device__ __forceinline__ TiledShape(const ProjectionArguments& a, bool is_down)
         : num_bands((is_down ? 1 : 2) * a.out_features / kBandRows),
-          row_blocks((num_bands + S::kBands - 1) / S::kBands), chunks(a.in_features / kChunkColumns) {}
+          row_blocks((num_bands + kBlockBands - 1) / kBlockBands), chunks(a.in_features / kChunkColumns) {}
 };
 
 // Some rows of an expert's matrix by some of its places. 0 places: there are no more items.
@@ -139,16 +136,15 @@ struct TiledItem {
 
     // Where item `number` is; tile is kNothing behind the last one. What else there is of it must be looked up.
     static __device__ __forceinline__ TiledItem of_number(const LayerArguments& a, uint32_t num_tiles, uint32_t number) {
-        const uint32_t before = num_tiles * TiledShape<S>(a.gate_up, false).row_blocks;
+        const uint32_t before = num_tiles * TiledShape(a.gate_up, false).row_blocks;
         const bool is_down = number >= before;
         if (is_down) number -= before;
-        const uint32_t row_blocks = TiledShape<S>(is_down ? a.down : a.gate_up, is_down).row_blocks, tile = number / row_blocks;
-        return {0, 0, 0, (number - tile * row_blocks) * S::kBands, tile < num_tiles ? tile : kNothing, is_down};
+        const uint32_t row_blocks = TiledShape(is_down ? a.down : a.gate_up, is_down).row_blocks, tile = number / row_blocks;
+        return {0, 0, 0, (number - tile * row_blocks) * kBlockBands, tile < num_tiles ? tile : kNothing, is_down};
     }
     // The columns of its products, and bytes of a chunk of as many rows.
     __device__ __forceinline__ uint32_t columns() const {
-        constexpr uint32_t kStep = S::kPlaces == FewPlaces::kPlaces ? 32 : 16;
-        return (count + kStep - 1) / kStep * kStep;
+        return (count + S::kStep - 1) / S::kStep * S::kStep;
     }
     __device__ __forceinline__ uint32_t chunk_bytes() const { return columns() * kSwizzledRowBytes; }
 
@@ -165,12 +161,11 @@ struct TiledItem {
 // weights, each with barriers for "full" and "empty".
 template <typename F, typename S>
 struct Memory {
-    static constexpr uint32_t kStages = F::stages(S::kPlaces == FewPlaces::kPlaces);
-    static constexpr uint32_t kSlots = F::slots(S::kPlaces == FewPlaces::kPlaces);
-    static constexpr uint32_t kPieceValues = S::kBands * F::kPieceChunks * F::kValueBytes;
-    static constexpr uint32_t kPieceBytes = kPieceValues + S::kBands * F::kPieceChunks * F::kScaleBytes;
+    static constexpr uint32_t kStages = S::kStages, kSlots = F::kSlots;
+    static constexpr uint32_t kPieceValues = kBlockBands * F::kPieceChunks * F::kValueBytes;
+    static constexpr uint32_t kPieceBytes = kPieceValues + kBlockBands * F::kPieceChunks * F::kScaleBytes;
     static constexpr uint32_t kItemBytes = 32;
-    static constexpr uint32_t kStageBytes = F::kPieceChunks * S::kChunkBytes;
+    static constexpr uint32_t kStageBytes = F::kPieceChunks * S::kPlaces * kSwizzledRowBytes;
     static constexpr uint32_t kPieces = kStages * kStageBytes;
     static constexpr uint32_t kItems = kPieces + kSlots * kPieceBytes;
     static constexpr uint32_t kFull = kItems + kStages * kItemBytes;
@@ -198,11 +193,11 @@ struct Memory {
     __device__ __forceinline__ void start_barriers(uint32_t thread) const {
         if (thread < kStages) {
             start_barrier(full(thread), 1);
-            start_barrier(empty(thread), S::kBands);
+            start_barrier(empty(thread), kBlockBands);
         }
         if (thread < kSlots) {
             start_barrier(piece_full(thread), kWeightWarps);
-            start_barrier(piece_empty(thread), S::kBands);
+            start_barrier(piece_empty(thread), kBlockBands);
         }
         show_barriers();
     }
@@ -238,19 +233,18 @@ struct RingPosition {
 // One of kWeightWarps threads, each with its part of the bands of a piece.
 template <typename F, typename S>
 struct WeightsProducer {
-    static constexpr uint32_t kMostBands = (S::kBands + kWeightWarps - 1) / kWeightWarps;
+    static constexpr uint32_t kBands = kBlockBands / kWeightWarps;
     // Bytes of a band in a piece.
     static constexpr uint32_t kValues = F::kPieceChunks * F::kValueBytes, kScales = F::kPieceChunks * F::kScaleBytes;
 
     const LayerArguments& a;
     const Memory<F, S>& memory;
-    const uint32_t first, bands;  // of its part
-    const uint32_t num_tiles;
-    RingPosition<Memory<F, S>::kSlots> ring;
+    const uint32_t first, num_tiles;  // of its bands
+    RingPosition<F::kSlots> ring;
 
     __device__ __forceinline__ WeightsProducer(
         const LayerArguments& arguments, const Memory<F, S>& shared, uint32_t number, uint32_t tiles)
-        : a(arguments), memory(shared), first(number * kMostBands), bands(min(kMostBands, S::kBands - first)), num_tiles(tiles) {}
+        : a(arguments), memory(shared), first(number * kBands), num_tiles(tiles) {}
 
     __device__ __forceinline__ uint32_t expert_of(const TiledItem<S>& item) const {
         return item.tile == kNothing ? 0 : a.gate_up.tile_experts[item.tile];
@@ -272,7 +266,7 @@ struct WeightsProducer {
 
     __device__ __forceinline__ void bring_item(const TiledItem<S>& item, uint32_t expert) {
         const ProjectionArguments& of = item.of(a);
-        const TiledShape<S> shape(of, item.is_down);
+        const TiledShape shape(of, item.is_down);
         // The last band stands for those behind it.
         const uint32_t band = min(item.band + first, shape.num_bands - 1), behind = shape.num_bands - 1 - band;
         uint64_t chunk = (uint64_t(expert) * shape.num_bands + band) * shape.chunks;  // the next one of the first band
@@ -281,8 +275,7 @@ struct WeightsProducer {
             const SharedAddress piece = memory.piece(ring.at), full = memory.piece_full(ring.at);
             wait_for_phase(memory.piece_empty(ring.at), ring.parity ^ 1);
 #pragma unroll
-            for (uint32_t i = 0; i < kMostBands; ++i) {
-                if (i >= bands) break;
+            for (uint32_t i = 0; i < kBands; ++i) {
                 const uint64_t from = chunk + min(i, behind) * shape.chunks;
                 const unsigned char* const values = static_cast<const unsigned char*>(of.weights) + from * F::kValueBytes;
                 copy_by_engine(piece + (first + i) * kValues, values, count * F::kValueBytes, full);
@@ -292,7 +285,7 @@ struct WeightsProducer {
                 }
             }
             chunk += count;
-            arrive_expecting(full, bands * count * (F::kValueBytes + F::kScaleBytes));
+            arrive_expecting(full, kBands * count * (F::kValueBytes + F::kScaleBytes));
             ring.advance();
             left -= count;
         }
@@ -305,7 +298,7 @@ struct TokensProducer {
     const LayerArguments& a;
     const Memory<F, S>& memory;
     const uint32_t num_tiles;
-    RingPosition<Memory<F, S>::kStages> ring;
+    RingPosition<S::kStages> ring;
     TiledItem<S> item, next;
 
     __device__ __forceinline__ TokensProducer(const LayerArguments& arguments, const Memory<F, S>& shared, uint32_t tiles)
@@ -325,10 +318,10 @@ struct TokensProducer {
 
     // Waits for the h of the item's tile. The last item of the tile that does leaves the numbers as they were.
     __device__ __forceinline__ void wait_for_tile() const {
-        const uint32_t all = TiledShape<S>(a.gate_up, false).row_blocks * S::kBands;
+        const uint32_t all = TiledShape(a.gate_up, false).row_blocks * kBlockBands;
         while (load_acquire(item.done(a)) < all) {
         }
-        if (atomicAdd(item.seen(a), 1u) + 1 == TiledShape<S>(a.down, true).row_blocks) *item.done(a) = *item.seen(a) = 0;
+        if (atomicAdd(item.seen(a), 1u) + 1 == TiledShape(a.down, true).row_blocks) *item.done(a) = *item.seen(a) = 0;
         show_to_engine();
     }
 
@@ -338,7 +331,7 @@ struct TokensProducer {
         const uint32_t bytes = item.count * kSwizzledRowBytes;
         const unsigned char* from = static_cast<const unsigned char*>(of.input) + tile_offset(item.first, of.in_features);
         uint32_t step = 0;
-        for (uint32_t left = TiledShape<S>(of, item.is_down).chunks, is_first = 1; left > 0; is_first = 0) {
+        for (uint32_t left = TiledShape(of, item.is_down).chunks, is_first = 1; left > 0; is_first = 0) {
             const uint32_t count = min(left, F::kPieceChunks);
             const SharedAddress full = memory.full(ring.at);
             wait_for_phase(memory.empty(ring.at), ring.parity ^ 1);
@@ -396,11 +389,10 @@ struct Worker {
     const LayerArguments& a;
     const Memory<F, S>& memory;
     const uint32_t warp, lane;
-    const SharedAddress values, scales;  // of this lane in the first stage of the first piece
-    RingPosition<Memory<F, S>::kStages> ring;
-    RingPosition<Memory<F, S>::kSlots> pieces;
-    uint32_t before;           // a stage that is free when the products before the last ones are done
-    uint32_t* kept = nullptr;  // what counts the parts of an h of which this warp has just kept one
+    const SharedAddress values, scales;  // of this lane, of the first chunk in the first slot
+    RingPosition<S::kStages> ring;
+    RingPosition<F::kSlots> pieces;
+    uint32_t before;  // a stage that is free when the products before the last ones are done
 
     __device__ __forceinline__ Worker(const LayerArguments& arguments, const Memory<F, S>& shared)
         : a(arguments), memory(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
@@ -408,8 +400,8 @@ struct Worker {
           scales(shared.piece(0) + Memory<F, S>::kPieceValues + warp * (F::kPieceChunks * F::kScaleBytes) + lane / 4 * 4) {}
 
     __device__ __forceinline__ void free_stage() {
-        if (before < Memory<F, S>::kStages && lane == 0) arrive(memory.empty(before));
-        before = Memory<F, S>::kStages;
+        if (before < S::kStages && lane == 0) arrive(memory.empty(before));
+        before = S::kStages;
     }
 
     template <int kColumns>
@@ -425,7 +417,8 @@ struct Worker {
     static __device__ __forceinline__ void multiply_columns(float (&sums)[S::kSums],
                                                             const uint32_t (&weights)[kChunkSteps][4], SharedAddress tokens,
                                                             uint32_t columns) {
-        if constexpr (S::kPlaces == FewPlaces::kPlaces) {
+        if constexpr (S::kStep == 32) {
+            static_assert(S::kPlaces == 96, "every number of columns has its product");
             if (columns > 64) return multiply_steps<96>(sums, weights, tokens);
             if (columns > 32) return multiply_steps<64>(sums, weights, tokens);
             return multiply_steps<32>(sums, weights, tokens);
@@ -458,7 +451,7 @@ struct Worker {
         constexpr uint32_t kChunks = F::kPieceChunks;
         const uint32_t columns = item.columns(), chunk_bytes = item.chunk_bytes();
         uint32_t weights[kChunks][kChunkSteps][4];
-        before = Memory<F, S>::kStages;
+        before = S::kStages;
         for (; left > 0; left -= min(left, kChunks)) {
             wait_for_phase(memory.piece_full(pieces.at), pieces.parity);
             const SharedAddress piece = values + pieces.at * Memory<F, S>::kPieceBytes;
@@ -486,14 +479,13 @@ struct Worker {
             pieces.advance();
             before = ring.at;
             ring.advance();
-            announce_kept();
         }
     }
 
     __device__ __forceinline__ void work_on(const TiledItem<S>& item) {
         float sums[S::kSums] = {};
         const ProjectionArguments& of = item.of(a);
-        const TiledShape<S> shape(of, item.is_down);
+        const TiledShape shape(of, item.is_down);
         const uint32_t band = item.band + warp;
         const bool is_in = band < shape.num_bands;
         // There before it is needed.
@@ -505,18 +497,11 @@ struct Worker {
         if (!item.is_down) {
             if (is_in) keep_activated(item, band, bias, sums);
             show_to_engine();
-            kept = item.done(a);
+            __syncwarp();
+            if (lane == 0) add_release(item.done(a));
         } else if (is_in) {
             keep_rows(item, band, bias, sums);
         }
-    }
-
-    // Says that this warp's part of an h is kept. That waits for the stores, so there is other work in between, if any.
-    __device__ __forceinline__ void announce_kept() {
-        if (kept == nullptr) return;
-        __syncwarp();
-        if (lane == 0) add_release(kept);
-        kept = nullptr;
     }
 
     // The bias of rows g and g + 8 of a band.
@@ -566,11 +551,9 @@ struct Worker {
 
     __device__ __forceinline__ void run() {
         for (;;) {
-            // What is waited for may wait for this.
-            if (!__all_sync(kAllLanes, phase_has_ended(memory.full(ring.at), ring.parity))) announce_kept();
             wait_for_phase(memory.full(ring.at), ring.parity);
             const TiledItem<S> item = memory.read_item(ring.at);
-            if (item.count == 0) return announce_kept();
+            if (item.count == 0) return;
             work_on(item);
         }
     }
@@ -583,14 +566,14 @@ __device__ __forceinline__ void run_tiles(const LayerArguments& a) {
     allow_next_kernel();
     wait_for_previous_kernel();
     const uint32_t num_tiles = count_tiles(a.gate_up);  // and a barrier of the block
-    if (threadIdx.x < S::kWorkers) {
+    if (threadIdx.x < kTiledWorkers) {
         take_registers<S::kWorkerRegisters>();
         Worker<F, S, Row>(a, memory).run();
         return;
     }
     leave_registers<S::kProducerRegisters>();
     if (threadIdx.x % 32 != 0) return;
-    const uint32_t warp = (threadIdx.x - S::kWorkers) / 32;
+    const uint32_t warp = (threadIdx.x - kTiledWorkers) / 32;
     if (warp < kWeightWarps) {
         WeightsProducer<F, S>(a, memory, warp, num_tiles).run();
     } else {

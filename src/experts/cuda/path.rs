@@ -24,7 +24,10 @@ const RESIDENT_STATIC_SHARED: usize = 1024;
 /// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
 const FEW_SLOTS: usize = 6;
 /// Slots per expert up to which tiles are the smaller ones of `cuda/experts/tiled.cuh`.
-const SOME_SLOTS: usize = 40;
+const SOME_SLOTS: usize = 80;
+/// Of `cuda/experts/tiled.cuh`: rows of a matrix that an item has, and threads of a block.
+const TILED_FEATURES: usize = 192;
+const TILED_THREADS: u32 = 512;
 /// Of `cuda/experts/gather.cu`: threads and places of a block.
 const GATHER_THREADS: u32 = 256;
 const GATHER_ROWS: usize = 8;
@@ -50,28 +53,21 @@ pub(super) enum TileSize {
 }
 
 impl TileSize {
-    /// Places of a tile, and rows of a matrix that an item has.
-    fn rows(self) -> (usize, usize) {
+    /// Places of a tile.
+    fn places(self) -> usize {
         match self {
-            Self::Few => (64, 256),
-            Self::Many => (160, 192),
-        }
-    }
-
-    fn threads(self) -> u32 {
-        match self {
-            Self::Few => 640,
-            Self::Many => 512,
+            Self::Few => 96,
+            Self::Many => 160,
         }
     }
 
     /// Bytes of shared memory of a block.
     fn shared(self, format: Format) -> usize {
         match (self, format) {
-            (Self::Few, Format::Mxfp4 { .. }) => 203_776,
-            (Self::Few, Format::Bf16 | Format::F16) => 214_016,
-            (Self::Many, Format::Mxfp4 { .. }) => 223_232,
-            (Self::Many, Format::Bf16 | Format::F16) => 222_208,
+            (Self::Few, Format::Mxfp4 { .. }) => 208_896,
+            (Self::Few, Format::Bf16 | Format::F16) => 222_208,
+            (Self::Many, Format::Mxfp4 { .. }) => 221_184,
+            (Self::Many, Format::Bf16 | Format::F16) => 230_400,
         }
     }
 }
@@ -105,7 +101,7 @@ impl Path {
         match self {
             Self::General => GENERAL_TILE_ROWS,
             Self::Resident { blocks } => 8 * blocks,
-            Self::Tiled(size) => size.rows().0,
+            Self::Tiled(size) => size.places(),
         }
     }
 
@@ -174,12 +170,13 @@ impl Path {
                 Some(kernel)
             }
             Self::Tiled(size) => {
-                let (places, features) = size.rows();
+                let places = size.places();
                 let name = format!("tiled_{places}_{}_{}_{}", format.name(), dtype.as_str(), rows.as_str());
-                let row_blocks = |projection: &ExpertProjection| projection.weights().out_features().div_ceil(features);
+                let row_blocks =
+                    |projection: &ExpertProjection| projection.weights().out_features().div_ceil(TILED_FEATURES);
                 let max_items = max_tiles.saturating_mul(row_blocks(&experts.gate_up) + row_blocks(&experts.down));
                 let blocks = device.num_multiprocessors.min(max_items);
-                let launch = Launch::new(blocks, size.threads(), size.shared(format));
+                let launch = Launch::new(blocks, TILED_THREADS, size.shared(format));
                 let launch = Launch { starts_early: true, cooperative: true, ..launch };
                 Some(Kernel { name, launch, warps: 0, token_features: 0 })
             }
@@ -191,7 +188,7 @@ impl Path {
     /// they are.
     pub(super) fn gather_kernel(self, max_tiles: usize) -> Option<Kernel> {
         let Self::Tiled(size) = self else { return None };
-        let places = size.rows().0;
+        let places = size.places();
         let blocks = max_tiles.saturating_mul(places / GATHER_ROWS);
         let launch = Launch { starts_early: true, ..Launch::new(blocks, GATHER_THREADS, 0) };
         Some(Kernel { name: format!("gather_{places}"), launch, warps: 0, token_features: 0 })
