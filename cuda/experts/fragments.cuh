@@ -14,8 +14,8 @@
 //                      scale word g: rows g and g + 8 of columns 0..32, then of columns 32..64
 //
 // Rows of a band: of a plain matrix the even ones of 16 i .. 16 i + 16, then the odd ones, so that neighbours stand in the same
-// thread's sums; of gate and up 8 gate rows, then the 8 up rows that belong to them, for the same reason. One copy of the weights serves mma.sync and wgmma, whose A fragments are the
-// same, and is read in order, 16 bytes a lane.
+// thread's sums; of gate and up 8 gate rows, then the 8 up rows that belong to them, for the same reason. One copy of the
+// weights serves mma.sync and wgmma, whose A fragments are the same, and is read in order, 16 bytes a lane.
 #pragma once
 
 #include "common/matrix.cuh"
@@ -37,10 +37,10 @@ __device__ __forceinline__ uint32_t published_row(Kind kind, uint32_t gate_up_ro
 // ------------------------------------------------------------------------------------------------------------------
 // MXFP4
 
-// Each pair of nibbles stands in a word so that a rotation and a mask make two 16-bit floats of it: sign to bit 15, exponent and
-// mantissa to bits 8, 7, 6. With four pairs in a word the last one needs two rotations, and none can do with one; this way they
-// are few, and the first and the last may be plain shifts. Bits of a half word, from bit 15 down, by the A register that they
-// belong to; the bits of register 2 turn into the other half:
+// Four pairs of nibbles fill a word, such that masks make 16-bit floats of each pair once it is turned: sign to bit 15, exponent
+// and mantissa to bits 8, 7, 6. Three pairs need one turn at most and the last one needs two, which is as few as there can be;
+// most turns may be plain shifts. Bits of a half word, from bit 15 down, by the A register that they belong to; those of
+// register 2 stand in the half word of the other nibble of the pair, but for the sign:
 //
 //     0  2  2  2  1  3  3  0  0  0  2  1  1  1  3  3
 //     s  e  e  m  s  e  s  e  e  m  s  e  e  m  e  m
@@ -48,8 +48,8 @@ struct MxFp4 {
     static constexpr int kWords = 1;  // of 16 bytes, that a lane has of a unit
     static constexpr bool kHasScales = true;
 
-    // The place in a word of bit b (3: sign, 2 and 1: exponent, 0: mantissa) of the low nibble for register p; the high one's is
-    // 16 further.
+    // The place in a word of bit b (3: sign, 2 and 1: exponent, 0: mantissa) of the low nibble for register p; that of the high
+    // one is 16 further.
     static __device__ __forceinline__ uint32_t place_of(uint32_t p, uint32_t b) {
         const uint32_t place = b == 3 ? 15 : 6 + b;
         const uint32_t turned = p == 0 ? 0 : p == 1 ? 4 : p == 2 ? 10 : b == 2 ? 30 : 6;

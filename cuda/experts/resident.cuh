@@ -373,7 +373,7 @@ struct Sources {
         for (uint32_t i = threadIdx.x; i < all; i += threads) {
             const uint32_t row = i / words, word = i - row * words;
             const uint64_t from = rows[tile % 2][row];
-            const uint4* const source = reinterpret_cast<const uint4*>(static_cast<const typename M::T*>(a.input) + from * a.in_features);
+            const uint4* const source = static_cast<const uint4*>(a.input) + from * words;
             *reinterpret_cast<uint4*>(tokens + row * pitch + word * 8) = source[word];
         }
     }

@@ -1,4 +1,4 @@
-// The kernels of tiled.cuh, tiled_PLACES_WEIGHTS_HIDDEN_ROWS: places of a tile; weights and hidden states; the dtype of the rows
+// The kernels of tiled.cuh, tiled_PLACES_WEIGHTS_HIDDEN_ROWS: places of a tile, weights, hidden states, the dtype of the rows
 // that `down` gives.
 
 #include "experts/tiled.cuh"

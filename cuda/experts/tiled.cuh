@@ -48,8 +48,8 @@ constexpr uint32_t kBlockBands = kTiledWorkers / 32;
 constexpr uint32_t kChunkColumns = 64;
 constexpr int kChunkSteps = kChunkColumns / 16;
 
-// How large tiles are: places, at most, of which a multiple of kStep_ is multiplied; stages that a block has room for; registers
-// of a thread that multiplies and of one that brings, of the 512 that four warpgroups have for a thread of each.
+// How large tiles are: places, at most, of which a multiple of kStep_ is multiplied; stages that a block has room for;
+// registers of a thread that multiplies and of one that brings, of the 512 that four warpgroups have for a thread of each.
 template <uint32_t kPlaces_, uint32_t kStep_, uint32_t kStages_, int kWorkerRegisters_>
 struct Size {
     static constexpr uint32_t kPlaces = kPlaces_, kStep = kStep_, kStages = kStages_;
@@ -281,7 +281,8 @@ struct WeightsProducer {
                 copy_by_engine(piece + (first + i) * kValues, values, count * F::kValueBytes, full);
                 if constexpr (F::kScaleBytes > 0) {
                     const unsigned char* const scales = static_cast<const unsigned char*>(of.scales) + from * F::kScaleBytes;
-                    copy_by_engine(piece + Memory<F, S>::kPieceValues + (first + i) * kScales, scales, count * F::kScaleBytes, full);
+                    const SharedAddress to = piece + Memory<F, S>::kPieceValues + (first + i) * kScales;
+                    copy_by_engine(to, scales, count * F::kScaleBytes, full);
                 }
             }
             chunk += count;

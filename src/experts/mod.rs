@@ -208,8 +208,8 @@ impl Experts {
         cpu::forward(self, hidden, order)
     }
 
-    /// Rows of a tile that [`forward_weighted`](Self::forward_weighted) works with on `device` for that many tokens, to be asked
-    /// for with the order; `None` where it needs no tiles.
+    /// Rows of a tile that [`forward_weighted`](Self::forward_weighted) works with on `device` for that many tokens, to be
+    /// asked for with the order; `None` where it needs no tiles.
     ///
     /// # Errors
     /// A CUDA device that cannot be asked.
@@ -223,8 +223,9 @@ impl Experts {
     }
 
     /// [`forward`](Self::forward) and [`weighted_sum`] in one: `[num_tokens, hidden_size]` in `dtype`, which is f32 or that of
-    /// `hidden`, rounded once. `tiles` are those of the order with [`tile_rows`](Self::tile_rows), and are made where they are
-    /// not given or others.
+    /// `hidden`, rounded once. Where both are bfloat16, CUDA may round the rows too, before they are added up in float32: it
+    /// does from seven slots for each expert on. `tiles` are those of the order with [`tile_rows`](Self::tile_rows), and are
+    /// made where they are not given or others.
     ///
     /// On CUDA it is captured in a graph after a first call of the same shape on the same thread, whose workspace it uses: the
     /// graph is good as long as that thread lives.

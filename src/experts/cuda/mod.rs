@@ -191,7 +191,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// Puts `rows`, `[num_slots, hidden_size]` in `rows_dtype`, on the stream, and on the way there what `between` has room for.
+    /// Puts `rows`, `[num_slots, hidden_size]` in `rows_dtype`, on the stream, and on the way what `between` has room for.
     fn project(&self, between: Between, rows: u64, rows_dtype: DType) -> Result<()> {
         if self.is_empty() {
             return Ok(());
