@@ -8,6 +8,7 @@ use candle_moe::models::gpt_oss::{
     Cache, Config, Logits, Model, MoeLayers, MoeOptions, Sampler, SamplingConfig, ShardedMoe, load_moe_block,
 };
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The tiny checkpoint.
 pub(crate) fn tiny_folder() -> String {
@@ -272,6 +273,37 @@ fn moe_layers_give_the_outputs_of_the_reference_on_every_device() {
             let counts = (0..8).map(|expert| ids.iter().filter(|&&id| id == expert as f32).count() as u64);
             assert_eq!(slots, counts.collect::<Vec<_>>(), "{device:?}, layer {layer}");
         }
+    }
+}
+
+#[test]
+fn all_layers_are_loaded_in_their_order_on_every_device_and_one_that_is_missing_ends_it() {
+    let config = Config::from_file(format!("{}/config.json", tiny_folder())).unwrap();
+    let checkpoint = Checkpoint::open(tiny_folder()).unwrap();
+    let num_layers = config.num_layers;
+    for device in devices::all() {
+        let options = on(&device, DType::BF16);
+        let layers_done = AtomicUsize::new(0);
+        let progress = || {
+            layers_done.fetch_add(1, Ordering::Relaxed);
+        };
+        let mut all = ShardedMoe::load(&checkpoint, &config, &options, &progress).unwrap();
+        assert_eq!(layers_done.swap(0, Ordering::Relaxed), num_layers);
+        let hidden = Tensor::arange(0f32, (3 * config.hidden_size) as f32, &device).unwrap().sin().unwrap();
+        let hidden = hidden.reshape((3, config.hidden_size)).unwrap().to_dtype(DType::BF16).unwrap();
+        all.begin(0, 3).unwrap();
+        for layer in 0..num_layers {
+            let alone = load_moe_block(&checkpoint, &config, layer, &options, 0).unwrap();
+            let expected = flat(&alone.forward_alone(&hidden).unwrap());
+            assert_eq!(flat(&all.forward(layer, &hidden).unwrap()), expected, "{device:?}, layer {layer}");
+        }
+
+        let mut longer = config.clone();
+        longer.num_layers += 1;
+        longer.sliding_layers.push(false);
+        let error = line(ShardedMoe::load(&checkpoint, &longer, &options, &progress).unwrap_err());
+        assert!(error.contains(&format!("layers.{num_layers}.")), "{device:?}: {error}");
+        assert_eq!(layers_done.load(Ordering::Relaxed), num_layers, "{device:?}");
     }
 }
 

@@ -11,7 +11,7 @@ use crate::models::MoeOptions;
 use crate::routing::{Router, RoutingMethod};
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::thread::JoinHandle;
 
 const OP: &str = "gpt-oss moe";
@@ -44,8 +44,19 @@ pub fn load_moe_block(
     options: &MoeOptions,
     ep_rank: usize,
 ) -> Result<MoeBlock> {
-    config.validate()?;
     check_ranks(&options.device, options.ep_size)?;
+    read_moe_block(checkpoint, config, layer, options, ep_rank)?.to_device(&options.device)
+}
+
+/// The same on the host.
+fn read_moe_block(
+    checkpoint: &Checkpoint,
+    config: &Config,
+    layer: usize,
+    options: &MoeOptions,
+    ep_rank: usize,
+) -> Result<MoeBlock> {
+    config.validate()?;
     let weights = Weights::new(checkpoint, config, &Device::Cpu)?;
     let (hidden_size, intermediate_size) = (config.hidden_size, config.intermediate_size);
     for (name, size) in [("hidden_size", hidden_size), ("intermediate_size", intermediate_size)] {
@@ -71,8 +82,32 @@ pub fn load_moe_block(
         .reduction(options.reduction)
         .perfect_router(options.perfect_router)
         .statistics(true)
-        .build()?
-        .to_device(&options.device)
+        .build()
+}
+
+/// All layers of a rank. Where they go to another device, a layer is read while the one before it is on its way there: two
+/// layers are on the host at most, and nothing else of them on the device than what stays.
+fn load_rank(
+    checkpoint: &Checkpoint,
+    config: &Config,
+    options: &MoeOptions,
+    ep_rank: usize,
+    progress: &(dyn Fn() + Sync),
+) -> Result<Vec<MoeBlock>> {
+    let read = |layer| read_moe_block(checkpoint, config, layer, options, ep_rank);
+    let bring = |block: Result<MoeBlock>| {
+        let block = block?.to_device(&options.device)?;
+        progress();
+        Ok(block)
+    };
+    if options.device.is_cpu() {
+        return (0..config.num_layers).map(read).map(bring).collect();
+    }
+    std::thread::scope(|scope| {
+        let (sender, receiver) = sync_channel(0);
+        scope.spawn(move || (0..config.num_layers).map(read).all(|block| sender.send(block).is_ok()));
+        receiver.into_iter().map(bring).collect()
+    })
 }
 
 /// The MoE layers of all ranks of one process.
@@ -113,15 +148,12 @@ impl ShardedMoe {
     ) -> Result<Self> {
         Topology::new(config.num_experts, options.ep_size, 0)?;
         check_ranks(&options.device, options.ep_size)?;
-        let load_rank = |ep_rank: usize| {
-            let load_layer = |layer: usize| {
-                let block = load_moe_block(checkpoint, config, layer, options, ep_rank);
-                progress();
-                block
-            };
-            (0..config.num_layers).map(load_layer).collect::<Result<Vec<_>>>()
+        let load = |ep_rank| load_rank(checkpoint, config, options, ep_rank, progress);
+        // One rank is loaded by the thread that will run it, on whose stream its weights then come.
+        let ranks: Vec<_> = match options.ep_size {
+            1 => vec![load(0)?],
+            ep_size => (0..ep_size).into_par_iter().map(load).collect::<Result<_>>()?,
         };
-        let ranks: Vec<_> = (0..options.ep_size).into_par_iter().map(load_rank).collect::<Result<_>>()?;
         let mut ranks = ranks.into_iter().zip(Threads::group(options.ep_size, options.deadline)?);
         let Some((home, communicator)) = ranks.next() else { bail!("{OP}: ep_size is 0, expected at least 1") };
         let empty = Tensor::zeros((0, config.hidden_size), options.dtype, &Device::Cpu)?;
