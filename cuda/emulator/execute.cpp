@@ -76,6 +76,7 @@ __thread const Position* here = nullptr;
 namespace {
 
 constexpr size_t kStack = 64 * 1024;
+constexpr size_t kGuardedStacks = 1 << 14;
 constexpr size_t kPage = 4096;
 constexpr unsigned kNamedBarriers = 16;
 constexpr uint64_t kYieldsPerLook = 1'000'000;
@@ -295,9 +296,11 @@ void fiber_main() {
     fail("an exited thread went on");
 }
 
-char* new_stack() {
+char* new_stack(size_t number) {
     void* pages = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (pages == MAP_FAILED || mprotect(pages, kPage, PROT_NONE) != 0) fail("no memory for the stacks of threads");
+    // A process can have so many mappings only; those without a guard page count as one.
+    const bool guarded = number < kGuardedStacks;
+    if (pages == MAP_FAILED || (guarded && mprotect(pages, kPage, PROT_NONE) != 0)) fail("no memory for the stacks of threads");
     return static_cast<char*>(pages) + kPage;
 }
 
@@ -312,7 +315,7 @@ char* new_region() {
 // The stack pointer of a fiber that will start with fiber_main.
 void* fresh_stack_pointer(size_t number) {
     Machine& m = *machine;
-    while (m.stacks.size() <= number) m.stacks.push_back(new_stack());
+    while (m.stacks.size() <= number) m.stacks.push_back(new_stack(m.stacks.size()));
     // Different tops, so that fibers do not share the same lines of the cache.
     char* top = m.stacks[number] + kStack - 64 * (number % 61);
     const void** frame = reinterpret_cast<const void**>(top) - 9;

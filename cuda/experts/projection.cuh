@@ -1,7 +1,7 @@
 // What every kernel of the experts' projections is told, and the arithmetic that they share.
 //
 //     gate_up   h[place]    = round(activation(W1 x + b1)), of the token at each place of the order
-//     down      rows[place] = W2 h[place] + b2, in float32
+//     down      rows[place] = W2 h[place] + b2, in float32; experts/tiled.cuh may round
 #pragma once
 
 #include "common/keys.cuh"
@@ -21,7 +21,8 @@ struct ProjectionArguments {
     const void* weights;            // [num_local, rows of the matrix, in_features], as the format holds it
     const void* scales;             // of the format, or null
     const float* bias;              // [num_local, rows of the matrix], or null
-    const void* input;              // gate_up, linear: [num_tokens, in_features]; down: [num_slots, in_features]
+    const void* input;              // gate_up, linear: [num_tokens, in_features]; down: [num_slots, in_features];
+                                    // experts/tiled.cuh has an order of its own for both
     void* output;                   // [num_slots, out_features]; linear: [num_tokens, out_features]
     const uint32_t* sorted_slots;
     const uint32_t* expert_offsets; // [num_local + 1]
@@ -89,7 +90,7 @@ __device__ __forceinline__ Tile tile_of(const ProjectionArguments& a, uint32_t t
     return {expert, first, min(tile_rows, a.expert_offsets[expert + 1] - first)};
 }
 
-// The number of tiles; all threads of the block call it, at least once meeting at a barrier.
+// The number of tiles; all threads of the block call it, and meet at a barrier if max_tiles is not 0.
 __device__ __forceinline__ uint32_t count_tiles(const ProjectionArguments& a) {
     uint32_t count = 0;
     for (uint32_t first = 0; first < a.max_tiles; first += blockDim.x) {

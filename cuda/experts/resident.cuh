@@ -536,9 +536,9 @@ __device__ __forceinline__ void project_span(
 template <typename M>
 __device__ __forceinline__ void project_resident(const ProjectionArguments& a) {
     MOE_DYNAMIC_SHARED(unsigned char, memory);
-    allow_next_kernel();
-    // The order was there before the kernel in front of `down` began.
+    // `down` may begin when gate_up allows it, and the order is there then: gate_up has waited for it before.
     if (M::kKind == kGateUp) wait_for_previous_kernel();
+    allow_next_kernel();
     const Span span = Span::of<M>(a, count_tiles(a));
     if (span.count == 0) return;
     const Place<M> place(memory, a);

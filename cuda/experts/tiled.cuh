@@ -15,8 +15,8 @@
 //
 // A block is four warpgroups, connected by a ring of pieces of weights and a ring of stages of tokens:
 //
-//     3 threads       have the copy engine bring the weights of 12 bands, three chunks (1536 bytes a band) at a time: smaller
-//                     pieces would come slower, since each takes its time whatever its size
+//     3 threads       have the copy engine bring the weights of 12 bands, three chunks of MXFP4 (1536 bytes a band) or two of
+//                     16 bits at a time: smaller pieces would come slower, since each takes its time whatever its size
 //     1 thread        has it bring tokens, as many chunks at a time as there are in a piece
 //     3 warpgroups    each has 64 rows, each warp of it a band; they take weights to registers, make 16-bit floats of them, and
 //                     multiply them with the tokens of a chunk (wgmma) while the next ones are made

@@ -110,6 +110,8 @@ pub(crate) fn workspace<const N: usize>(device: &CudaDevice, op: &str, parts: [u
         let held = workspace.bytes.as_ref().map_or(0, CudaSlice::len);
         if held < len {
             check_not_captured(stream, op)?;
+            // What is outgrown stays, so that it grows by half at least, not by a little again and again.
+            let len = len.max(held + held / 2);
             // SAFETY: kernels write what they read of it.
             let grown = match unsafe { device.alloc::<u8>(len) } {
                 Ok(grown) => grown,

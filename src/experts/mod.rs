@@ -8,9 +8,9 @@
 //! out      = W2 h + b2                            float32
 //! ```
 //!
-//! Products accumulate in float32; biases and the activation are float32. A row's result does not depend on which other
-//! rows are in the batch, to the bit, nor on the format that the weights are held in: formats that hold the same numbers
-//! give the same bits. MXFP4 and FP8 weights are decoded in registers, never as a whole.
+//! Products accumulate in float32; biases and the activation are float32. On the CPU a row's result does not depend on which
+//! other rows are in the batch, to the bit, nor on the format that the weights are held in: formats that hold the same numbers
+//! give the same bits. On CUDA the number of slots for each expert chooses kernels that add up in other orders. MXFP4 and FP8 weights are decoded in registers, never as a whole.
 
 mod activation;
 mod cpu;
@@ -225,7 +225,7 @@ impl Experts {
     /// [`forward`](Self::forward) and [`weighted_sum`] in one: `[num_tokens, hidden_size]` in `dtype`, which is f32 or that of
     /// `hidden`, rounded once. Where both are bfloat16, CUDA may round the rows too, before they are added up in float32: it
     /// does from seven slots for each expert on. `tiles` are those of the order with [`tile_rows`](Self::tile_rows), and are
-    /// made where they are not given or others.
+    /// made where they are not given, or others, or those of another order.
     ///
     /// On CUDA it is captured in a graph after a first call of the same shape on the same thread, whose workspace it uses: the
     /// graph is good as long as that thread lives.

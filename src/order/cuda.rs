@@ -171,14 +171,6 @@ impl Outputs {
 
     fn order(&self, sections: &Sections, spec: OrderSpec) -> Result<(ExpertOrder, Option<TileMap>)> {
         let (num_local, num_slots) = (spec.local_experts.len(), spec.num_slots());
-        let tiles = match spec.tile_rows {
-            Some(tile_rows) => Some(TileMap {
-                tile_experts: sections.tensor(self.tile_experts, self.max_tiles)?,
-                tile_starts: sections.tensor(self.tile_starts, self.max_tiles)?,
-                tile_rows,
-            }),
-            None => None,
-        };
         let order = ExpertOrder {
             expert_counts: sections.tensor(self.expert_counts, num_local)?,
             expert_offsets: sections.tensor(self.expert_offsets, num_local + 1)?,
@@ -187,6 +179,15 @@ impl Outputs {
             num_tokens: spec.num_tokens,
             top_k: spec.top_k,
             local_experts: spec.local_experts,
+        };
+        let tiles = match spec.tile_rows {
+            Some(tile_rows) => Some(TileMap {
+                tile_experts: sections.tensor(self.tile_experts, self.max_tiles)?,
+                tile_starts: sections.tensor(self.tile_starts, self.max_tiles)?,
+                tile_rows,
+                order: order.sorted_slots.id(),
+            }),
+            None => None,
         };
         Ok((order, tiles))
     }
@@ -471,6 +472,7 @@ pub(super) fn tile_map(
         tile_experts: sections.tensor(tile_experts, max_tiles)?,
         tile_starts: sections.tensor(tile_starts, max_tiles)?,
         tile_rows,
+        order: order.sorted_slots.id(),
     })
 }
 

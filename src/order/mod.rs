@@ -18,7 +18,7 @@ pub use crate::routing::NO_EXPERT;
 pub use map::ExpertMap;
 pub use routed::{OrderOptions, RoutedOrder};
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, TensorId, bail};
 use std::ops::Range;
 
 const OP: &str = "expert-order";
@@ -62,12 +62,19 @@ pub struct TileMap {
     /// u32 `[max_tiles]`: the first place of each tile in `sorted_slots`; [`NO_SLOT`] past the last.
     pub tile_starts: Tensor,
     tile_rows: usize,
+    /// That of the order's sorted slots, whose places these are.
+    order: TensorId,
 }
 
 impl TileMap {
     /// Places of a tile, at most.
     pub fn tile_rows(&self) -> usize {
         self.tile_rows
+    }
+
+    /// Whether its places are those of `order`, or of a copy of it that shares its tensors.
+    pub fn is_of(&self, order: &ExpertOrder) -> bool {
+        self.order == order.sorted_slots.id()
     }
 }
 
@@ -166,6 +173,7 @@ impl ExpertOrder {
             tile_experts: Tensor::from_vec(experts, max_tiles, &Device::Cpu)?,
             tile_starts: Tensor::from_vec(starts, max_tiles, &Device::Cpu)?,
             tile_rows,
+            order: self.sorted_slots.id(),
         })
     }
 }

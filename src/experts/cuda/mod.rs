@@ -154,7 +154,7 @@ impl<'a> Call<'a> {
         let (dtype, num_slots) = (hidden.dtype(), order.num_tokens() * order.top_k());
         let path = Path::choose(experts, num_slots, dtype, properties(device)?);
         let tiles = match tiles {
-            Some(tiles) if tiles.tile_rows() == path.tile_rows() => tiles.clone(),
+            Some(tiles) if tiles.tile_rows() == path.tile_rows() && tiles.is_of(order) => tiles.clone(),
             _ => order.tile_map(path.tile_rows())?,
         };
         let held = |tensor: &Tensor, argument| Held::new(tensor, device, argument);
@@ -343,7 +343,7 @@ pub(super) fn weighted_sum(
     if num_rows != num_slots {
         bail!("{OP}: rows has {num_rows} rows, expected the {num_slots} slots of the order on CUDA")
     }
-    let rows = Held::new(rows, device, "rows")?;
+    let rows = Held::new(rows, device, "rows")?.aligned()?;
     if rows.dtype() != DType::F32 {
         bail!("{OP}: rows has dtype {:?}, expected F32", rows.dtype())
     }

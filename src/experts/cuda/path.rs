@@ -20,7 +20,7 @@ const RESIDENT_MAX_GROUPS: usize = 2;
 /// Warps of a block whose tokens are one block of 8, or two.
 const MAX_WARPS: [usize; 2] = [32, 17];
 /// Shared memory that its kernels have beside that of the launch.
-const RESIDENT_STATIC_SHARED: usize = 1024;
+const RESIDENT_STATIC_SHARED: usize = 2048;
 /// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
 const FEW_SLOTS: usize = 6;
 /// Slots per expert up to which tiles are the smaller ones of `cuda/experts/tiled.cuh`.
