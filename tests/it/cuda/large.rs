@@ -4,7 +4,8 @@ use super::{bits, order_slots_around, router};
 use crate::devices::{self, assert_same_routing, to_host};
 use crate::oracle::{self, Random};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_moe::order::{OrderOptions, RoutedOrder};
+use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows};
+use candle_moe::order::{ExpertOrder, OrderOptions, RoutedOrder};
 use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Plan};
 use candle_moe::routing::RoutingMethod;
 
@@ -173,4 +174,58 @@ fn all_floats_between_powers_of_two_have_the_scores_of_the_cpu() {
             _ => compare_floats(device, batch << 24, 64, 1 << 18),
         }
     }
+}
+
+/// Kernels whose blocks wait for each other, launched by several threads at once, each with as many tokens as another kernel is
+/// for: each gets the bits that it gets alone.
+fn check_side_by_side(num_experts: usize, features: usize, repeats: usize) {
+    let Some(device) = devices::cuda() else { return };
+    let mut random = Random(63);
+    let mut projection = |out_features: usize| {
+        let shape = (num_experts, out_features, features / 32);
+        let len = num_experts * out_features * features / 32;
+        let blocks: Vec<u8> = (0..len * 2).flat_map(|_| random.next().to_le_bytes()).collect();
+        let scales: Vec<u8> = (0..len).map(|_| 118 + random.below(6) as u8).collect();
+        let blocks = Tensor::from_vec(blocks, (shape.0, shape.1, shape.2, 16), &Device::Cpu).unwrap();
+        let scales = Tensor::from_vec(scales, shape, &Device::Cpu).unwrap();
+        ExpertProjection::new(ExpertWeights::mxfp4(blocks, scales).unwrap(), None).unwrap()
+    };
+    let (gate_up, down) = (projection(2 * features), projection(features));
+    let experts = Experts::new(gate_up, down, GateUpRows::Interleaved, Activation::GPT_OSS).unwrap();
+    let experts = experts.to_device(device).unwrap();
+    let experts = &experts;
+    let call = |num_tokens: usize| {
+        let mut random = Random(num_tokens as u64);
+        let ids: Vec<u32> = (0..num_tokens).flat_map(|_| random.distinct(num_experts, 2)).collect();
+        let ids = Tensor::from_vec(ids, (num_tokens, 2), device).unwrap();
+        let order = ExpertOrder::new(&ids, num_experts, 0..num_experts).unwrap();
+        let weights = Tensor::full(0.5f32, (num_tokens, 2), device).unwrap();
+        let hidden = random.units(num_tokens * features, 1.0);
+        let hidden = oracle::floats(&hidden, &[num_tokens, features], DType::BF16).0.to_device(device).unwrap();
+        move || {
+            let sums = experts.forward_weighted(&hidden, &weights, &order, None, DType::BF16).unwrap();
+            bits(&to_host(&sums).to_dtype(DType::F32).unwrap())
+        }
+    };
+    let num_tokens = [2, 10 * num_experts, 60 * num_experts];
+    let expected = num_tokens.map(|num_tokens| call(num_tokens)());
+    std::thread::scope(|scope| {
+        for (num_tokens, expected) in num_tokens.into_iter().zip(&expected) {
+            scope.spawn(move || {
+                let forward = call(num_tokens);
+                (0..repeats).for_each(|i| assert!(&forward() == expected, "{num_tokens} tokens, call {i}: other bits"));
+            });
+        }
+    });
+}
+
+#[test]
+fn experts_in_several_threads_do_not_disturb_each_other() {
+    check_side_by_side(3, 64, 2);
+}
+
+#[test]
+#[ignore = "fills the device, again and again"]
+fn experts_of_the_size_of_gpt_oss_in_several_threads_do_not_disturb_each_other() {
+    check_side_by_side(8, 2880, 100);
 }
