@@ -5,6 +5,7 @@
 //!   return within a deadline, name who is missing or out of step, and never hand out a partial
 //!   result. [`Solo`] is the group of one, [`Threads`] has its ranks as threads of one process.
 //! * [`Step`] is what the ranks agree on before a forward step; [`dispatch`] and [`combine`] are the `Gather` strategy.
+//! * [`Placement`] says which rank should hold which experts, replicas included, for the load that was measured.
 //! * [`launch`] runs a function on every rank of a [`Threads`] group.
 //!
 //! Uneven and zero row counts are ordinary input everywhere.
@@ -36,6 +37,7 @@ mod communicator;
 mod error;
 mod gather;
 mod launch;
+mod placement;
 mod rows;
 mod solo;
 mod step;
@@ -46,6 +48,7 @@ pub use communicator::{AbortHandle, Communicator, Health};
 pub use error::{Collective, EpError, EpErrorKind};
 pub use gather::{Dispatched, Reduction, Results, combine, dispatch};
 pub use launch::launch;
+pub use placement::Placement;
 pub use solo::Solo;
 pub use step::Step;
 pub use threads::{MAX_RANKS, Threads};

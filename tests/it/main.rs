@@ -19,5 +19,6 @@ mod no_panic;
 mod oracle;
 mod order;
 mod perfect_router;
+mod placement;
 mod program;
 mod routing;

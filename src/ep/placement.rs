@@ -1,0 +1,273 @@
+//! Which rank holds which experts, chosen by what the experts are asked for.
+
+use crate::order::ExpertMap;
+use crate::partition::Partition;
+use candle_core::{Result, bail};
+use std::cmp::Ordering;
+use std::ops::Range;
+
+const OP: &str = "placement";
+
+/// Physical experts on ranks: which expert each of them holds, an expert more than once where it has replicas.
+///
+/// Rank `r` has the physical experts `local(r)`, contiguous ranges in rank order that differ by one at most, as
+/// [`Topology`](super::Topology) has them. The replicas of an expert share its slots evenly, as [`ExpertMap`] deals them.
+///
+/// ```
+/// use candle_moe::ep::Placement;
+/// // Expert 0 is asked for as often as all others together.
+/// let slots_per_expert = [300, 100, 100, 100];
+/// let before = Placement::contiguous(4, 2)?;
+/// assert_eq!(before.rank_loads(&slots_per_expert)?, [400.0, 200.0]);
+/// // One expert may be held twice on each rank.
+/// let after = Placement::balanced(&slots_per_expert, 2, 6)?;
+/// assert_eq!(after.rank_loads(&slots_per_expert)?, [300.0, 300.0]);
+/// assert_eq!(after.map()?.replicas(0)?.len(), 2);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placement {
+    num_experts: usize,
+    ranks: Partition,
+    physical_to_expert: Vec<usize>,
+}
+
+impl Placement {
+    /// Every expert once, in order: the placement of a model that nobody has measured.
+    ///
+    /// # Errors
+    /// `ep_size` is 0 or above `num_experts`.
+    pub fn contiguous(num_experts: usize, ep_size: usize) -> Result<Self> {
+        Self::new(num_experts, ep_size, (0..num_experts).collect())
+    }
+
+    /// The placement of `num_physical` physical experts that evens out the ranks when experts go on being asked for as
+    /// `slots_per_expert` says, the counts of [`Load`](crate::block::Load).
+    ///
+    /// Replicas go one after the other to the expert whose replicas have most to do each; then the physical experts are dealt
+    /// out, those with most to do first, each to the rank that has least to do and room; then pairs change places while that
+    /// lowers the load of the busiest rank. No rank gets an expert twice if that can be helped, and without replicas the
+    /// result is never worse than [`contiguous`](Self::contiguous). The same input gives the same placement.
+    ///
+    /// # Errors
+    /// `ep_size` is 0 or above `num_physical`; fewer physical experts than experts, or more than one of each for every rank.
+    pub fn balanced(slots_per_expert: &[u64], ep_size: usize, num_physical: usize) -> Result<Self> {
+        let num_experts = slots_per_expert.len();
+        if num_physical < num_experts || num_physical > num_experts.saturating_mul(ep_size) {
+            bail!(
+                "{OP}: num_physical is {num_physical}, expected {num_experts} to {}, all experts once and once for each rank",
+                num_experts.saturating_mul(ep_size)
+            )
+        }
+        let mut dealt =
+            Deal::new(check_ranks(num_physical, ep_size)?, replicated(slots_per_expert, ep_size, num_physical));
+        dealt.exchange();
+        let balanced = Self::new(num_experts, ep_size, dealt.physical_to_expert())?;
+        if num_physical == num_experts {
+            let contiguous = Self::contiguous(num_experts, ep_size)?;
+            if contiguous.imbalance(slots_per_expert)? <= balanced.imbalance(slots_per_expert)? {
+                return Ok(contiguous);
+            }
+        }
+        Ok(balanced)
+    }
+
+    fn new(num_experts: usize, ep_size: usize, physical_to_expert: Vec<usize>) -> Result<Self> {
+        let ranks = check_ranks(physical_to_expert.len(), ep_size)?;
+        Ok(Self { num_experts, ranks, physical_to_expert })
+    }
+
+    /// Ranks.
+    pub fn ep_size(&self) -> usize {
+        self.ranks.parts
+    }
+
+    /// `[num_physical]`: the expert that each physical expert holds.
+    pub fn physical_to_expert(&self) -> &[usize] {
+        &self.physical_to_expert
+    }
+
+    /// The physical experts of a rank.
+    ///
+    /// # Errors
+    /// `rank` is not below [`ep_size`](Self::ep_size).
+    pub fn local(&self, rank: usize) -> Result<Range<usize>> {
+        if rank >= self.ep_size() {
+            bail!("{OP}: rank is {rank}, expected less than ep_size = {}", self.ep_size())
+        }
+        Ok(self.ranks.range(rank))
+    }
+
+    /// What [`ExpertOrder::with_map`](crate::order::ExpertOrder::with_map) needs.
+    ///
+    /// # Errors
+    /// More physical experts than 32 bits count.
+    pub fn map(&self) -> Result<ExpertMap> {
+        ExpertMap::new(self.num_experts, &self.physical_to_expert)
+    }
+
+    /// `[ep_size]`: the slots that each rank has to work on, if the replicas of an expert share its slots evenly.
+    ///
+    /// # Errors
+    /// `slots_per_expert` is of another number of experts.
+    pub fn rank_loads(&self, slots_per_expert: &[u64]) -> Result<Vec<f64>> {
+        if slots_per_expert.len() != self.num_experts {
+            bail!("{OP}: slots_per_expert has {} experts, expected {}", slots_per_expert.len(), self.num_experts)
+        }
+        let mut replicas = vec![0u64; self.num_experts];
+        self.physical_to_expert.iter().for_each(|&expert| replicas[expert] += 1);
+        let load = |&expert: &usize| slots_per_expert[expert] as f64 / replicas[expert] as f64;
+        let of_rank = |rank| self.physical_to_expert[self.ranks.range(rank)].iter().map(load).sum();
+        Ok((0..self.ep_size()).map(of_rank).collect())
+    }
+
+    /// The load of the busiest rank over the mean: 1 is even, and what is above it is time that the others wait. 1 where there
+    /// is no load.
+    ///
+    /// # Errors
+    /// As [`rank_loads`](Self::rank_loads).
+    pub fn imbalance(&self, slots_per_expert: &[u64]) -> Result<f64> {
+        let loads = self.rank_loads(slots_per_expert)?;
+        let (sum, most) = loads.iter().fold((0.0, 0.0f64), |(sum, most), load| (sum + load, most.max(*load)));
+        Ok(if sum > 0.0 { most * loads.len() as f64 / sum } else { 1.0 })
+    }
+}
+
+fn check_ranks(num_physical: usize, ep_size: usize) -> Result<Partition> {
+    if ep_size == 0 || ep_size > num_physical {
+        bail!("{OP}: ep_size is {ep_size}, expected 1 to {num_physical}, a physical expert for each rank")
+    }
+    Ok(Partition { total: num_physical, parts: ep_size })
+}
+
+/// A physical expert.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Replica {
+    expert: usize,
+    load: f64,
+}
+
+/// As many replicas, those with most to do first.
+fn replicated(slots_per_expert: &[u64], ep_size: usize, num_physical: usize) -> Vec<Replica> {
+    let mut counts = vec![1usize; slots_per_expert.len()];
+    let load = |expert: usize, count: usize| slots_per_expert[expert] as f64 / count as f64;
+    for _ in slots_per_expert.len()..num_physical {
+        let extendable = (0..counts.len()).filter(|&expert| counts[expert] < ep_size);
+        // The first of those that have as much to do.
+        let busier = |a: &usize, b: &usize| load(*a, counts[*a]).total_cmp(&load(*b, counts[*b])).then(b.cmp(a));
+        if let Some(busiest) = extendable.max_by(busier) {
+            counts[busiest] += 1;
+        }
+    }
+    let copies =
+        |(expert, &count): (usize, &usize)| std::iter::repeat_n(Replica { expert, load: load(expert, count) }, count);
+    let mut replicas: Vec<_> = counts.iter().enumerate().flat_map(copies).collect();
+    replicas.sort_by(|a, b| b.load.total_cmp(&a.load));
+    replicas
+}
+
+/// Replicas dealt out to ranks.
+struct Deal {
+    ranks: Vec<Vec<Replica>>,
+}
+
+impl Deal {
+    fn new(partition: Partition, replicas: Vec<Replica>) -> Self {
+        let mut deal = Self { ranks: vec![Vec::new(); partition.parts] };
+        for replica in replicas {
+            let has_room = |rank: &usize| deal.ranks[*rank].len() < partition.range(*rank).len();
+            let holds = |rank: usize| deal.ranks[rank].iter().any(|held| held.expert == replica.expert);
+            let idlest = |a: &usize, b: &usize| holds(*a).cmp(&holds(*b)).then(deal.load(*a).total_cmp(&deal.load(*b)));
+            if let Some(rank) = (0..partition.parts).filter(has_room).min_by(idlest) {
+                deal.ranks[rank].push(replica);
+            }
+        }
+        deal
+    }
+
+    fn load(&self, rank: usize) -> f64 {
+        self.ranks[rank].iter().map(|replica| replica.load).sum()
+    }
+
+    /// Exchanges pairs: to take experts off ranks that hold them twice, then to lower the load of the busiest rank.
+    fn exchange(&mut self) {
+        while self.part_twins() {}
+        // Each exchange lowers the busiest rank's load or the number of ranks that have it, so it ends; the limit is for
+        // roundings.
+        let limit = 8 * self.ranks.iter().map(Vec::len).sum::<usize>();
+        for _ in 0..limit {
+            let busiest = (0..self.ranks.len()).max_by(|&a, &b| self.load(a).total_cmp(&self.load(b)).then(b.cmp(&a)));
+            let Some((busiest, exchange)) = busiest.and_then(|rank| Some((rank, self.best_exchange(rank)?))) else {
+                return;
+            };
+            self.swap(busiest, exchange);
+        }
+    }
+
+    /// Gives away one of two replicas of an expert on the same rank.
+    fn part_twins(&mut self) -> bool {
+        for rank in 0..self.ranks.len() {
+            let is_twin = |i: usize| (0..i).any(|j| self.ranks[rank][j].expert == self.ranks[rank][i].expert);
+            let Some(mine) = (0..self.ranks[rank].len()).find(|&i| is_twin(i)) else { continue };
+            for other in 0..self.ranks.len() {
+                for theirs in 0..self.ranks[other].len() {
+                    let exchange = Exchange { mine, other, theirs };
+                    if other != rank && self.is_allowed(rank, exchange) {
+                        self.swap(rank, exchange);
+                        return true;
+                    }
+                }
+            }
+        }
+        false
+    }
+
+    /// That which leaves the busier of both ranks with least to do, if that is less than `rank` has now.
+    fn best_exchange(&self, rank: usize) -> Option<Exchange> {
+        let now = self.load(rank);
+        let mut best: Option<(f64, Exchange)> = None;
+        for other in (0..self.ranks.len()).filter(|&other| other != rank) {
+            let their_load = self.load(other);
+            for (mine, given) in self.ranks[rank].iter().enumerate() {
+                for (theirs, taken) in self.ranks[other].iter().enumerate() {
+                    let moved = given.load - taken.load;
+                    let after = (now - moved).max(their_load + moved);
+                    let exchange = Exchange { mine, other, theirs };
+                    let is_better = after < best.map_or(now * (1.0 - 1e-12), |(least, _)| least);
+                    if is_better && self.is_allowed(rank, exchange) {
+                        best = Some((after, exchange));
+                    }
+                }
+            }
+        }
+        best.map(|(_, exchange)| exchange)
+    }
+
+    /// Whether no rank gets an expert that it has.
+    fn is_allowed(&self, rank: usize, Exchange { mine, other, theirs }: Exchange) -> bool {
+        let (given, taken) = (self.ranks[rank][mine].expert, self.ranks[other][theirs].expert);
+        let has = |rank: usize, expert, except| {
+            self.ranks[rank].iter().enumerate().any(|(i, held)| i != except && held.expert == expert)
+        };
+        given != taken && !has(rank, taken, mine) && !has(other, given, theirs)
+    }
+
+    fn swap(&mut self, rank: usize, Exchange { mine, other, theirs }: Exchange) {
+        let given = self.ranks[rank][mine];
+        self.ranks[rank][mine] = std::mem::replace(&mut self.ranks[other][theirs], given);
+    }
+
+    /// Rank after rank, on each rank by expert.
+    fn physical_to_expert(mut self) -> Vec<usize> {
+        let by_expert = |a: &Replica, b: &Replica| -> Ordering { a.expert.cmp(&b.expert) };
+        self.ranks.iter_mut().for_each(|rank| rank.sort_by(by_expert));
+        self.ranks.into_iter().flatten().map(|replica| replica.expert).collect()
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Exchange {
+    mine: usize,
+    other: usize,
+    theirs: usize,
+}

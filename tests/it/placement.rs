@@ -1,0 +1,147 @@
+//! Placements against what must hold for any of them, and against the best there is where that can be tried out.
+
+use crate::oracle::Random;
+use candle_core::{Device, Tensor};
+use candle_moe::ep::Placement;
+use candle_moe::order::ExpertOrder;
+use proptest::prelude::*;
+
+/// Loads as uneven as those of real models, and worse: a few experts with most of the slots, or none.
+fn loads() -> impl Strategy<Value = Vec<u64>> {
+    let load = prop_oneof![4 => 0u64..1000, 1 => 1000u64..20_000, 1 => Just(0)];
+    prop::collection::vec(load, 1..80)
+}
+
+proptest! {
+    #[test]
+    fn every_expert_is_somewhere_no_rank_has_it_twice_and_no_load_is_lost(
+        slots in loads(), ep_size in 1usize..17, extra in 0usize..40
+    ) {
+        let num_experts = slots.len();
+        let num_physical = (num_experts + extra).min(num_experts * ep_size);
+        if ep_size > num_physical {
+            prop_assert!(Placement::balanced(&slots, ep_size, num_physical).is_err());
+            return Ok(());
+        }
+        let placement = Placement::balanced(&slots, ep_size, num_physical).unwrap();
+        prop_assert_eq!(&placement, &Placement::balanced(&slots, ep_size, num_physical).unwrap());
+        prop_assert_eq!(placement.physical_to_expert().len(), num_physical);
+        let map = placement.map().unwrap();
+        let mut sizes = Vec::new();
+        for rank in 0..ep_size {
+            let held = &placement.physical_to_expert()[placement.local(rank).unwrap()];
+            prop_assert!(held.is_sorted_by(|a, b| a < b), "rank {}: {:?}", rank, held);
+            sizes.push(held.len());
+        }
+        prop_assert!(sizes.iter().max().unwrap() - sizes.iter().min().unwrap() <= 1);
+        prop_assert!((0..num_experts).all(|expert| !map.replicas(expert).unwrap().is_empty()));
+        let (sum, all) = (placement.rank_loads(&slots).unwrap().iter().sum::<f64>(), slots.iter().sum::<u64>() as f64);
+        prop_assert!((sum - all).abs() <= 1e-9 * all);
+        prop_assert!(placement.imbalance(&slots).unwrap() >= 1.0 - 1e-9);
+        if num_physical == num_experts {
+            let contiguous = Placement::contiguous(num_experts, ep_size).unwrap();
+            prop_assert!(placement.imbalance(&slots).unwrap() <= contiguous.imbalance(&slots).unwrap());
+        }
+    }
+}
+
+/// The least load that the busiest rank can have, by trying all placements without replicas.
+fn least(slots: &[u64], sizes: &mut [usize], loads: &mut [u64], best: &mut u64) {
+    let Some((&load, rest)) = slots.split_first() else {
+        *best = (*best).min(*loads.iter().max().unwrap());
+        return;
+    };
+    for rank in 0..sizes.len() {
+        if sizes[rank] > 0 && loads[rank] + load < *best {
+            sizes[rank] -= 1;
+            loads[rank] += load;
+            least(rest, sizes, loads, best);
+            sizes[rank] += 1;
+            loads[rank] -= load;
+        }
+    }
+}
+
+#[test]
+fn without_replicas_the_busiest_rank_is_near_the_least_there_can_be() {
+    let mut random = Random(71);
+    let (mut sum, mut worst, mut runs) = (0.0, 1.0f64, 0);
+    for num_experts in [4, 6, 8, 9] {
+        for ep_size in [2, 3, 4] {
+            for _ in 0..40 {
+                let slots: Vec<u64> = (0..num_experts).map(|_| 1 + random.below(1000) as u64).collect();
+                let mut sizes: Vec<usize> =
+                    (0..ep_size).map(|rank| (num_experts + ep_size - 1 - rank) / ep_size).collect();
+                let mut best = u64::MAX;
+                least(&slots, &mut sizes, &mut vec![0; ep_size], &mut best);
+                let placement = Placement::balanced(&slots, ep_size, num_experts).unwrap();
+                let most = placement.rank_loads(&slots).unwrap().into_iter().fold(0.0, f64::max);
+                let ratio = most / best as f64;
+                assert!(ratio >= 1.0 - 1e-12, "better than the best: {most}, {best}");
+                (sum, worst, runs) = (sum + ratio, worst.max(ratio), runs + 1);
+            }
+        }
+    }
+    let mean = sum / f64::from(runs);
+    assert!(worst <= 1.15 && mean <= 1.01, "worst {worst}, mean {mean}");
+}
+
+#[test]
+fn replicas_even_out_what_one_expert_makes_uneven() {
+    // Half of all slots go to one of 32 experts.
+    let slots: Vec<u64> = (0..32).map(|expert| if expert == 5 { 3100 } else { 100 }).collect();
+    let imbalance = |num_physical| Placement::balanced(&slots, 8, num_physical).unwrap().imbalance(&slots).unwrap();
+    let contiguous = Placement::contiguous(32, 8).unwrap().imbalance(&slots).unwrap();
+    assert!((contiguous - 3400.0 / 775.0).abs() < 1e-9);
+    // Alone it keeps its rank busy; shared by eight ranks there is almost nothing left.
+    assert!((imbalance(32) - contiguous).abs() < 1e-9);
+    assert!(imbalance(40) < 1.05, "{}", imbalance(40));
+}
+
+/// What the order counts for each rank is what the placement expected of the same ids.
+#[test]
+fn ranks_get_the_slots_that_the_placement_expects() {
+    let mut random = Random(72);
+    let (num_tokens, top_k, num_experts, ep_size, num_physical) = (4096, 4, 24, 4, 32);
+    // Low experts are asked for more often.
+    let token = |random: &mut Random| -> Vec<u32> {
+        let mut ids = Vec::new();
+        while ids.len() < top_k {
+            let id = random.below(num_experts).min(random.below(num_experts)) as u32;
+            if !ids.contains(&id) {
+                ids.push(id);
+            }
+        }
+        ids
+    };
+    let ids: Vec<u32> = (0..num_tokens).flat_map(|_| token(&mut random)).collect();
+    let mut slots = vec![0u64; num_experts];
+    ids.iter().for_each(|&id| slots[id as usize] += 1);
+    let placement = Placement::balanced(&slots, ep_size, num_physical).unwrap();
+    let before = Placement::contiguous(num_experts, ep_size).unwrap().imbalance(&slots).unwrap();
+    let after = placement.imbalance(&slots).unwrap();
+    assert!(before > 1.5 && after < 1.02, "{before} to {after}");
+
+    let ids = Tensor::from_vec(ids, (num_tokens, top_k), &Device::Cpu).unwrap();
+    let order = ExpertOrder::with_map(&ids, &placement.map().unwrap(), 0..num_physical).unwrap();
+    let counts = order.expert_counts.to_vec1::<u32>().unwrap();
+    for (rank, expected) in placement.rank_loads(&slots).unwrap().into_iter().enumerate() {
+        let found: u32 = counts[placement.local(rank).unwrap()].iter().sum();
+        // Replicas are dealt by the token's number, so by chance not quite evenly.
+        assert!((f64::from(found) - expected).abs() <= 0.03 * expected, "rank {rank}: {found}, expected {expected}");
+    }
+}
+
+#[test]
+fn what_cannot_be_placed_is_refused_by_name() {
+    let error = |result: candle_core::Result<Placement>| result.unwrap_err().to_string();
+    assert!(error(Placement::contiguous(4, 0)).contains("ep_size is 0, expected 1 to 4"));
+    assert!(error(Placement::contiguous(4, 5)).contains("ep_size is 5, expected 1 to 4"));
+    assert!(error(Placement::balanced(&[1; 4], 2, 3)).contains("num_physical is 3, expected 4 to 8"));
+    assert!(error(Placement::balanced(&[1; 4], 2, 9)).contains("num_physical is 9, expected 4 to 8"));
+    assert!(error(Placement::balanced(&[], 1, 0)).contains("ep_size is 1, expected 1 to 0"));
+    let placement = Placement::contiguous(4, 2).unwrap();
+    assert!(placement.local(2).unwrap_err().to_string().contains("rank is 2, expected less than ep_size = 2"));
+    assert!(placement.rank_loads(&[1; 3]).unwrap_err().to_string().contains("3 experts, expected 4"));
+    assert_eq!(placement.imbalance(&[0; 4]).unwrap(), 1.0);
+}
