@@ -61,6 +61,9 @@ pub(crate) struct Arguments {
     /// Do not run a second time with the other routing
     #[arg(long, alias = "no_comparison")]
     pub(crate) no_comparison: bool,
+    /// Say how even the ranks would be if N physical experts a layer, replicas included, were placed by this run's load
+    #[arg(long, alias = "physical_experts", value_name = "N")]
+    pub(crate) physical_experts: Option<usize>,
     /// Write the prompt's logits and what every MoE layer computed
     #[arg(long, value_name = "FILE.safetensors")]
     pub(crate) dump: Option<PathBuf>,
@@ -106,7 +109,16 @@ impl Arguments {
                 self.device
             ));
         }
+        let (fewest, most) = (config.num_experts, config.num_experts * ep_size);
+        if let Some(n) = self.physical_experts.filter(|n| !(fewest..=most).contains(n)) {
+            return bad(format!(
+                "--physical-experts {n}: expected {fewest} to {most}, each expert once and once for each of {ep_size} ranks"
+            ));
+        }
         let perfect_router = self.perfect_router || enabled_by_environment();
+        if self.physical_experts.is_some() && perfect_router && self.no_comparison {
+            return bad("--physical-experts: expected a run with learned routing; leave out --no-comparison".into());
+        }
         let prompt_ids = self.prompt_ids(config, text)?;
         let positions = prompt_ids.len().saturating_add(self.max_new_tokens);
         if positions > config.max_position_embeddings {

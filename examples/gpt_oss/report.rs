@@ -6,6 +6,7 @@ use crate::run::Generation;
 use crate::text::Text;
 use anyhow::Result;
 use candle_moe::block::Load;
+use candle_moe::ep::Placement;
 use candle_moe::models::gpt_oss::Config;
 use clap::ValueEnum;
 use serde_json::{Value, json};
@@ -71,6 +72,7 @@ impl Report<'_> {
             "timing": timing,
             "load": load(&self.main.load),
             "comparison": comparison,
+            "placement": self.placement_for_programs()?,
         }))
     }
 
@@ -114,11 +116,56 @@ impl Report<'_> {
         writeln!(out, "\nslots per rank, all layers, prompt and generation\n{}", self.rank_table(&runs))?;
         writeln!(out, "\nslots per rank, layer by layer\n{}", layer_table(&runs))?;
         writeln!(out, "\nslots per expert, all layers\n{}", self.expert_table(&runs))?;
+        if let Some(table) = self.placement_table()? {
+            let physical_experts = self.arguments.physical_experts.unwrap_or_default();
+            writeln!(
+                out,
+                "\nbusiest rank over mean, with {physical_experts} physical experts placed by this load\n{table}"
+            )?;
+        }
         if runs.iter().any(|run| run.perfect_router) {
             writeln!(out, "\nLearned is what the model chose; perfect is what even ranks would have had to do.")?;
             writeln!(out, "{}{}.", WARNING[..1].to_uppercase(), &WARNING[1..])?;
         }
         Ok(out)
+    }
+
+    /// What the layers are like and would be like if they were placed by the load of the learned routing, where asked for.
+    fn placements(&self) -> Result<Option<Vec<Placed>>> {
+        let Some(num_physical) = self.arguments.physical_experts else { return Ok(None) };
+        let learned =
+            [Some(&self.main), self.comparison.as_ref()].into_iter().flatten().find(|run| !run.perfect_router);
+        let Some(learned) = learned else { return Ok(None) };
+        let place = |load: &Load| -> Result<Placed> {
+            let slots = &load.slots_per_expert;
+            let ep_size = self.plan.options.ep_size;
+            let after = Placement::balanced(slots, ep_size, num_physical)?;
+            let before = Placement::contiguous(slots.len(), ep_size)?.imbalance(slots)?;
+            Ok(Placed { before, after: after.imbalance(slots)?, placement: after })
+        };
+        learned.load.iter().map(place).collect::<Result<_>>().map(Some)
+    }
+
+    fn placement_table(&self) -> Result<Option<comfy_table::Table>> {
+        let Some(layers) = self.placements()? else { return Ok(None) };
+        let mut table = table([Column::Text("layer"), Column::Number("as it is"), Column::Number("placed")]);
+        for (layer, placed) in layers.iter().enumerate() {
+            table.add_row(row([layer.to_string(), format!("{:.3}", placed.before), format!("{:.3}", placed.after)]));
+        }
+        Ok(Some(table))
+    }
+
+    fn placement_for_programs(&self) -> Result<Value> {
+        let Some(layers) = self.placements()? else { return Ok(Value::Null) };
+        let layer = |(layer, placed): (usize, &Placed)| {
+            json!({
+                "layer": layer,
+                "imbalance_before": placed.before,
+                "imbalance_after": placed.after,
+                "physical_to_expert": placed.placement.physical_to_expert(),
+            })
+        };
+        Ok(layers.iter().enumerate().map(layer).collect())
     }
 
     fn speed_table(&self, runs: &[&Generation]) -> comfy_table::Table {
@@ -179,6 +226,13 @@ impl Report<'_> {
         table.add_row(row(std::iter::once("max / mean".to_string()).chain(cells)));
         table
     }
+}
+
+/// A layer's experts placed anew: the load of the busiest rank over the mean before and after.
+struct Placed {
+    before: f64,
+    after: f64,
+    placement: Placement,
 }
 
 fn layer_table(runs: &[&Generation]) -> comfy_table::Table {

@@ -40,6 +40,7 @@ fn help_names_every_flag() {
         "seed",
         "dump",
         "no-comparison",
+        "physical-experts",
         "output",
     ] {
         assert!(help.contains(&format!("--{flag}")), "--{flag} is missing in\n{help}");
@@ -98,6 +99,27 @@ fn perfect_routing_is_balanced_in_every_layer_and_warns() {
         }
     }
     assert!(stdout_of(NAME, &["--perfect-router"]).contains("WARNING: perfect routing"));
+}
+
+#[test]
+fn experts_are_placed_by_the_load_of_the_run() {
+    let arguments = ["--ep-size", "3", "--physical-experts", "12"];
+    let report = json_of(NAME, &[&arguments[..], &["--output", "json"]].concat());
+    let layers = report["placement"].as_array().unwrap();
+    assert_eq!(layers.len(), 4);
+    for (layer, load) in layers.iter().zip(report["load"].as_array().unwrap()) {
+        let (before, after) = (layer["imbalance_before"].as_f64().unwrap(), layer["imbalance_after"].as_f64().unwrap());
+        let ranks = list(&load["slots_per_rank"]);
+        let found = *ranks.iter().max().unwrap() as f64 * 3.0 / ranks.iter().sum::<u64>() as f64;
+        assert!((before - found).abs() < 1e-9, "{before}, but the ranks say {found}");
+        // 3, 3 and 2 experts cannot be even.
+        assert!((1.0..1.1).contains(&after) && before > 1.1, "{before} to {after}");
+        assert_eq!(list(&layer["physical_to_expert"]).len(), 12);
+    }
+    // Perfect routing is not what experts are placed by: the learned run beside it is.
+    let table = stdout_of(NAME, &[&arguments[..], &["--perfect-router"]].concat());
+    assert!(table.contains("with 12 physical experts placed by this load"), "{table}");
+    assert_eq!(json_of(NAME, &["--output", "json"])["placement"], Value::Null);
 }
 
 #[test]
@@ -193,6 +215,12 @@ fn bad_arguments_say_what_to_do() {
     for (args, words) in [
         (&["--ep-size", "0"][..], &["--ep-size 0", "1 to 8"][..]),
         (&["--ep-size", "9"], &["--ep-size 9", "1 to 8"]),
+        (&["--physical-experts", "7"], &["--physical-experts 7", "8 to 32", "4 ranks"]),
+        (&["--ep-size", "2", "--physical-experts", "17"], &["--physical-experts 17", "8 to 16"]),
+        (
+            &["--physical-experts", "8", "--perfect-router", "--no-comparison"],
+            &["--physical-experts", "--no-comparison"],
+        ),
         (&["--device", if cfg!(feature = "cuda") { "cuda:99" } else { "cuda" }], &["--device cuda", "--device cpu"]),
         (&["--device", "tpu"], &["cpu, cuda or cuda:N"]),
         (&["--dtype", "f64"], &["f32", "bf16"]),
