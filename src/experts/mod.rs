@@ -10,7 +10,8 @@
 //!
 //! Products accumulate in float32; biases and the activation are float32. On the CPU a row's result does not depend on which
 //! other rows are in the batch, to the bit, nor on the format that the weights are held in: formats that hold the same numbers
-//! give the same bits. On CUDA the number of slots for each expert chooses kernels that add up in other orders. MXFP4 and FP8 weights are decoded in registers, never as a whole.
+//! give the same bits. On CUDA the number of slots for each expert chooses kernels that add up in other orders. MXFP4 and FP8
+//! weights are decoded in registers, never as a whole.
 
 mod activation;
 mod cpu;
