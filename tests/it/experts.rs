@@ -345,36 +345,45 @@ fn groups_of_more_than_256_rows_and_waves_of_more_than_1024_are_whole() {
     }
 }
 
+/// Places of three experts: up to 6 slots for each expert, up to 80, and more.
+const COUNTS: [[usize; 3]; 10] = [
+    [1, 0, 0],
+    [0, 8, 9],
+    [0, 0, 18],
+    [96, 1, 33],
+    [32, 97, 64],
+    [160, 1, 81],
+    [0, 321, 16],
+    [48, 64, 145],
+    [80, 30, 144],
+    [112, 17, 128],
+];
+
 /// Sizes that tensor cores take, in every format, with as many tokens as each of their kernels is for.
 #[test]
 fn tensor_cores_take_any_number_of_tokens() {
     let mut random = Random(54);
-    let mxfp4 = |scales| Format::Mxfp4(scales);
-    for (format, dtypes) in [
-        (mxfp4(REALISTIC), &[DType::BF16, DType::F16, DType::F32][..]),
+    let (oss, silu) = ((GateUpRows::Interleaved, Activation::GPT_OSS), (GateUpRows::Concatenated, Activation::Silu));
+    let small = &[(64, 128, oss), (192, 64, silu)][..];
+    // Rows of more than one item and of no whole number of items, and five chunks of columns.
+    let large = &[(320, 256, oss)][..];
+    let mxfp4 = Format::Mxfp4;
+    for (format, dtypes, shapes) in [
+        (mxfp4(REALISTIC), &[DType::BF16, DType::F16, DType::F32][..], small),
+        (mxfp4(REALISTIC), &[DType::BF16], large),
         // The least scales, and such as bfloat16 weights cannot be multiplied by.
-        (mxfp4(0..=1), &[DType::BF16]),
-        (mxfp4(124..=131), &[DType::BF16]),
-        (Format::Dense(DType::BF16), &[DType::BF16, DType::F16]),
-        (Format::Dense(DType::F16), &[DType::F16]),
+        (mxfp4(0..=1), &[DType::BF16], small),
+        (mxfp4(124..=131), &[DType::BF16], small),
+        (Format::Dense(DType::BF16), &[DType::BF16, DType::F16], small),
+        (Format::Dense(DType::F16), &[DType::F16], small),
     ] {
-        let silu = (GateUpRows::Concatenated, Activation::Silu);
-        // Of the last, rows of more than one item and of no whole number of items, and five chunks of columns.
-        let oss = (GateUpRows::Interleaved, Activation::GPT_OSS);
-        for (hidden_size, intermediate_size, (rows, activation)) in [(64, 128, oss), (192, 64, silu), (320, 256, oss)] {
-            if hidden_size == 320 && dtypes.len() != 3 {
-                continue;
-            }
+        for &(hidden_size, intermediate_size, (rows, activation)) in shapes {
             let (gate_up, down) = (format.clone(), format.clone());
             let case = Case { gate_up, down, rows, activation, ..gpt_oss(3, hidden_size, intermediate_size) };
             let model = Model::new(&mut random, case);
             for &dtype in dtypes {
-                // Each kernel at the edges of its tiles, and all tokens to one expert.
-                for counts in [[1, 0, 0], [0, 8, 9], [0, 0, 18], [96, 1, 33], [32, 97, 64], [160, 1, 81], [0, 321, 16]]
-                {
-                    if hidden_size == 320 && dtype != DType::BF16 {
-                        continue;
-                    }
+                // Each kernel at the edges of its tiles, and every width of the large ones.
+                for counts in COUNTS {
                     let mut ids: Vec<u32> =
                         (0..3u32).flat_map(|e| std::iter::repeat_n(e, counts[e as usize])).collect();
                     for i in (1..ids.len()).rev() {

@@ -45,69 +45,70 @@ pub fn load_moe_block(
     ep_rank: usize,
 ) -> Result<MoeBlock> {
     check_ranks(&options.device, options.ep_size)?;
-    read_moe_block(checkpoint, config, layer, options, ep_rank)?.to_device(&options.device)
+    RankSource { checkpoint, config, options, ep_rank }.read(layer)?.to_device(&options.device)
 }
 
-/// The same on the host.
-fn read_moe_block(
-    checkpoint: &Checkpoint,
-    config: &Config,
-    layer: usize,
-    options: &MoeOptions,
+/// Where a rank's layers come from.
+#[derive(Clone, Copy)]
+struct RankSource<'a> {
+    checkpoint: &'a Checkpoint,
+    config: &'a Config,
+    options: &'a MoeOptions,
     ep_rank: usize,
-) -> Result<MoeBlock> {
-    config.validate()?;
-    let weights = Weights::new(checkpoint, config, &Device::Cpu)?;
-    let (hidden_size, intermediate_size) = (config.hidden_size, config.intermediate_size);
-    for (name, size) in [("hidden_size", hidden_size), ("intermediate_size", intermediate_size)] {
-        if weights.is_mxfp4() && !size.is_multiple_of(MXFP4_BLOCK) {
-            bail!("{OP}: {name} is {size}, expected a multiple of {MXFP4_BLOCK} for MXFP4 weights")
+}
+
+impl RankSource<'_> {
+    /// A layer, on the host.
+    fn read(self, layer: usize) -> Result<MoeBlock> {
+        let Self { checkpoint, config, options, ep_rank } = self;
+        config.validate()?;
+        let weights = Weights::new(checkpoint, config, &Device::Cpu)?;
+        let (hidden_size, intermediate_size) = (config.hidden_size, config.intermediate_size);
+        for (name, size) in [("hidden_size", hidden_size), ("intermediate_size", intermediate_size)] {
+            if weights.is_mxfp4() && !size.is_multiple_of(MXFP4_BLOCK) {
+                bail!("{OP}: {name} is {size}, expected a multiple of {MXFP4_BLOCK} for MXFP4 weights")
+            }
         }
+        let topology = Topology::new(config.num_experts, options.ep_size, ep_rank)?;
+        let projection = |role: ExpertRole, out_features: usize, in_features: usize| {
+            weights.experts(layer, role, topology.local_experts(), out_features, in_features)
+        };
+        let activation = Activation::SwigluOss { alpha: config.swiglu_alpha as f32, limit: config.swiglu_limit as f32 };
+        let experts = Experts::new(
+            projection(ExpertRole::GateUp, 2 * intermediate_size, hidden_size)?,
+            projection(ExpertRole::Down, hidden_size, intermediate_size)?,
+            GateUpRows::Interleaved,
+            activation,
+        )?;
+        let gate = weights.linear(layer, LayerRole::Gate, config.num_experts, hidden_size)?;
+        let router = Router::new(RoutingMethod::Renormalize, config.top_k)?;
+        MoeBlock::builder(gate, router, experts)
+            .shard(options.ep_size, ep_rank)
+            .reduction(options.reduction)
+            .perfect_router(options.perfect_router)
+            .statistics(true)
+            .build()
     }
-    let topology = Topology::new(config.num_experts, options.ep_size, ep_rank)?;
-    let projection = |role: ExpertRole, out_features: usize, in_features: usize| {
-        weights.experts(layer, role, topology.local_experts(), out_features, in_features)
-    };
-    let activation = Activation::SwigluOss { alpha: config.swiglu_alpha as f32, limit: config.swiglu_limit as f32 };
-    let experts = Experts::new(
-        projection(ExpertRole::GateUp, 2 * intermediate_size, hidden_size)?,
-        projection(ExpertRole::Down, hidden_size, intermediate_size)?,
-        GateUpRows::Interleaved,
-        activation,
-    )?;
-    let gate = weights.linear(layer, LayerRole::Gate, config.num_experts, hidden_size)?;
-    let router = Router::new(RoutingMethod::Renormalize, config.top_k)?;
-    MoeBlock::builder(gate, router, experts)
-        .shard(options.ep_size, ep_rank)
-        .reduction(options.reduction)
-        .perfect_router(options.perfect_router)
-        .statistics(true)
-        .build()
-}
 
-/// All layers of a rank. Where they go to another device, a layer is read while the one before it is on its way there: two
-/// layers are on the host at most, and nothing else of them on the device than what stays.
-fn load_rank(
-    checkpoint: &Checkpoint,
-    config: &Config,
-    options: &MoeOptions,
-    ep_rank: usize,
-    progress: &(dyn Fn() + Sync),
-) -> Result<Vec<MoeBlock>> {
-    let read = |layer| read_moe_block(checkpoint, config, layer, options, ep_rank);
-    let bring = |block: Result<MoeBlock>| {
-        let block = block?.to_device(&options.device)?;
-        progress();
-        Ok(block)
-    };
-    if options.device.is_cpu() {
-        return (0..config.num_layers).map(read).map(bring).collect();
+    /// All layers. Where they go to another device, a layer is read while the one before it is on its way there: two layers
+    /// are on the host at most, and nothing else of them on the device than what stays.
+    fn load(self, progress: &(dyn Fn() + Sync)) -> Result<Vec<MoeBlock>> {
+        let (num_layers, device) = (self.config.num_layers, &self.options.device);
+        let read = move |layer| self.read(layer);
+        let bring = |block: Result<MoeBlock>| {
+            let block = block?.to_device(device)?;
+            progress();
+            Ok(block)
+        };
+        if device.is_cpu() {
+            return (0..num_layers).map(read).map(bring).collect();
+        }
+        std::thread::scope(|scope| {
+            let (sender, receiver) = sync_channel(0);
+            scope.spawn(move || (0..num_layers).map(read).all(|block| sender.send(block).is_ok()));
+            receiver.into_iter().map(bring).collect()
+        })
     }
-    std::thread::scope(|scope| {
-        let (sender, receiver) = sync_channel(0);
-        scope.spawn(move || (0..config.num_layers).map(read).all(|block| sender.send(block).is_ok()));
-        receiver.into_iter().map(bring).collect()
-    })
 }
 
 /// The MoE layers of all ranks of one process.
@@ -148,7 +149,7 @@ impl ShardedMoe {
     ) -> Result<Self> {
         Topology::new(config.num_experts, options.ep_size, 0)?;
         check_ranks(&options.device, options.ep_size)?;
-        let load = |ep_rank| load_rank(checkpoint, config, options, ep_rank, progress);
+        let load = |ep_rank| RankSource { checkpoint, config, options, ep_rank }.load(progress);
         // One rank is loaded by the thread that will run it, on whose stream its weights then come.
         let ranks: Vec<_> = match options.ep_size {
             1 => vec![load(0)?],
