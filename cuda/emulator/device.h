@@ -377,6 +377,11 @@ inline int __mulhi(int a, int b) { return static_cast<int>(static_cast<int64_t>(
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }
+// Of a number and a NaN the number, whatever NaN it is; the C library's gives NaN for one that signals.
+inline float emulated_fmaxf(float a, float b) { return a != a ? b : b != b ? a : a > b || (a == b && std::signbit(b)) ? a : b; }
+inline float emulated_fminf(float a, float b) { return -emulated_fmaxf(-a, -b); }
+#define fmaxf emulated_fmaxf
+#define fminf emulated_fminf
 inline unsigned __umul24(unsigned a, unsigned b) { return (a & 0xffffff) * (b & 0xffffff); }
 inline unsigned __usad(unsigned a, unsigned b, unsigned c) { return (a < b ? b - a : a - b) + c; }
 

@@ -859,3 +859,17 @@ fn the_selection_bias_may_be_a_half_float_or_a_view() {
         assert_eq!(routing.topk_ids.to_vec2::<u32>().unwrap(), [[1]]);
     }
 }
+
+#[test]
+fn a_signalling_nan_beside_an_infinity_is_no_number() {
+    for bits in [0xff80_0001, 0x7f80_0001, 0x7fbf_ffff, 0x7fc0_0000] {
+        let nan = f32::from_bits(bits);
+        for row in
+            [[f32::INFINITY, 4.25, nan], [nan, 4.25, f32::INFINITY], [4.25, nan, 0.0], [nan, f32::NEG_INFINITY, nan]]
+        {
+            for method in oracle::methods() {
+                route(method, 3, &row);
+            }
+        }
+    }
+}
