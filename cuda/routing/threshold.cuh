@@ -194,12 +194,10 @@ __device__ __forceinline__ uint32_t chosen_experts(
     return chosen;
 }
 
-// The best keys of the token's kept groups, descending, in all of its lanes.
+// The best keys of the token, descending, in all of its lanes: of its first chunk, and of the others that are kept.
 template <int kLanes, int kChunks>
 __device__ __forceinline__ void best_keys(
-    const uint32_t (&sorted)[kChunks][8], uint32_t kept, uint32_t (&best)[kSlots]) {
-#pragma unroll
-    for (int j = 0; j < kSlots; ++j) best[j] = kept & 1 ? sorted[0][j] : kTaken;
+    uint32_t (&best)[kSlots], const uint32_t (&sorted)[kChunks][8], uint32_t kept) {
 #pragma unroll
     for (int i = 1; i < kChunks; ++i) {
         const bool in = kept >> (8 * i) & 1;
@@ -260,9 +258,14 @@ __device__ __forceinline__ uint32_t route_by_threshold(
         sort_keys<8>(sorted[i]);
     }
     uint32_t kept = 0xffffffffu;
-    if (kScore != kLogit && a.topk_group < a.num_groups) kept = kept_chunks<kLanes, kChunks>(a, sub, sorted);
-    uint32_t best[kSlots];
-    best_keys<kLanes, kChunks>(sorted, kept, best);
+    if (kScore != kLogit && a.topk_group < a.num_groups) {
+        // A branch of its own for the first chunk: without groups nothing waits for `kept`.
+        kept = kept_chunks<kLanes, kChunks>(a, sub, sorted);
+#pragma unroll
+        for (int j = 0; j < kSlots; ++j) sorted[0][j] = kept & 1 ? sorted[0][j] : kTaken;
+    }
+    uint32_t(&best)[kSlots] = sorted[0];
+    best_keys<kLanes, kChunks>(best, sorted, kept);
     uint32_t bound = best[0];
 #pragma unroll
     for (int i = 1; i < kSlots; ++i) bound = a.top_k == i + 1 ? best[i] : bound;
