@@ -28,7 +28,7 @@ struct ProjectionArguments {
     const uint32_t* expert_offsets; // [num_local + 1]
     const uint32_t* tile_experts;   // [max_tiles], kNothing behind the last tile
     const uint32_t* tile_starts;    // [max_tiles]
-    uint32_t num_rows;              // linear: num_tokens; else slots
+    uint32_t num_rows;              // linear: num_tokens
     uint32_t top_k;
     uint32_t in_features;
     uint32_t out_features;          // gate_up: intermediate_size, half the rows of the matrix
@@ -44,14 +44,9 @@ struct ProjectionArguments {
 // What a kernel that takes a whole layer is told.
 struct LayerArguments {
     ProjectionArguments gate_up, down;
-    uint32_t* signals;  // [2, max_tiles]: what its blocks tell each other; 0 before and after a launch
+    uint32_t* signals;  // what its blocks tell each other, 0 before the first launch: kMeeting numbers, and others behind them
 };
-
-// How many parts of a tile's h are there, and how often whoever waits for all of them has been done with that.
-__device__ __forceinline__ uint32_t* done_of(const LayerArguments& a, uint32_t tile) { return a.signals + tile; }
-__device__ __forceinline__ uint32_t* seen_of(const LayerArguments& a, uint32_t tile) {
-    return a.signals + a.gate_up.max_tiles + tile;
-}
+constexpr uint32_t kMeeting = 2;
 
 __device__ __forceinline__ void keep(float* to, float value) { *to = value; }
 __device__ __forceinline__ void keep(__half* to, float value) { *to = __float2half_rn(value); }

@@ -1,10 +1,7 @@
-// Both projections of a layer for few tokens of an expert, in one launch: tokens stay in shared memory while the weights go past
-// them once.
+// The experts' projections for few tokens of an expert: they stay in shared memory while the weights go past them once.
 //
-//     item      one band of 16 rows of one tile's expert
-//     stripe    as many items side by side as a block has groups; of all stripes, those of gate_up and then those of down, a tile
-//               after the other, a block takes every gridDim.x-th
-//     group     W warps that multiply and one that finishes; each has an item of the block's stripe
+//     item      one band of 16 rows of one tile's expert; a block takes items side by side, a tile after the other
+//     group     W warps that multiply and one that finishes; the groups of a block take its items in turn
 //     warp w    of those that multiply has the units U w / W .. U (w + 1) / W of its group's items
 //     finisher  adds up what the W warps have for an item, in their order; bias, activation, rounding
 //
@@ -15,8 +12,7 @@
 // 2. A warp has pieces of the coming items under way at any time, whatever the others do: sums are handed over through
 //    kSums rooms, so that no warp that multiplies waits for one that finishes. At compute capability 9.0 the copy engine
 //    brings them: a warp that copies by itself stands still while more is under way than its multiprocessor can count.
-// 3. All blocks work on the same few tiles, and nothing drains between the projections: when a block comes to a tile of `down`,
-//    whose h all blocks have made and a number counts, it has long been there, and its weights are under way.
+// 3. `down` has its first pieces under way before the kernel in front of it has ended.
 // 4. Few instructions for each weight, since at full speed a multiprocessor has 40 cycles for a unit and four schedulers:
 //    a scale is multiplied in together with the 2^126 that raw operands lack.
 //
@@ -48,8 +44,8 @@ constexpr uint32_t kPieceBytes = kPieceUnits<Format> * (kUnitBytes<Format> + (Fo
 
 // Groups of a block, at most, and items of a group whose sums have room.
 constexpr uint32_t kMaxGroups = 2, kSums = 2;
-// Barriers: the sums of an item are there, or no longer needed; the tokens are.
-constexpr uint32_t kFull = 1, kEmpty = kFull + kMaxGroups * kSums, kTokens = kEmpty + kMaxGroups * kSums;
+// Barriers: the sums of an item are there, or no longer needed; the tokens are; the input of `down` is.
+constexpr uint32_t kFull = 1, kEmpty = kFull + kMaxGroups * kSums, kTokens = kEmpty + kMaxGroups * kSums, kInput = kTokens + 1;
 
 // How MXFP4 is scaled: the weights, or the sums of 32 columns.
 template <bool kWide> struct Scaled : MxFp4 {
@@ -76,71 +72,15 @@ struct Accumulators {
 };
 
 // What a kernel is made for.
-template <typename Format_, typename T_, int kBlocks_>
+template <typename Format_, typename T_, Kind kKind_, int kBlocks_>
 struct Made {
     using Format = Format_;
     using T = T_;
+    static constexpr Kind kKind = kKind_;
     static constexpr int kBlocks = kBlocks_;
     static constexpr uint32_t kUnits = kPieceUnits<Format>;
     static constexpr uint32_t kPiece = kPieceBytes<Format>;
     static constexpr uint32_t kColumnBytes = kUnitColumns * sizeof(T);
-};
-
-// A stripe that a block has.
-struct Turn {
-    uint32_t tile, stripe, is_down;
-};
-
-// The stripes of a block.
-template <typename M>
-struct Turns {
-    const LayerArguments& a;
-    const uint32_t groups;
-    uint32_t num_tiles;
-    uint32_t stripes[2];  // of a tile, by is_down
-    uint32_t skipped_tiles[2], skipped_stripes[2];  // what gridDim.x stripes are
-
-    __device__ __forceinline__ Turns(const LayerArguments& a, uint32_t groups) : a(a), groups(groups), num_tiles(0) {
-#pragma unroll
-        for (uint32_t is_down = 0; is_down < 2; ++is_down) {
-            stripes[is_down] = (bands(is_down) + groups - 1) / groups;
-            skipped_tiles[is_down] = gridDim.x / stripes[is_down];
-            skipped_stripes[is_down] = gridDim.x - skipped_tiles[is_down] * stripes[is_down];
-        }
-    }
-    __device__ __forceinline__ const ProjectionArguments& of(uint32_t is_down) const { return is_down ? a.down : a.gate_up; }
-    // Of a tile.
-    __device__ __forceinline__ uint32_t bands(uint32_t is_down) const {
-        return is_down ? a.down.out_features / kBandRows : a.gate_up.out_features / (kBandRows / 2);
-    }
-    // Of gate_up, if there are so many.
-    __device__ __forceinline__ Turn number(uint32_t number) const {
-        const uint32_t tile = number / stripes[0];
-        return {tile, number - tile * stripes[0], 0};
-    }
-    __device__ __forceinline__ Turn first() const { return in_projection(number(blockIdx.x)); }
-    __device__ __forceinline__ Turn after(Turn turn) const {
-        turn.tile += turn.is_down ? skipped_tiles[1] : skipped_tiles[0];
-        turn.stripe += turn.is_down ? skipped_stripes[1] : skipped_stripes[0];
-        const uint32_t all = turn.is_down ? stripes[1] : stripes[0];
-        if (turn.stripe >= all) {
-            turn.stripe -= all;
-            ++turn.tile;
-        }
-        return in_projection(turn);
-    }
-    __device__ __forceinline__ bool ends(const Turn& turn) const { return turn.tile >= num_tiles; }
-    __device__ __forceinline__ bool same_tile(const Turn& one, const Turn& other) const {
-        return one.tile == other.tile && one.is_down == other.is_down;
-    }
-
-  private:
-    // Stripes behind those of gate_up are those of down.
-    __device__ __forceinline__ Turn in_projection(Turn turn) const {
-        if (turn.is_down || turn.tile < num_tiles) return turn;
-        const uint32_t number = (turn.tile - num_tiles) * stripes[0] + turn.stripe, tile = number / stripes[1];
-        return {tile, number - tile * stripes[1], 1};
-    }
 };
 
 // What a warp is in its block, and the block's shared memory; src/experts/cuda/path.rs reserves it.
@@ -165,14 +105,54 @@ struct Place {
         pieces = shared_address(all + groups * (kSums * sums_of_item())) + of_block * (kSlots * M::kPiece);
     }
     __device__ __forceinline__ uint32_t sums_of_item() const { return warps * M::kBlocks * 32; }
-    // The group's band of a stripe, if there is one.
-    __device__ __forceinline__ uint32_t band_of(const Turn& turn) const { return turn.stripe * groups + group; }
-    __device__ __forceinline__ bool has_item(const Turns<M>& turns, const Turn& turn) const {
-        return band_of(turn) < turns.bands(turn.is_down);
-    }
     // The threads of the group, of which all but the last 32 multiply; those of all groups that multiply.
     __device__ __forceinline__ uint32_t threads() const { return warps * 32 + 32; }
     __device__ __forceinline__ uint32_t multiplying() const { return groups * warps * 32; }
+};
+
+// A group's way through its items.
+struct Walk {
+    uint32_t tile, band, bands, step;
+    uint32_t left;  // items of the block from here on
+
+    // Group `group` of `groups` that take `count` items in turn; a tile has no fewer than groups.
+    __device__ __forceinline__ Walk(
+        uint32_t tile, uint32_t band, uint32_t count, uint32_t bands, uint32_t groups, uint32_t group)
+        : tile(tile), band(band), bands(bands), step(groups), left(count) {
+        skip(group);
+    }
+    __device__ __forceinline__ bool ends() const { return left == 0; }
+    __device__ __forceinline__ void next() { skip(step); }
+
+  private:
+    __device__ __forceinline__ void skip(uint32_t items) {
+        left -= min(left, items);
+        band += items;
+        if (band >= bands) {
+            band -= bands;
+            ++tile;
+        }
+    }
+};
+
+// The items of a block. There are fewer than 2^32: 64-bit divisions by every thread would take longer than a small batch.
+struct Span {
+    uint32_t count, bands;  // items; bands of a tile
+    uint32_t tile, band;    // of the first item
+    uint32_t last_tile;
+
+    template <typename M>
+    static __device__ __forceinline__ Span of(const ProjectionArguments& a, uint32_t num_tiles) {
+        const uint32_t bands = a.out_features / (M::kKind == kGateUp ? 8 : 16);
+        const uint32_t all = num_tiles * bands, each = all / gridDim.x, longer = all - each * gridDim.x;
+        const uint32_t first = blockIdx.x * each + min(blockIdx.x, longer), count = each + (blockIdx.x < longer);
+        const uint32_t tile = first / bands, band = first - tile * bands;
+        return {count, bands, tile, band, tile + (band + max(count, 1u) - 1) / bands};
+    }
+    template <typename M>
+    __device__ __forceinline__ Walk walk(const Place<M>& place) const {
+        return Walk(tile, band, count, bands, place.groups, place.group);
+    }
 };
 
 // The slots of a warp, which pieces of kPiece bytes go round.
@@ -217,101 +197,41 @@ struct Ring {
     __device__ __forceinline__ void fill() { filled = filled == (kSlots - 1) * kPiece ? 0 : filled + kPiece; }
 };
 
-// The units of a band that a warp has.
-struct Units {
-    uint32_t first, count;
-
-    __device__ __forceinline__ Units(const ProjectionArguments& a, uint32_t warp, uint32_t warps) {
-        const uint32_t units = a.in_features / kUnitColumns;
-        first = units * warp / warps;
-        count = units * (warp + 1) / warps - first;
-    }
-};
-struct UnitsOfWarp {
-    Units gate_up, down;
-
-    __device__ __forceinline__ uint32_t first(uint32_t is_down) const { return is_down ? down.first : gate_up.first; }
-    __device__ __forceinline__ uint32_t count(uint32_t is_down) const { return is_down ? down.count : gate_up.count; }
-};
-
 // The pieces of weights of a warp, item after item. Whole: every warp has kPieceUnits of each item, one piece.
 template <typename M, bool kWhole>
 struct Stream {
     using Format = typename M::Format;
 
-    const Turns<M>& turns;
-    const Place<M>& place;
-    const UnitsOfWarp& units_of_warp;  // of the warp
+    const ProjectionArguments& a;
+    Walk walk;             // of the next piece
+    uint32_t units;        // of a band
+    uint32_t first, mine;  // of the warp's units in a band, and their number
+    uint32_t tile;         // whose expert `values` points into
+    uint32_t done = 0;     // units of the item before the next piece
+    const unsigned char *values, *scales;  // of the next piece
     Ring<M::kPiece>& ring;
-    Turn turn;           // of the next piece
-    uint32_t expert;     // of its tile
-    uint32_t done = 0;   // units of the item before the next piece
 
     __device__ __forceinline__ Stream(
-        const Turns<M>& turns, const Place<M>& place, const UnitsOfWarp& units_of_warp, Ring<M::kPiece>& ring)
-        : turns(turns), place(place), units_of_warp(units_of_warp), ring(ring) {}
-
-    // Where the number of tiles is known, puts the first piece under way; where it is not, does that for a tile that is there,
-    // and go_on() follows.
-    __device__ __forceinline__ void start(Turn first) {
-        turn = first;
-        go_on();
-        fetch();
-    }
-    __device__ __forceinline__ void start_early(Turn first) {
-        turn = first;
-        if (has_piece()) {
-            expert = turns.a.gate_up.tile_experts[turn.tile];
-            bring_next();
-        }
-        close_group();
+        const ProjectionArguments& a, Walk walk, uint32_t units, uint32_t first, uint32_t mine, Ring<M::kPiece>& ring)
+        : a(a), walk(walk), units(units), first(first), mine(mine), ring(ring) {
+        if (mine == 0) this->walk.left = 0;
+        if (!this->walk.ends()) enter_tile();
     }
 
-    // To the next piece that there is.
-    __device__ __forceinline__ void go_on() {
-        if (turns.ends(turn)) return;
-        if (done == mine()) {
-            done = 0;
-            turn = turns.after(turn);
-        }
-        while (!turns.ends(turn) && !has_piece()) turn = turns.after(turn);
-        if (!turns.ends(turn)) expert = turns.a.gate_up.tile_experts[turn.tile];
+    __device__ __forceinline__ void enter_tile() {
+        tile = walk.tile;
+        const uint64_t unit = (uint64_t(a.tile_experts[tile]) * walk.bands + walk.band) * units + first;
+        values = static_cast<const unsigned char*>(a.weights) + unit * kUnitBytes<Format>;
+        scales = static_cast<const unsigned char*>(a.scales) + unit * kScaleBytes;
     }
 
-    // Puts the next piece under way, or an empty group, so that groups can be counted.
-    __device__ __forceinline__ void fetch() {
-        if (!turns.ends(turn)) {
-            bring_next();
-            go_on();
-        }
-        close_group();
-    }
-
-  private:
-    __device__ __forceinline__ uint32_t mine() const { return kWhole ? M::kUnits : units_of_warp.count(turn.is_down); }
-    // There may be no item for the group, or none of its units for the warp.
-    __device__ __forceinline__ bool has_piece() const { return mine() > 0 && place.has_item(turns, turn); }
-
-    __device__ __forceinline__ void bring_next() {
-        const uint32_t count = min(M::kUnits, mine() - done);
-        bring_units(count);
-        ring.fill();
-        done += count;
-    }
-
-    __device__ __forceinline__ void close_group() {
-#ifndef MOE_HOPPER
-        commit_copies();
-#endif
+    __device__ __forceinline__ void advance(uint32_t count) {
+        values += uint64_t(count) * kUnitBytes<Format>;
+        if (Format::kHasScales) scales += uint64_t(count) * kScaleBytes;
     }
 
     // Brings the next `count` units.
     __device__ __forceinline__ void bring_units(uint32_t count) {
-        const ProjectionArguments& a = turns.of(turn.is_down);
-        const uint32_t units = a.in_features / kUnitColumns, band = place.band_of(turn);
-        const uint64_t unit = (uint64_t(expert) * turns.bands(turn.is_down) + band) * units + units_of_warp.first(turn.is_down) + done;
-        const unsigned char* const values = static_cast<const unsigned char*>(a.weights) + unit * kUnitBytes<Format>;
-        const unsigned char* const scales = static_cast<const unsigned char*>(a.scales) + unit * kScaleBytes;
         const SharedAddress to = ring.slots + ring.filled, to_scales = to + M::kUnits * kUnitBytes<Format>;
 #ifdef MOE_HOPPER
         if (threadIdx.x % 32 == 0) {
@@ -325,6 +245,27 @@ struct Stream {
             if (kWhole || i < count * Format::kWords) copy_16(to + i * 512 + part, values + i * 512 + part);
         }
         if (Format::kHasScales && part < count * kScaleBytes) copy_16(to_scales + part, scales + part);
+#endif
+    }
+
+    // Puts the next piece under way, or an empty group, so that groups can be counted.
+    __device__ __forceinline__ void fetch() {
+        if (!walk.ends()) {
+            const uint32_t count = kWhole ? M::kUnits : min(M::kUnits, mine - done);
+            bring_units(count);
+            ring.fill();
+            if (kWhole || (done += count) == mine) {
+                done = 0;
+                // To the same units of the group's next item.
+                advance(walk.step * units - (kWhole ? 0 : mine - count));
+                walk.next();
+                if (walk.tile != tile && !walk.ends()) enter_tile();
+            } else {
+                advance(count);
+            }
+        }
+#ifndef MOE_HOPPER
+        commit_copies();
 #endif
     }
 };
@@ -415,137 +356,109 @@ struct Sources {
     uint32_t (&rows)[2][8 * M::kBlocks];
     uint32_t (&counts)[2];
 
-    // By the lanes of one warp, for a tile that is there.
-    __device__ __forceinline__ void look_up(const ProjectionArguments& a, const Turn& turn, uint32_t room) const {
-        const uint32_t lane = threadIdx.x % 32, first = a.tile_starts[turn.tile], place = first + lane;
-        const uint32_t expert = a.tile_experts[turn.tile];
-        uint32_t row = place;
-        // Before it is known how many there are.
-        if (!turn.is_down && lane < 8 * M::kBlocks) row = a.sorted_slots[min(place, a.num_rows - 1)] / a.top_k;
-        const uint32_t count = min(8u * M::kBlocks, a.expert_offsets[expert + 1] - first);
-        if (lane < count) rows[room][lane] = row;
-        if (lane == 0) counts[room] = count;
+    // By the lanes of one warp, for a tile that is there or behind the last.
+    __device__ __forceinline__ void look_up(const ProjectionArguments& a, uint32_t tile, uint32_t last_tile) const {
+        const Tile of = tile <= last_tile ? tile_of(a, tile, 8 * M::kBlocks) : Tile{};
+        const uint32_t lane = threadIdx.x % 32, place = of.first + lane;
+        if (lane < of.count) rows[tile % 2][lane] = M::kKind == kGateUp ? a.sorted_slots[place] / a.top_k : place;
+        if (lane == 0) counts[tile % 2] = of.count;
     }
 
     // Copies the rows, by all warps that multiply. Columns of tokens that the tile lacks are never looked at.
     __device__ __forceinline__ void load(
-        const ProjectionArguments& a, uint32_t room, typename M::T* tokens, uint32_t pitch, uint32_t threads) const {
+        const ProjectionArguments& a, uint32_t tile, typename M::T* tokens, uint32_t pitch, uint32_t threads) const {
         const uint32_t words = a.in_features / 8;  // of 16 bytes
-        const uint32_t all = counts[room] * words;
+        const uint32_t all = counts[tile % 2] * words;
 #pragma unroll 8
         for (uint32_t i = threadIdx.x; i < all; i += threads) {
             const uint32_t row = i / words, word = i - row * words;
-            const uint64_t from = rows[room][row];
+            const uint64_t from = rows[tile % 2][row];
             const uint4* const source = static_cast<const uint4*>(a.input) + from * words;
             *reinterpret_cast<uint4*>(tokens + row * pitch + word * 8) = source[word];
         }
     }
 };
 
-// Waits until all of a tile's h is there.
-__device__ __forceinline__ void wait_for_tile(const LayerArguments& a, uint32_t tile, uint32_t items) {
-    while (load_acquire(done_of(a, tile)) < items) {
-    }
-}
-
-// A warp that multiplies. All threads of the block call it or finish_items; they meet once, to count the tiles.
-template <bool kWhole, typename M>
+// A warp that multiplies; `wait_for_input` stands in front of the first read of tokens.
+template <bool kWhole, typename M, typename WaitForInput>
 __device__ __forceinline__ void multiply_items(
-    const LayerArguments& a, const Place<M>& place, Turns<M>& turns, const UnitsOfWarp& units_of_warp, Ring<M::kPiece>& ring) {
+    const ProjectionArguments& a, const Place<M>& place, const Span& span, Ring<M::kPiece>& ring, WaitForInput wait_for_input) {
     using T = typename M::T;
     using Format = typename M::Format;
+    Walk walk = span.walk(place);
+    const uint32_t units = a.in_features / kUnitColumns;
+    const uint32_t first = units * place.warp / place.warps, mine = units * (place.warp + 1) / place.warps - first;
     __shared__ uint32_t rows[2][8 * M::kBlocks], counts[2];
     const Sources<M> sources{rows, counts};
     const bool looks_up = threadIdx.x < 32;
-    Stream<M, kWhole> stream(turns, place, units_of_warp, ring);
-
-    // What is sought in memory, each time with an answer to wait for, stands before all weights but the first piece; the tile
-    // is known without the number of tiles, if it is there.
-    Turn turn = turns.number(blockIdx.x);
-    const bool is_early = turn.tile < a.gate_up.max_tiles && a.gate_up.tile_experts[turn.tile] != kNothing;
-    if (is_early) {
-        stream.start_early(turn);
-        if (looks_up) sources.look_up(a.gate_up, turn, 0);
-    }
-    turns.num_tiles = count_tiles(a.gate_up);
-    if (is_early) {
-        stream.go_on();
-    } else {
-        turn = turns.first();
-        if (turns.ends(turn)) return;
-        stream.start(turn);
-        if (looks_up) sources.look_up(turns.of(turn.is_down), turn, 0);
-    }
+    if (looks_up) sources.look_up(a, span.tile, span.last_tile);
+    Stream<M, kWhole> stream(a, walk, units, first, mine, ring);
+    // Of gate_up one piece: what is looked up, each time with an answer to wait for, comes behind what is under way.
+    constexpr int kEarly = M::kKind == kGateUp ? 1 : kPrefetched;
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i) stream.fetch();
+    wait_for_input();
 
     const uint32_t row_bytes = place.pitch * sizeof(T), block_bytes = 8 * row_bytes;
-    const SharedAddress tokens = shared_address(place.tokens) + place.lane % 8 * row_bytes + place.lane / 8 * 16;
+    const SharedAddress tokens =
+        shared_address(place.tokens) + place.lane % 8 * row_bytes + place.lane / 8 * 16 + first * M::kColumnBytes;
     const SharedAddress values = place.pieces + place.lane * 16;
     const SharedAddress scales = place.pieces + M::kUnits * kUnitBytes<Format> + place.lane / 4 * 4;
-    Turn loaded = {kNothing, 0, 0};
-    for (uint32_t visits = 0, room = 0, items = 0; !turns.ends(turn); turn = turns.after(turn)) {
-        if (!turns.same_tile(turn, loaded)) {
-            if (turn.is_down && threadIdx.x == 0) wait_for_tile(a, turn.tile, turns.bands(0));
-            wait_at_barrier(kTokens, place.multiplying());  // nobody needs the tile before any more
-            sources.load(turns.of(turn.is_down), visits % 2, place.tokens, place.pitch, place.multiplying());
-            if (visits == 0) {
+    uint32_t room = 0, items = 0;
+    for (uint32_t tile = span.tile; tile <= span.last_tile; ++tile) {
+        wait_at_barrier(kTokens, place.multiplying());  // nobody needs the tile before any more
+        sources.load(a, tile, place.tokens, place.pitch, place.multiplying());
+        if (tile == span.tile) {
 #pragma unroll
-                for (int i = 1; i < kPrefetched; ++i) stream.fetch();
-            }
-            ++visits;
-            loaded = turn;
-            if (looks_up) {
-                Turn next = turns.after(turn);
-                while (!turns.ends(next) && turns.same_tile(next, turn)) next = turns.after(next);
-                if (!turns.ends(next)) sources.look_up(turns.of(next.is_down), next, visits % 2);
-            }
-            wait_at_barrier(kTokens, place.multiplying());
+            for (int i = kEarly; i < kPrefetched; ++i) stream.fetch();
         }
-        if (!place.has_item(turns, turn)) continue;
-        const uint32_t mine = kWhole ? M::kUnits : units_of_warp.count(turn.is_down);
-        const SharedAddress columns_of_part = tokens + units_of_warp.first(turn.is_down) * M::kColumnBytes;
-        Accumulators<M::kBlocks> c;
-        for (uint32_t done = 0; done < mine; done += M::kUnits) {
-            ring.wait();
-            const auto add = [&](uint32_t i) {
-                Unit<Format> unit;
-                unit.load(values + ring.taken + i * kUnitBytes<Format>, scales + ring.taken + i * kScaleBytes);
-                const Columns<M::kBlocks> columns(columns_of_part + (done + i) * M::kColumnBytes, block_bytes);
-                add_unit<Format, T>(unit, columns, c);
-            };
-            if (kWhole || mine - done >= M::kUnits) {
+        if (looks_up) sources.look_up(a, tile + 1, span.last_tile);
+        wait_at_barrier(kTokens, place.multiplying());
+        for (; !walk.ends() && walk.tile == tile; walk.next(), ++items) {
+            Accumulators<M::kBlocks> c;
+            for (uint32_t done = 0; done < mine; done += M::kUnits) {
+                ring.wait();
+                const auto add = [&](uint32_t i) {
+                    Unit<Format> unit;
+                    unit.load(values + ring.taken + i * kUnitBytes<Format>, scales + ring.taken + i * kScaleBytes);
+                    const Columns<M::kBlocks> columns(tokens + (done + i) * M::kColumnBytes, block_bytes);
+                    add_unit<Format, T>(unit, columns, c);
+                };
+                if (kWhole || mine - done >= M::kUnits) {
 #pragma unroll
-                for (uint32_t i = 0; i < M::kUnits; ++i) add(i);
-            } else {
+                    for (uint32_t i = 0; i < M::kUnits; ++i) add(i);
+                } else {
 #pragma unroll 1
-                for (uint32_t i = 0; i < mine - done; ++i) add(i);
+                    for (uint32_t i = 0; i < mine - done; ++i) add(i);
+                }
+                ring.take();
+                stream.fetch();
+                if (kWhole) break;
             }
-            ring.take();
-            stream.fetch();
-            if (kWhole) break;
-        }
-        const uint32_t barrier = place.group * kSums + room;
-        if (items++ >= kSums) wait_at_barrier(kEmpty + barrier, place.threads());
-        float4* const sums = place.sums + room * place.sums_of_item() + place.warp * (M::kBlocks * 32);
+            const uint32_t barrier = place.group * kSums + room;
+            if (items >= kSums) wait_at_barrier(kEmpty + barrier, place.threads());
+            float4* const sums = place.sums + room * place.sums_of_item() + place.warp * (M::kBlocks * 32);
 #pragma unroll
-        for (int i = 0; i < M::kBlocks; ++i) {
-            sums[i * 32] = make_float4(c.sums[i][0], c.sums[i][1], c.sums[i][2], c.sums[i][3]);
+            for (int i = 0; i < M::kBlocks; ++i) {
+                sums[i * 32] = make_float4(c.sums[i][0], c.sums[i][1], c.sums[i][2], c.sums[i][3]);
+            }
+            pass_barrier(kFull + barrier, place.threads());
+            room = room + 1 == kSums ? 0 : room + 1;
         }
-        pass_barrier(kFull + barrier, place.threads());
-        room = room + 1 == kSums ? 0 : room + 1;
     }
 }
 
 // Writes the results of rows g and g + 8 of a band for tokens 2t and 2t + 1 of a block of 8.
-template <typename T>
+template <typename T, Kind kKind>
 __device__ __forceinline__ void write_results(
-    const ProjectionArguments& a, const Tile& tile, uint32_t is_down, uint32_t band, uint32_t block, const float (&c)[4]) {
+    const ProjectionArguments& a, const Tile& tile, uint32_t band, uint32_t block, const float (&c)[4]) {
     const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const uint32_t token = block * 8 + 2 * t + i;
         if (token >= tile.count) break;
         const uint64_t to = uint64_t(tile.first + token) * a.out_features;
-        if (!is_down) {
+        if constexpr (kKind == kGateUp) {
             keep(static_cast<T*>(a.output) + to + band * 8 + g, activate(a, c[i], c[2 + i]));
         } else {
             keep_both(static_cast<float*>(a.output) + to + band * kBandRows + 2 * g, c[i], c[2 + i]);
@@ -554,16 +467,16 @@ __device__ __forceinline__ void write_results(
 }
 
 // The bias of rows g and g + 8 of a band.
+template <Kind kKind>
 struct Bias {
     float of[2] = {};
 
-    __device__ __forceinline__ Bias(const ProjectionArguments& a, uint32_t is_down, uint32_t expert, uint32_t band) {
+    __device__ __forceinline__ Bias(const ProjectionArguments& a, uint32_t expert, uint32_t band) {
         if (a.bias == nullptr) return;
-        const Kind kind = is_down ? kDown : kGateUp;
-        const uint32_t rows = is_down ? a.out_features : 2 * a.out_features;
+        const uint32_t rows = kKind == kGateUp ? 2 * a.out_features : a.out_features;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const uint32_t row = published_row(kind, a.gate_up_rows, rows, band, threadIdx.x % 32 / 4 + 8 * i);
+            const uint32_t row = published_row(kKind, a.gate_up_rows, rows, band, threadIdx.x % 32 / 4 + 8 * i);
             of[i] = a.bias[uint64_t(expert) * rows + row];
         }
     }
@@ -571,23 +484,17 @@ struct Bias {
 
 // A warp that finishes.
 template <typename M>
-__device__ __forceinline__ void finish_items(const LayerArguments& a, const Place<M>& place, Turns<M>& turns) {
-    turns.num_tiles = count_tiles(a.gate_up);
-    const auto item_from = [&](Turn turn) {
-        while (!turns.ends(turn) && !place.has_item(turns, turn)) turn = turns.after(turn);
-        return turn;
-    };
-    Turn turn = item_from(turns.first());
-    if (turns.ends(turn)) return;
-    Tile tile = tile_of(a.gate_up, turn.tile, 8 * M::kBlocks);
-    Bias bias(turns.of(turn.is_down), turn.is_down, tile.expert, place.band_of(turn));
-    for (uint32_t room = 0, items = 0;; ++items) {
+__device__ __forceinline__ void finish_items(const ProjectionArguments& a, const Place<M>& place, const Span& span) {
+    Walk walk = span.walk(place);
+    if (walk.ends()) return;
+    Tile tile = tile_of(a, walk.tile, 8 * M::kBlocks);
+    Bias<M::kKind> bias(a, tile.expert, walk.band);
+    for (uint32_t room = 0; !walk.ends();) {
         // What the next item needs is on its way before this one is waited for.
-        const Turn next = item_from(turns.after(turn));
-        const bool is_last = turns.ends(next);
-        const Tile next_tile = is_last ? tile : tile_of(a.gate_up, next.tile, 8 * M::kBlocks);
-        const Bias next_bias =
-            is_last ? bias : Bias(turns.of(next.is_down), next.is_down, next_tile.expert, place.band_of(next));
+        Walk next = walk;
+        next.next();
+        const Tile next_tile = next.ends() || next.tile == walk.tile ? tile : tile_of(a, next.tile, 8 * M::kBlocks);
+        const Bias<M::kKind> next_bias = next.ends() ? bias : Bias<M::kKind>(a, next_tile.expert, next.band);
         const uint32_t barrier = place.group * kSums + room;
         wait_at_barrier(kFull + barrier, place.threads());
         float4 c[M::kBlocks] = {};
@@ -600,48 +507,101 @@ __device__ __forceinline__ void finish_items(const LayerArguments& a, const Plac
                 c[i].x += more.x, c[i].y += more.y, c[i].z += more.z, c[i].w += more.w;
             }
         }
-        // Those that multiply wait for it from the item after the next on.
-        if (!is_last && !turns.ends(item_from(turns.after(next)))) pass_barrier(kEmpty + barrier, place.threads());
-        const uint32_t band = place.band_of(turn);
+        if (walk.left > kSums * walk.step) pass_barrier(kEmpty + barrier, place.threads());
 #pragma unroll
         for (int i = 0; i < M::kBlocks; ++i) {
             const float results[4] = {c[i].x + bias.of[0], c[i].y + bias.of[0], c[i].z + bias.of[1], c[i].w + bias.of[1]};
-            write_results<typename M::T>(turns.of(turn.is_down), tile, turn.is_down, band, i, results);
+            write_results<typename M::T, M::kKind>(a, tile, walk.band, i, results);
         }
-        __syncwarp();
-        if (place.lane == 0) {
-            if (!turn.is_down) {
-                add_release(done_of(a, turn.tile));
-            } else if (atomicAdd(seen_of(a, turn.tile), 1u) + 1 == turns.bands(1)) {
-                // Nobody looks at the tile's numbers any more: as they were.
-                *done_of(a, turn.tile) = *seen_of(a, turn.tile) = 0;
-            }
-        }
-        if (is_last) return;
         room = room + 1 == kSums ? 0 : room + 1;
-        turn = next;
+        walk = next;
         tile = next_tile;
         bias = next_bias;
     }
 }
 
+// A warp's part of a projection.
+template <typename M, typename WaitForInput>
+__device__ __forceinline__ void project_span(
+    const ProjectionArguments& a, const Place<M>& place, const Span& span, Ring<M::kPiece>& ring, WaitForInput wait_for_input) {
+    if (place.warp == place.warps) {
+        finish_items(a, place, span);
+    } else if (a.in_features == place.warps * M::kUnits * kUnitColumns) {
+        multiply_items<true>(a, place, span, ring, wait_for_input);
+    } else {
+        multiply_items<false>(a, place, span, ring, wait_for_input);
+    }
+}
+
 template <typename M>
-__device__ __forceinline__ void run_layer(const LayerArguments& a) {
-    static_assert(kSums == 2, "finish_items looks as many items ahead");
+__device__ __forceinline__ void project_resident(const ProjectionArguments& a) {
     MOE_DYNAMIC_SHARED(unsigned char, memory);
-    const Place<M> place(memory, a.gate_up);
+    // `down` may begin when gate_up allows it, and the order is there then: gate_up has waited for it before.
+    if (M::kKind == kGateUp) wait_for_previous_kernel();
+    allow_next_kernel();
+    const Span span = Span::of<M>(a, count_tiles(a));
+    if (span.count == 0) return;
+    const Place<M> place(memory, a);
     Ring<M::kPiece> ring(place.pieces);
-    Turns<M> turns(a, place.groups);
-    const UnitsOfWarp units_of_warp = {{a.gate_up, place.warp, place.warps}, {a.down, place.warp, place.warps}};
+    project_span(a, place, span, ring, [] {
+        if (M::kKind == kDown) wait_for_previous_kernel();
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Both projections in one launch, for a handful of tokens: what a launch costs, `down` has instead under way from the first
+// pieces of its weights on.
+
+// Where all finishing warps of the grid meet, whose blocks are all there (a cooperative launch): what they wrote before is
+// seen by all blocks after.
+struct Meeting {
+    uint32_t* come;   // warps that have
+    uint32_t* times;  // how often all have
+    uint32_t before;  // how often all had met when this warp came to the kernel
+
+    __device__ __forceinline__ explicit Meeting(uint32_t* at) : come(at), times(at + 1), before(load_acquire(times)) {}
+
+    __device__ __forceinline__ void wait(uint32_t num_warps) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            if (add_and_see(come) + 1 == num_warps) {
+                *come = 0;
+                add_release(times);
+            } else {
+                while (load_acquire(times) == before) {
+                }
+            }
+        }
+        __syncwarp();
+    }
+};
+
+template <typename Format, typename T, int kBlocks>
+__device__ __forceinline__ void run_layer(const LayerArguments& a) {
+    using GateUp = Made<Format, T, kGateUp, kBlocks>;
+    using Down = Made<Format, T, kDown, kBlocks>;
+    MOE_DYNAMIC_SHARED(unsigned char, memory);
+    const Place<GateUp> of_gate_up(memory, a.gate_up);
+    const Place<Down> of_down(memory, a.down);
+    Ring<Down::kPiece> ring(of_down.pieces);
     allow_next_kernel();
     wait_for_previous_kernel();
-    const uint32_t whole = place.warps * M::kUnits * kUnitColumns;
-    if (place.warp == place.warps) {
-        finish_items(a, place, turns);
-    } else if (a.gate_up.in_features == whole && a.down.in_features == whole) {
-        multiply_items<true>(a, place, turns, units_of_warp, ring);
+    const uint32_t num_tiles = count_tiles(a.gate_up);
+    const Span gate_up = Span::of<GateUp>(a.gate_up, num_tiles), down = Span::of<Down>(a.down, num_tiles);
+    if (of_down.warp == of_down.warps) {
+        const Meeting meeting(a.signals);
+        if (gate_up.count > 0) finish_items(a.gate_up, of_gate_up, gate_up);
+        meeting.wait(gridDim.x * of_down.groups);
+        pass_barrier(kInput, blockDim.x);
+        if (down.count > 0) finish_items(a.down, of_down, down);
     } else {
-        multiply_items<false>(a, place, turns, units_of_warp, ring);
+        if (gate_up.count > 0) project_span(a.gate_up, of_gate_up, gate_up, ring, [] {});
+        const auto wait_for_input = [] { wait_at_barrier(kInput, blockDim.x); };
+        if (down.count > 0) {
+            project_span(a.down, of_down, down, ring, wait_for_input);
+        } else {
+            wait_for_input();
+        }
     }
 }
 

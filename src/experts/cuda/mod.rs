@@ -185,7 +185,6 @@ impl<'a> Call<'a> {
             expert_offsets: self.expert_offsets.address()?,
             tile_experts: self.tile_experts.address()?,
             tile_starts: self.tile_starts.address()?,
-            num_rows: self.num_slots as u32,
             max_tiles: self.max_tiles as u32,
             top_k: self.top_k as u32,
             ..arguments
@@ -219,7 +218,7 @@ impl<'a> Call<'a> {
             if arguments.out_features == 0 {
                 continue;
             }
-            let kernel = Path::general_kernel(kind, &projection.weights, self.max_tiles, self.dtype);
+            let kernel = self.path.kernel(kind, &projection.weights, self.max_tiles, self.dtype, device);
             // SAFETY: `Arguments` is the kernel's parameter; `Experts::new` has checked that the weights fit the features, the
             // order's tiles name its places, input and output have a row for each of them, and what is freed is freed in the
             // stream's order. Kernels that start early wait for what they read.

@@ -31,8 +31,8 @@ const TILED_THREADS: u32 = 512;
 /// Of `cuda/experts/gather.cu`: threads and places of a block.
 const GATHER_THREADS: u32 = 256;
 const GATHER_ROWS: usize = 8;
-/// Of `cuda/experts/projection.cuh`: numbers of a tile by which blocks tell each other how far they are.
-const SIGNALS: usize = 2;
+/// Of `cuda/experts/projection.cuh`: numbers by which all blocks meet.
+const MEETING: usize = 2;
 
 /// The kernels of a call, both projections'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,8 +75,12 @@ impl TileSize {
 impl Path {
     /// The fastest that takes `num_slots` slots of hidden states in `dtype`.
     pub(super) fn choose(experts: &Experts, num_slots: usize, dtype: DType, device: Properties) -> Self {
-        let fits = |path: &Self| path.takes(experts, num_slots, dtype, device);
+        let weights = [experts.gate_up.weights(), experts.down.weights()];
+        let fits = |path: &Self| weights.iter().all(|weights| path.takes(weights, num_slots, dtype, device));
         let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
+        // A kernel for the whole layer takes both projections in one format.
+        let fits =
+            |path: &Self| fits(path) && (!matches!(path, Self::Tiled(_)) || format_of_both(experts, dtype).is_some());
         let (few, more) = (Self::Resident { blocks: 1 }, Self::Resident { blocks: 2 });
         let tiled = Self::Tiled(if per_expert <= SOME_SLOTS { TileSize::Few } else { TileSize::Many });
         let by_speed: &[Self] = if per_expert <= FEW_SLOTS { &[few] } else { &[tiled, more, few] };
@@ -101,15 +105,14 @@ impl Path {
         }
     }
 
-    fn takes(self, experts: &Experts, num_slots: usize, dtype: DType, device: Properties) -> bool {
-        let max_tiles = (num_slots / self.tile_rows()).saturating_add(experts.num_experts());
-        let widest = experts.gate_up.weights().out_features().max(experts.down.weights().out_features());
-        let max_items = max_tiles.saturating_mul(2 * widest / BAND_ROWS);
-        match (self, format_of_both(experts, dtype)) {
+    fn takes(self, weights: &ExpertWeights, num_slots: usize, dtype: DType, device: Properties) -> bool {
+        let max_tiles = (num_slots / self.tile_rows()).saturating_add(weights.num_experts());
+        let max_items = max_tiles.saturating_mul(weights.out_features() / BAND_ROWS);
+        match (self, fragments(weights, dtype)) {
             (Self::General, _) => true,
             (_, None) => false,
             (Self::Resident { blocks }, Some(format)) => {
-                u32::try_from(max_items).is_ok() && Resident::new(format, experts, blocks, device).is_some()
+                u32::try_from(max_items).is_ok() && Resident::new(format, &[weights], blocks, device).is_some()
             }
             (Self::Tiled(size), Some(format)) => {
                 let is_exact = match format {
@@ -121,14 +124,27 @@ impl Path {
         }
     }
 
-    /// The general kernel for a projection over `max_tiles` tiles.
-    pub(super) fn general_kernel(kind: &str, weights: &ExpertWeights, max_tiles: usize, dtype: DType) -> Kernel {
+    /// The kernel for a projection over `max_tiles` tiles.
+    pub(super) fn kernel(
+        self,
+        kind: &str,
+        weights: &ExpertWeights,
+        max_tiles: usize,
+        dtype: DType,
+        device: Properties,
+    ) -> Kernel {
+        if let (Self::Resident { blocks }, Some(format)) = (self, fragments(weights, dtype))
+            && let Some(resident) = Resident::new(format, &[weights], blocks, device)
+        {
+            let name = format!("resident_{kind}_{}_{}_{blocks}", weights_name(format, dtype), dtype.as_str());
+            return resident.kernel(name, max_tiles * weights.out_features() / BAND_ROWS, device);
+        }
         let features = weights.out_features() / if kind == "gate_up" { 2 } else { 1 };
         let name = format!("{kind}_{}_{}", general_format(weights), dtype.as_str());
         Kernel { name, launch: general_launch(max_tiles, features), warps: 0, token_features: 0 }
     }
 
-    /// The kernel for both projections, which gives rows in `rows`, where it is not the general ones.
+    /// One kernel for both projections, where there is one, which gives rows in `rows`; the other kernels give f32.
     pub(super) fn layer_kernel(
         self,
         experts: &Experts,
@@ -139,10 +155,19 @@ impl Path {
     ) -> Option<Kernel> {
         let format = format_of_both(experts, dtype)?;
         match self {
-            Self::General => None,
-            Self::Resident { blocks } => {
-                let name = format!("resident_{}_{}_{blocks}", weights_name(format, dtype), dtype.as_str());
-                Some(Resident::new(format, experts, blocks, device)?.kernel(name, experts, max_tiles, device))
+            Self::Resident { blocks: 1 } if device.has_clusters => {
+                let weights = [experts.gate_up.weights(), experts.down.weights()];
+                let weights_name = weights_name(format, dtype);
+                if weights_name == "mxfp4_wide" || (weights_name, dtype) == ("mxfp4", DType::F16) {
+                    return None;
+                }
+                let resident = Resident::new(format, &weights, 1, device)?;
+                let name = format!("resident_layer_{weights_name}_{}_1", dtype.as_str());
+                let mut kernel = resident.kernel(name, max_tiles * weights[1].out_features() / BAND_ROWS, device);
+                // Blocks wait for each other, so one to a multiprocessor.
+                kernel.launch.blocks = kernel.launch.blocks.min(device.num_multiprocessors);
+                kernel.launch.cooperative = true;
+                Some(kernel)
             }
             Self::Tiled(size) => {
                 let places = size.places();
@@ -150,9 +175,12 @@ impl Path {
                 let row_blocks =
                     |projection: &ExpertProjection| projection.weights().out_features().div_ceil(TILED_FEATURES);
                 let max_items = max_tiles.saturating_mul(row_blocks(&experts.gate_up) + row_blocks(&experts.down));
-                let launch = layer_launch(max_items, TILED_THREADS, size.shared(format), device);
+                let blocks = device.num_multiprocessors.min(max_items);
+                let launch = Launch::new(blocks, TILED_THREADS, size.shared(format));
+                let launch = Launch { starts_early: true, cooperative: true, ..launch };
                 Some(Kernel { name, launch, warps: 0, token_features: 0 })
             }
+            _ => None,
         }
     }
 
@@ -174,27 +202,14 @@ impl Path {
 
     /// How many numbers the blocks of its layer kernel tell each other.
     pub(super) fn num_signals(self, max_tiles: usize) -> usize {
-        if self == Self::General { 0 } else { SIGNALS * max_tiles }
+        if matches!(self, Self::Tiled(_)) { MEETING + 2 * max_tiles } else { MEETING }
     }
 }
 
-/// The launch of a kernel for both projections. Its blocks wait for each other, so all of them must be there: one to a
-/// multiprocessor.
-fn layer_launch(max_items: usize, threads: u32, shared: usize, device: Properties) -> Launch {
-    let blocks = device.num_multiprocessors.min(max_items).max(1);
-    Launch { starts_early: true, cooperative: true, ..Launch::new(blocks, threads, shared) }
-}
-
-/// The format of both projections, if it is the same; scales count as small if those of both are.
+/// The format of both projections, if it is the same.
 fn format_of_both(experts: &Experts, dtype: DType) -> Option<Format> {
-    let gate_up = fragments(experts.gate_up.weights(), dtype)?;
-    let down = fragments(experts.down.weights(), dtype)?;
-    match (gate_up, down) {
-        (Format::Mxfp4 { has_small_scales: first }, Format::Mxfp4 { has_small_scales: second }) => {
-            Some(Format::Mxfp4 { has_small_scales: first && second })
-        }
-        _ => (gate_up == down).then_some(gate_up),
-    }
+    let format = fragments(experts.gate_up.weights(), dtype)?;
+    fragments(experts.down.weights(), dtype).filter(|down| *down == format)
 }
 
 /// A kernel and how it is launched.
@@ -251,9 +266,11 @@ struct Resident {
 }
 
 impl Resident {
-    /// As many warps as share the units of the longest row best, in as many groups as have room.
-    fn new(format: Format, experts: &Experts, blocks: usize, device: Properties) -> Option<Self> {
-        let token_features = experts.hidden_size().max(experts.intermediate_size());
+    /// For all of `weights`: as many warps as share the units of the longest row best, in as many groups as have room.
+    fn new(format: Format, weights: &[&ExpertWeights], blocks: usize, device: Properties) -> Option<Self> {
+        let token_features = weights.iter().map(|weights| weights.in_features()).max()?;
+        // A group has a band of its own.
+        let min_bands = weights.iter().map(|weights| weights.out_features() / BAND_ROWS).min()?;
         let units = token_features / UNIT_COLUMNS;
         let tokens = 8 * blocks * (token_features + 8) * size_of::<u16>();
         let (values, scales) = format.unit_bytes();
@@ -266,17 +283,15 @@ impl Resident {
         let fitting = (1..=RESIDENT_MAX_WARPS.min(units)).filter(|&warps| fits(warps, 1));
         let warps = fitting.reduce(|best, warps| if at_once(warps) > at_once(best) { warps } else { best })?;
         let has_room = |groups: &usize| fits(warps, *groups) && groups * (warps + 1) <= MAX_WARPS[blocks - 1];
-        let groups = (1..=RESIDENT_MAX_GROUPS).rev().find(has_room)?;
+        let groups = (1..=RESIDENT_MAX_GROUPS.min(min_bands)).rev().find(has_room)?;
         Some(Self { warps, groups, token_features, shared: tokens + groups * warps * of_warp })
     }
 
-    fn kernel(self, name: String, experts: &Experts, max_tiles: usize, device: Properties) -> Kernel {
-        let stripes = |projection: &ExpertProjection| {
-            (projection.weights().out_features() / BAND_ROWS).div_ceil(self.groups).saturating_mul(max_tiles)
-        };
-        let max_stripes = stripes(&experts.gate_up).saturating_add(stripes(&experts.down));
-        let threads = 32 * self.groups * (self.warps + 1);
-        let launch = layer_launch(max_stripes, threads as u32, self.shared, device);
+    fn kernel(self, name: String, max_items: usize, device: Properties) -> Kernel {
+        let warps = self.groups * (self.warps + 1);
+        let per_multiprocessor = (device.max_shared / self.shared).clamp(1, (MAX_WARPS[0] / warps).max(1));
+        let blocks = (device.num_multiprocessors * per_multiprocessor).min(max_items).max(1);
+        let launch = Launch { starts_early: true, ..Launch::new(blocks, 32 * warps as u32, self.shared) };
         Kernel { name, launch, warps: self.warps, token_features: self.token_features }
     }
 }
