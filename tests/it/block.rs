@@ -199,7 +199,7 @@ fn slot_order_gives_the_bits_of_one_rank_for_every_group_and_uneven_counts() {
                 let expected = alone.forward_alone(&hidden).unwrap();
                 let outputs = sharded(&hidden, &counts, |rank| {
                     let block = layer.shard(layer.router(method, 3), ep_size, rank).build().unwrap();
-                    assert_eq!(block.experts().num_experts(), block.topology().local_experts().len());
+                    assert_eq!(block.experts().num_experts(), block.placement().local(rank).unwrap().len());
                     block
                 });
                 let bits: Vec<u32> = outputs.iter().flat_map(|output| oracle::bits_of(&output.hidden)).collect();

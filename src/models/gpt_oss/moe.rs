@@ -195,7 +195,7 @@ impl ShardedMoe {
 
     /// Bytes of the experts' weights, over all layers and ranks, biases included.
     pub fn expert_bytes(&self) -> usize {
-        let of_layer = |block: &MoeBlock| block.topology().num_experts() * block.experts().bytes_per_expert();
+        let of_layer = |block: &MoeBlock| block.placement().num_physical() * block.experts().bytes_per_expert();
         self.home.iter().map(of_layer).sum()
     }
 
