@@ -25,14 +25,7 @@ impl MoeBlock {
     /// and whether slots are counted. Weights themselves are not compared.
     pub fn fingerprint(&self) -> Fingerprint {
         let perfect = &self.perfect_config;
-        let shared = self.shared_experts.as_ref().map_or("none".into(), |shared| {
-            format!(
-                "{} of intermediate_size {}: {}",
-                shared.num_experts(),
-                shared.intermediate_size(),
-                description(shared)
-            )
-        });
+        let shared = self.shared_experts.as_ref().map_or("none".into(), shared_experts);
         let imbalance = perfect.imbalance.map_or("none".into(), |imbalance| format!("{imbalance:?}"));
         Fingerprint::new()
             .with("num_experts", self.placement.num_experts())
@@ -42,7 +35,9 @@ impl MoeBlock {
             .with("gate_dtype", self.gate.format())
             .with("router_dtype", self.router_dtype.map_or("that of hidden", |dtype| dtype.as_str()))
             .with("routing_method", self.router.method())
-            .with("experts", description(&self.experts))
+            .with("gate_up_weights", gate_up_weights(&self.experts))
+            .with("down_weights", self.experts.down().weights().format())
+            .with("activation", format!("{:?}", self.experts.activation()))
             .with("shared_experts", shared)
             .with("ep_size", self.placement.ep_size())
             .with("strategy", self.choice.strategy())
@@ -55,8 +50,13 @@ impl MoeBlock {
     }
 }
 
-/// Formats and activation, such as `mxfp4 gate and up (Interleaved), mxfp4 down, Silu`.
-fn description(experts: &Experts) -> String {
-    let (gate_up, down) = (experts.gate_up().weights().format(), experts.down().weights().format());
-    format!("{gate_up} gate and up ({:?}), {down} down, {:?}", experts.gate_up_rows(), experts.activation())
+/// Format and order of rows, such as `mxfp4 Interleaved`.
+fn gate_up_weights(experts: &Experts) -> String {
+    format!("{} {:?}", experts.gate_up().weights().format(), experts.gate_up_rows())
+}
+
+fn shared_experts(shared: &Experts) -> String {
+    let (num, size) = (shared.num_experts(), shared.intermediate_size());
+    let (gate_up, down) = (gate_up_weights(shared), shared.down().weights().format());
+    format!("{num} of intermediate_size {size}, {gate_up}, {down}, {:?}", shared.activation())
 }

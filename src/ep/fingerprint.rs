@@ -18,8 +18,8 @@ const ABSENT: &str = "nothing";
 ///     Fingerprint::new().with("num_experts", 128).with("top_k", top_k).agree(&mut ranks)
 /// })?;
 /// for outcome in outcomes {
-///     let error = outcome.expect("no rank panics").unwrap_err();
-///     assert_eq!(error.to_string(), "fingerprint: rank 1 has top_k 8, expected that of the group, 4");
+///     let error = outcome.expect("no rank panics").unwrap_err().to_string();
+///     assert!(error.starts_with("fingerprint: rank 1 has top_k 8, expected that of the group, 4"));
 /// }
 /// # Ok::<(), candle_core::Error>(())
 /// ```

@@ -4,7 +4,7 @@ use crate::devices::{self, line, to_host};
 use crate::oracle::{self, Bounded, FLOATS, Matrix, Random};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_moe::block::{MoeBlock, MoeBlockBuilder, MoeOutput};
-use candle_moe::ep::{Communicator, Reduction, Solo, Step, Threads, Topology, launch};
+use candle_moe::ep::{Communicator, Placement, Reduction, Solo, Step, Threads, Topology, launch};
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear};
 use candle_moe::order::ExpertOrder;
 use candle_moe::perfect_router::{Hotspot, Imbalance, PerfectRouterConfig, Plan, Schedule};
@@ -53,7 +53,17 @@ impl Layer {
     /// The block of one rank, which is given its own experts only.
     pub(crate) fn shard(&self, router: Router, ep_size: usize, ep_rank: usize) -> MoeBlockBuilder {
         let range = Topology::new(self.num_experts, ep_size, ep_rank).unwrap().local_experts();
-        let local = |tensor: &Tensor| tensor.narrow(0, range.start, range.len()).unwrap();
+        self.holding(&range.collect::<Vec<_>>(), router).shard(ep_size, ep_rank)
+    }
+
+    /// The same with a placement.
+    pub(crate) fn placed(&self, router: Router, placement: &Placement, ep_rank: usize) -> MoeBlockBuilder {
+        self.holding(placement.experts_of(ep_rank).unwrap(), router).placement(placement.clone(), ep_rank)
+    }
+
+    fn holding(&self, experts: &[usize], router: Router) -> MoeBlockBuilder {
+        let ids = Tensor::new(experts.iter().map(|&id| id as u32).collect::<Vec<_>>(), &Device::Cpu).unwrap();
+        let local = |tensor: &Tensor| tensor.index_select(&ids, 0).unwrap();
         let projection = |(weight, bias): &(Tensor, Tensor)| {
             ExpertProjection::new(ExpertWeights::dense(local(weight)).unwrap(), Some(local(bias))).unwrap()
         };
@@ -65,7 +75,7 @@ impl Layer {
         )
         .unwrap();
         let gate = Linear::new(self.gate.0.clone(), Some(self.gate.1.clone())).unwrap();
-        MoeBlock::builder(gate, router, experts).shard(ep_size, ep_rank)
+        MoeBlock::builder(gate, router, experts)
     }
 
     fn matrices((weight, bias): &(Tensor, Tensor)) -> Vec<Matrix> {
@@ -84,7 +94,7 @@ pub(crate) fn hidden_states(seed: u64, num_tokens: usize, dtype: DType) -> Tenso
 }
 
 /// Runs `body` on every rank; no rank may panic.
-fn on_ranks<T: Send>(ep_size: usize, body: impl Fn(Threads) -> T + Sync) -> Vec<T> {
+pub(crate) fn on_ranks<T: Send>(ep_size: usize, body: impl Fn(Threads) -> T + Sync) -> Vec<T> {
     launch(ep_size, PATIENT, body).unwrap().into_iter().map(|rank| rank.unwrap()).collect()
 }
 
@@ -145,9 +155,9 @@ fn one_rank_equals_the_oracle() {
 }
 
 impl Layer {
-    /// Three experts for each token.
+    /// Up to eight experts for each token.
     #[track_caller]
-    fn assert_output(&self, hidden: &Tensor, output: &MoeOutput, method: RoutingMethod, dtype: DType) {
+    pub(crate) fn assert_output(&self, hidden: &Tensor, output: &MoeOutput, method: RoutingMethod, dtype: DType) {
         let gate = &Self::matrices(&(self.gate.0.unsqueeze(0).unwrap(), self.gate.1.unsqueeze(0).unwrap()))[0];
         let (gate_up, down) = (Self::matrices(&self.gate_up), Self::matrices(&self.down));
         let bias = self.selection_bias.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
@@ -163,7 +173,8 @@ impl Layer {
             }
             let row: Vec<f64> = logits[token].iter().map(|&l| l.into()).collect();
             let scores = oracle::scores(method, &row, Some(&bias)).unwrap_or(row.clone());
-            assert_eq!(ids[token], oracle::choose(&scores, 3), "{method}");
+            let top_k = ids[token].len();
+            assert_eq!(ids[token], oracle::choose(&scores, top_k), "{method}");
             let weights = oracle::weights(method, &row, &ids[token]);
             let mut sum = vec![Bounded { value: 0.0, error: 1e-30 }; HIDDEN];
             for (&id, weight) in ids[token].iter().zip(&weights) {
@@ -171,7 +182,7 @@ impl Layer {
                 let y = oracle::expert(gate_up, down, GateUpRows::Interleaved, Activation::GPT_OSS, x, dtype);
                 for (sum, y) in sum.iter_mut().zip(y) {
                     sum.value += weight * y.value;
-                    // The weight is off by 1e-6, the product and two additions round.
+                    // The weight is off by 1e-6; the product and up to seven additions round, by half an epsilon each.
                     sum.error += weight * y.error + y.value.abs() * (1e-6 + weight * 4.0 * f64::from(f32::EPSILON));
                 }
             }
@@ -366,7 +377,7 @@ fn a_communicator_of_another_place_is_refused() {
 // ---------------------------------------------------------------------------------------------
 // Perfect router
 
-fn spread(counts: &[u64]) -> u64 {
+pub(crate) fn spread(counts: &[u64]) -> u64 {
     counts.iter().max().unwrap() - counts.iter().min().unwrap()
 }
 

@@ -1,7 +1,7 @@
 //! Bad arguments everywhere: an error that names the argument, never a panic.
 
 use crate::oracle;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_moe::block::MoeBlock;
 use candle_moe::ep::{
     AbortHandle, Communicator, EpError, Health, Placement, Reduction, Sharing, Solo, Step, Strategy, Threads, Topology,
@@ -750,7 +750,8 @@ impl Communicator for Corrupt {
         self.0.set_deadline(deadline);
     }
     fn all_gather(&mut self, rows: &Tensor, counts: &[usize]) -> std::result::Result<Tensor, EpError> {
-        Ok(self.corrupt(self.0.all_gather(rows, counts)?))
+        let gathered = self.0.all_gather(rows, counts)?;
+        Ok(self.corrupt(gathered))
     }
     fn reduce_scatter(&mut self, rows: &Tensor, counts: &[usize]) -> std::result::Result<Tensor, EpError> {
         self.0.reduce_scatter(rows, counts)
