@@ -119,16 +119,16 @@ impl MoeBlockBuilder {
     }
 
     /// Any placement instead, with replicas, and this rank. `experts` then holds this rank's
-    /// [`experts_of`](Placement::experts_of), in this order. It is for the CPU.
+    /// [`experts_of`](Placement::experts_of), in this order. Any but a contiguous one is for the CPU.
     ///
     /// Slots go to replicas in turn, by the number of their token among the tokens of all ranks, whatever the strategy.
     pub fn placement(self, placement: Placement, ep_rank: usize) -> Self {
         Self { shards: Shards::Placed(placement), ep_rank, ..self }
     }
 
-    /// How tokens and results travel, instead of what [`Problem::choose`] finds best.
-    pub fn strategy(self, strategy: Strategy) -> Self {
-        Self { strategy: Some(strategy), ..self }
+    /// How tokens and results travel, instead of what [`Problem::choose`] finds best; `None` leaves it to that.
+    pub fn strategy(self, strategy: impl Into<Option<Strategy>>) -> Self {
+        Self { strategy: strategy.into(), ..self }
     }
 
     /// Says that every rank holds all tokens, in the same order and with as much padding, instead of tokens of its own. Only
@@ -263,7 +263,9 @@ impl MoeBlockBuilder {
         check_ranks(expected, self.shards.ep_size())?;
         match (&self.shards, self.strategy) {
             _ if expected.is_cpu() => Ok(()),
-            (Shards::Placed(_), _) => bail!("{OP}: a placement on {:?}, expected the CPU", expected.location()),
+            (Shards::Placed(placement), _) if !placement.is_contiguous() => {
+                bail!("{OP}: the placement is {placement} on {:?}, expected a contiguous one", expected.location())
+            }
             (_, Some(strategy)) if strategy != Strategy::Solo => {
                 bail!("{OP}: strategy is {strategy} on {:?}, expected solo", expected.location())
             }

@@ -573,8 +573,10 @@ impl Settings {
     }
 }
 
-/// (field, how the usual settings are changed in it, the value then, the usual value)
-fn changes() -> Vec<(&'static str, fn(&mut Settings), &'static str, &'static str)> {
+/// A field, how the usual settings are changed in it, the value then, the usual value.
+type Change = (&'static str, fn(&mut Settings), &'static str, &'static str);
+
+fn changes() -> Vec<Change> {
     vec![
         ("num_experts", |s| s.placement = Placement::contiguous(9, 3).unwrap(), "9", "8"),
         ("top_k", |s| s.top_k = 3, "3", "2"),
