@@ -152,7 +152,7 @@ impl Arguments {
         let (top_k, num_physical) = (config.top_k, config.num_experts);
         let problem = Problem { ep_size, top_k, num_physical, reduction, replicated_tokens: false };
         if let Err(error) = problem.choose(strategy) {
-            return bad(format!("--strategy: {}; leave it out for the best", plain(&error)));
+            return bad(format!("--{}; leave it out for the best", plain(&error)));
         }
         if strategy.is_some_and(|strategy| strategy != Strategy::Solo) && !device.is_cpu() {
             return bad(format!("--strategy: expected auto or solo with --device {}", self.device));

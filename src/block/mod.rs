@@ -121,7 +121,8 @@ impl MoeBlockBuilder {
     /// Any placement instead, with replicas, and this rank. `experts` then holds this rank's
     /// [`experts_of`](Placement::experts_of), in this order. Any but a contiguous one is for the CPU.
     ///
-    /// Slots go to replicas in turn, by the number of their token among the tokens of all ranks, whatever the strategy.
+    /// Slots go to replicas in turn, whatever the strategy: by the number of their token among the tokens of all ranks, counted
+    /// from where the [`Step`] stands, so that a sequence that is decoded token by token takes turns too.
     pub fn placement(self, placement: Placement, ep_rank: usize) -> Self {
         Self { shards: Shards::Placed(placement), ep_rank, ..self }
     }
@@ -523,15 +524,17 @@ impl MoeBlock {
         Ok(MoeOutput { hidden: sum.to_dtype(hidden.dtype())?, router_logits, routing })
     }
 
-    /// The routing with the physical experts that its slots go to: replicas in turn, by the number of the token among those of
-    /// all ranks. What a plan chose are places on ranks, not experts.
+    /// The routing with the physical experts that its slots go to, replicas in turn. What a plan chose are places on ranks, not
+    /// experts.
     fn placed(&self, routing: &Routing, step: &Step) -> Result<Routing> {
         let Some(map) = &self.map else { return Ok(routing.clone()) };
         let topk_ids = match self.is_perfect() {
             true => self.placement.standing_in(&routing.topk_ids)?,
             false => {
                 let before: usize = step.token_counts().iter().take(self.sender()).sum();
-                map.clone().with_turn(before as u32).physical_ids(&routing.topk_ids)?
+                // Which turn a token beyond 2^32 takes does not matter, as long as it is the same.
+                let turn = step.first_token().wrapping_add(before) as u32;
+                map.clone().with_turn(turn).physical_ids(&routing.topk_ids)?
             }
         };
         Ok(Routing { topk_ids, topk_weights: routing.topk_weights.clone() })

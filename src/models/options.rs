@@ -45,8 +45,16 @@ impl Default for MoeOptions {
 }
 
 impl MoeOptions {
-    /// Who holds the experts of the MoE layer number `layer`, dense layers not counted.
-    pub(super) fn placement(&self, layer: usize, num_experts: usize) -> Result<Placement> {
+    /// Who holds the experts of the MoE layer number `layer`, dense layers not counted; `ep_rank` is one of the ranks.
+    pub(super) fn placement(&self, layer: usize, num_experts: usize, ep_rank: usize) -> Result<Placement> {
+        let placement = self.placement_of(layer, num_experts)?;
+        if ep_rank >= self.ep_size {
+            bail!("{OP}: ep_rank is {ep_rank}, expected less than ep_size, which is {}", self.ep_size)
+        }
+        Ok(placement)
+    }
+
+    fn placement_of(&self, layer: usize, num_experts: usize) -> Result<Placement> {
         let Some(placements) = &self.placements else { return Placement::contiguous(num_experts, self.ep_size) };
         let Some(placement) = placements.get(layer) else {
             let given = placements.len();

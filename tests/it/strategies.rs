@@ -382,6 +382,27 @@ fn the_load_is_that_of_all_ranks_with_every_strategy_and_counts_replicas_where_t
     }
 }
 
+#[test]
+fn replicas_take_turns_when_a_sequence_continues_token_by_token() {
+    let layer = Layer::new(64, 2, DType::F32);
+    // Every token goes to both experts; each has a replica on each of two of the ranks.
+    let placement = Placement::explicit(2, &[[0], [1], [0], [1]]).unwrap();
+    for strategy in SENDING {
+        let loads = on_ranks(4, |mut ranks| {
+            let builder = layer.placed(layer.router(RoutingMethod::Renormalize, 2), &placement, ranks.rank());
+            let all = strategy == Strategy::Replicated;
+            let block = builder.strategy(strategy).replicated_tokens(all).statistics(true).build().unwrap();
+            for first in 0..10 {
+                let own = usize::from(all || ranks.rank() == 0);
+                let step = Step::agree(&mut ranks, own).unwrap().starting_at(first);
+                block.forward(&hidden_states(first as u64, own, DType::F32), &mut ranks, &step).unwrap();
+            }
+            block.load().unwrap().slots_per_rank
+        });
+        assert_eq!(loads, vec![vec![5; 4]; 4], "{strategy}");
+    }
+}
+
 // ---------------------------------------------------------------------------------------------
 // The choice
 

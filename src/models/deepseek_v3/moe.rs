@@ -62,7 +62,7 @@ pub fn load_moe_block(
         bail!("{OP}: layer is {layer}, expected {} to {}", config.first_moe_layer, config.num_layers - 1)
     }
     check_ranks(&options.device, options.ep_size)?;
-    let placement = options.placement(layer - config.first_moe_layer, config.num_experts)?;
+    let placement = options.placement(layer - config.first_moe_layer, config.num_experts, ep_rank)?;
     let weights = Weights { checkpoint, prefix: format!("model.layers.{layer}.mlp") };
     let (hidden_size, num_experts) = (config.hidden_size, config.num_experts);
     let float = |name: &str, shape: &[usize]| {

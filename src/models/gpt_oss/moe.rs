@@ -69,7 +69,7 @@ impl RankSource<'_> {
                 bail!("{OP}: {name} is {size}, expected a multiple of {MXFP4_BLOCK} for MXFP4 weights")
             }
         }
-        let placement = options.placement(layer, config.num_experts)?;
+        let placement = options.placement(layer, config.num_experts, ep_rank)?;
         let held = placement.experts_of(ep_rank)?;
         let projection = |role: ExpertRole, out_features: usize, in_features: usize| {
             weights.experts(layer, role, held, out_features, in_features)
@@ -149,7 +149,7 @@ impl ShardedMoe {
         options: &MoeOptions,
         progress: &(dyn Fn() + Sync),
     ) -> Result<Self> {
-        options.placement(0, config.num_experts)?;
+        options.placement(0, config.num_experts, 0)?;
         check_ranks(&options.device, options.ep_size)?;
         let load = |ep_rank| RankSource { checkpoint, config, options, ep_rank }.load(progress);
         // One rank is loaded by the thread that will run it, on whose stream its weights then come.
