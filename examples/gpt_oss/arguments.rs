@@ -149,8 +149,7 @@ impl Arguments {
             ReductionName::RankPartial => Reduction::RankPartial,
         };
         let strategy = self.strategy.forced();
-        let (top_k, num_physical) = (config.top_k, config.num_experts);
-        let problem = Problem { ep_size, top_k, num_physical, reduction, replicated_tokens: false };
+        let problem = Problem { ep_size, top_k: config.top_k, reduction, replicated_tokens: false };
         if let Err(error) = problem.choose(strategy) {
             return bad(format!("--{}; leave it out for the best", plain(&error)));
         }

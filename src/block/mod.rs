@@ -225,13 +225,8 @@ impl MoeBlockBuilder {
             bail!("{OP}: top_k is {top_k}, expected at most num_experts, which is {num_experts}")
         }
         self.router.method().groups().check(OP, num_experts, top_k)?;
-        let problem = Problem {
-            ep_size: placement.ep_size(),
-            top_k,
-            num_physical: placement.num_physical(),
-            reduction,
-            replicated_tokens: self.replicated_tokens,
-        };
+        let problem =
+            Problem { ep_size: placement.ep_size(), top_k, reduction, replicated_tokens: self.replicated_tokens };
         let mut block = MoeBlock {
             choice: problem.choose(self.strategy)?,
             perfect_config: self.perfect_config,

@@ -11,15 +11,14 @@ pub struct Problem {
     pub ep_size: usize,
     /// Slots of a token.
     pub top_k: usize,
-    /// Physical experts over all ranks.
-    pub num_physical: usize,
     /// How results are summed.
     pub reduction: Reduction,
     /// Whether every rank holds all tokens, in the same order, instead of its own.
     pub replicated_tokens: bool,
 }
 
-/// Rows of a token that travel between ranks, on average over tokens whose slots are spread evenly.
+/// Rows of a token that travel between ranks, on average, if each slot goes to any rank with the same probability. A token's
+/// experts are distinct, so it really reaches a little more ranks than that.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Traffic {
     /// Hidden states, in their dtype.
@@ -35,7 +34,6 @@ pub struct Traffic {
 /// let problem = Problem {
 ///     ep_size: 8,
 ///     top_k: 4,
-///     num_physical: 128,
 ///     reduction: Reduction::SlotOrder,
 ///     replicated_tokens: false,
 /// };
@@ -68,8 +66,11 @@ impl Problem {
     /// * `Exchange` above.
     ///
     /// # Errors
-    /// The forced strategy is not possible: `Solo` with several ranks, `Replicated` where ranks hold their own tokens.
+    /// No ranks. The forced strategy is not possible: `Solo` with several ranks, `Replicated` where ranks hold their own tokens.
     pub fn choose(&self, forced: Option<Strategy>) -> Result<Choice> {
+        if self.ep_size == 0 {
+            bail!("strategy: ep_size is 0, expected at least 1")
+        }
         let (strategy, reason) = match forced {
             Some(strategy) => match self.obstacle(strategy) {
                 Some(obstacle) => bail!("strategy: {strategy} was asked for, {obstacle}"),
@@ -113,14 +114,10 @@ impl Problem {
         Traffic { dispatched_rows: dispatched, combined_rows: combined }
     }
 
-    /// Other ranks that have slots of a token, on average: each is missed if the token's experts are all among those of the
-    /// rest.
+    /// Other ranks that have slots of a token, on average: each is missed if all slots go elsewhere.
     fn reached_ranks(&self) -> f64 {
-        let (all, ranks) = (self.num_physical as f64, self.ep_size.max(1) as f64);
-        let elsewhere = all - all / ranks;
-        let missed: f64 =
-            (0..self.top_k).map(|k| ((elsewhere - k as f64) / (all - k as f64)).clamp(0.0, 1.0)).product();
-        (ranks - 1.0) * (1.0 - missed)
+        let ranks = self.ep_size.max(1) as f64;
+        (ranks - 1.0) * (1.0 - (1.0 - 1.0 / ranks).powf(self.top_k as f64))
     }
 
     /// Why a strategy cannot be, after its name.

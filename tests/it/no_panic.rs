@@ -4,8 +4,8 @@ use crate::oracle;
 use candle_core::{DType, Device, Tensor};
 use candle_moe::block::MoeBlock;
 use candle_moe::ep::{
-    AbortHandle, Communicator, EpError, Health, Placement, Reduction, Sharing, Solo, Step, Strategy, Threads, Topology,
-    combine, dispatch, launch,
+    AbortHandle, Communicator, EpError, Health, Placement, Problem, Reduction, Sharing, Solo, Step, Strategy, Threads,
+    Topology, combine, dispatch, launch,
 };
 use candle_moe::experts::{
     Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, fp8_row_scales, weighted_sum,
@@ -570,6 +570,26 @@ fn placements() {
     refuses(&["planned_ids", "F32"], || placement.standing_in(&f32s(&[1, 1])));
     for shape in [&[0, 0][..], &[0, 4], &[3, 0]] {
         assert_eq!(survives(|| map.physical_ids(&zeros(shape, DType::U32))).unwrap().dims(), shape);
+    }
+}
+
+#[test]
+fn choices() {
+    for ep_size in [0, 1, 2, MAX] {
+        for top_k in [0, 1, MAX] {
+            for replicated_tokens in [false, true] {
+                let problem = Problem { ep_size, top_k, reduction: Reduction::SlotOrder, replicated_tokens };
+                for strategy in Strategy::ALL {
+                    let traffic = problem.traffic(strategy);
+                    assert!(traffic.dispatched_rows.is_finite() && traffic.combined_rows.is_finite());
+                    let _ = survives(|| problem.choose(Some(strategy)));
+                }
+                match ep_size {
+                    0 => refuses(&["ep_size is 0"], || problem.choose(None)),
+                    _ => assert!(!survives(|| problem.choose(None)).unwrap().to_string().is_empty()),
+                }
+            }
+        }
     }
 }
 

@@ -407,7 +407,7 @@ fn replicas_take_turns_when_a_sequence_continues_token_by_token() {
 // The choice
 
 fn problem(ep_size: usize, top_k: usize, replicated_tokens: bool) -> Problem {
-    Problem { ep_size, top_k, num_physical: 128, reduction: Reduction::SlotOrder, replicated_tokens }
+    Problem { ep_size, top_k, reduction: Reduction::SlotOrder, replicated_tokens }
 }
 
 #[test]
@@ -473,15 +473,15 @@ fn a_forced_strategy_is_taken_or_is_an_error() {
     assert_eq!(of(4).replicated_tokens(true).build().unwrap().strategy().strategy(), Strategy::Replicated);
 }
 
-/// Of all choices of two of six experts, how many other ranks has rank 0 to send a token to, and how many slots?
+/// Of all pairs of ranks that a token's two slots may go to, how many other ranks has rank 0 to send to, and how many slots?
 #[test]
 fn traffic_is_the_mean_over_all_tokens_there_can_be() {
     let (mut ranks, mut slots, mut tokens) = (0, 0, 0);
-    for a in 0..6 {
-        for b in a + 1..6 {
-            let owners = [a / 2, b / 2].map(|owner| (owner != 0).then_some(owner));
-            ranks += owners.iter().flatten().collect::<BTreeSet<_>>().len();
-            slots += owners.iter().flatten().count();
+    for a in 0..3 {
+        for b in 0..3 {
+            let others = [a, b].into_iter().filter(|&rank| rank != 0);
+            slots += others.clone().count();
+            ranks += others.collect::<BTreeSet<_>>().len();
             tokens += 1;
         }
     }
@@ -489,7 +489,7 @@ fn traffic_is_the_mean_over_all_tokens_there_can_be() {
     let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{a}, not {b}");
     for reduction in Reduction::ALL {
         let is_partial = reduction == Reduction::RankPartial;
-        let problem = Problem { num_physical: 6, reduction, ..problem(3, 2, false) };
+        let problem = Problem { reduction, ..problem(3, 2, false) };
         let exchange = problem.traffic(Strategy::Exchange);
         close(exchange.dispatched_rows, mean(ranks));
         close(exchange.combined_rows, if is_partial { mean(ranks) } else { mean(slots) });
@@ -500,6 +500,11 @@ fn traffic_is_the_mean_over_all_tokens_there_can_be() {
         close(replicated.dispatched_rows, 0.0);
         close(replicated.combined_rows, 4.0);
         close(problem.traffic(Strategy::Solo).combined_rows, 0.0);
+        // Where every rank holds all tokens, what is sent is sent by each of them.
+        let copies = Problem { replicated_tokens: true, ..problem };
+        close(copies.traffic(Strategy::Gather).dispatched_rows, 6.0);
+        close(copies.traffic(Strategy::Exchange).dispatched_rows, 3.0 * mean(ranks));
+        close(copies.traffic(Strategy::Replicated).combined_rows, 4.0);
     }
 }
 
