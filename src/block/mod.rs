@@ -135,7 +135,8 @@ impl MoeBlockBuilder {
     /// Says that every rank holds all tokens, in the same order and with as much padding, instead of tokens of its own. Only
     /// then [`Strategy::Replicated`] is possible, and it is what is chosen.
     ///
-    /// With it the ranks are one sender to the perfect router, and each [`Step`] must stand at the same token on every rank.
+    /// With it the ranks are one sender to the perfect router, and each [`Step`] must stand at the same token on every rank. That
+    /// the tokens are the same is not checked beyond their number: ranks that hold others get results of neither.
     pub fn replicated_tokens(self, replicated: bool) -> Self {
         Self { replicated_tokens: replicated, ..self }
     }
@@ -303,6 +304,9 @@ pub struct MoeOutput {
 }
 
 /// Slots per expert and per rank since the block was built or [`MoeBlock::reset_load`] was called.
+///
+/// Counted is what was worked on: the slots of a replica belong to its expert and its rank, and those of a perfect plan, where
+/// there is a placement, to the experts that [stand in](Placement::standing_in) for the planned ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Load {
     /// `[num_experts]`

@@ -156,7 +156,7 @@ impl Problem {
             Strategy::Gather => {
                 format!("which sends a token to all of them, and ep_size {ep_size} is above top_k {top_k}")
             }
-            _ => format!("which packs rows to save little, since ep_size {ep_size} is not above top_k {top_k}"),
+            _ => format!("which packs rows to leave out few, since ep_size {ep_size} is not above top_k {top_k}"),
         }
     }
 

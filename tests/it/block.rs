@@ -4,7 +4,7 @@ use crate::devices::{self, line, to_host};
 use crate::oracle::{self, Bounded, FLOATS, Matrix, Random};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_moe::block::{MoeBlock, MoeBlockBuilder, MoeOutput};
-use candle_moe::ep::{Communicator, Placement, Reduction, Solo, Step, Threads, Topology, launch};
+use candle_moe::ep::{Communicator, Placement, Reduction, Solo, Step, Strategy, Threads, Topology, launch};
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear};
 use candle_moe::order::ExpertOrder;
 use candle_moe::perfect_router::{Hotspot, Imbalance, PerfectRouterConfig, Plan, Schedule};
@@ -290,26 +290,32 @@ fn many_layers_may_share_a_step_and_a_communicator() {
 // ---------------------------------------------------------------------------------------------
 // Faults
 
+const SENDING: [Strategy; 2] = [Strategy::Gather, Strategy::Exchange];
+
 /// Rank 1 of three brings `bad`; every rank must fail at once, and the others must name it.
 #[track_caller]
 fn everybody_fails(bad: &Tensor, words: &[&str]) {
     let layer = Layer::new(7, 8, DType::F32);
     let good = hidden_states(8, 2, DType::F32);
-    let outcomes: Vec<(Result<Tensor>, Duration)> = on_ranks(3, |mut ranks| {
-        let rank = ranks.rank();
-        let step = Step::agree(&mut ranks, 2).unwrap();
-        let block = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, rank).build().unwrap();
-        let start = Instant::now();
-        let outcome = block.forward(if rank == 1 { bad } else { &good }, &mut ranks, &step);
-        (outcome, start.elapsed())
-    });
-    for (rank, (outcome, elapsed)) in outcomes.into_iter().enumerate() {
-        let error = outcome.expect_err("a rank went on").to_string();
-        assert!(elapsed < PROMPT, "rank {rank} waited {elapsed:?}");
-        if rank != 1 {
-            assert!(error.contains("rank 1"), "rank {rank} does not name rank 1: {error}");
+    for strategy in SENDING {
+        let outcomes: Vec<(Result<Tensor>, Duration)> = on_ranks(3, |mut ranks| {
+            let rank = ranks.rank();
+            let step = Step::agree(&mut ranks, 2).unwrap();
+            let builder = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, rank);
+            let block = builder.strategy(strategy).build().unwrap();
+            let start = Instant::now();
+            let outcome = block.forward(if rank == 1 { bad } else { &good }, &mut ranks, &step);
+            (outcome, start.elapsed())
+        });
+        for (rank, (outcome, elapsed)) in outcomes.into_iter().enumerate() {
+            let error = outcome.expect_err("a rank went on").to_string();
+            assert!(elapsed < PROMPT, "rank {rank} waited {elapsed:?}");
+            if rank != 1 {
+                assert!(error.contains("rank 1"), "rank {rank} does not name rank 1: {error}");
+            }
+            let lacks = |word: &&&str| !error.contains(**word);
+            assert_eq!(words.iter().find(lacks), None, "{strategy}, rank {rank}: {error:?}");
         }
-        words.iter().for_each(|word| assert!(error.contains(word), "rank {rank}: {word:?} is not in {error:?}"));
     }
 }
 
@@ -333,35 +339,55 @@ fn a_rank_with_a_wrong_hidden_state_fails_the_others_at_once_and_by_name() {
 fn a_rank_that_never_comes_is_named() {
     let layer = Layer::new(7, 8, DType::F32);
     let good = hidden_states(8, 2, DType::F32);
-    let errors = on_ranks(3, |mut ranks| {
-        let rank = ranks.rank();
-        let step = Step::agree(&mut ranks, 2).unwrap();
-        if rank == 2 {
-            return None;
+    for strategy in SENDING {
+        let errors = on_ranks(3, |mut ranks| {
+            let rank = ranks.rank();
+            let step = Step::agree(&mut ranks, 2).unwrap();
+            if rank == 2 {
+                return None;
+            }
+            let builder = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, rank);
+            let start = Instant::now();
+            let block = builder.strategy(strategy).build().unwrap();
+            let error = block.forward(&good, &mut ranks, &step).unwrap_err().to_string();
+            assert!(start.elapsed() < PROMPT);
+            Some(error)
+        });
+        for error in errors.into_iter().flatten() {
+            assert!(error.contains("rank 2"), "{strategy}: {error}");
         }
-        let block = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, rank).build().unwrap();
-        let start = Instant::now();
-        let error = block.forward(&good, &mut ranks, &step).unwrap_err().to_string();
-        assert!(start.elapsed() < PROMPT);
-        Some(error)
-    });
-    for error in errors.into_iter().flatten() {
-        assert!(error.contains("rank 2"), "{error}");
     }
 }
 
-#[test]
-fn a_rank_with_another_top_k_or_method_cannot_go_unnoticed() {
-    let layer = Layer::new(7, 8, DType::F32);
+/// Three ranks whose blocks `build` makes, of which rank 0 is another: every rank's error.
+fn errors_of_a_group(build: impl Fn(usize) -> MoeBlock + Sync) -> Vec<String> {
     let good = hidden_states(8, 2, DType::F32);
-    let errors = on_ranks(3, |mut ranks| {
-        let rank = ranks.rank();
+    on_ranks(3, |mut ranks| {
+        let block = build(ranks.rank());
         let step = Step::agree(&mut ranks, 2).unwrap();
-        let top_k = if rank == 0 { 3 } else { 2 };
-        let block = layer.shard(layer.router(RoutingMethod::Renormalize, top_k), 3, rank).build().unwrap();
         block.forward(&good, &mut ranks, &step).unwrap_err().to_string()
-    });
-    errors.iter().for_each(|error| assert!(error.contains("rank 0"), "{error}"));
+    })
+}
+
+#[test]
+fn a_rank_with_another_top_k_or_strategy_or_reduction_cannot_go_unnoticed() {
+    let layer = Layer::new(7, 8, DType::F32);
+    for strategy in SENDING {
+        let block = |rank: usize, top_k: usize, strategy: Strategy, reduction: Reduction| {
+            let builder = layer.shard(layer.router(RoutingMethod::Renormalize, top_k), 3, rank);
+            builder.strategy(strategy).reduction(reduction).build().unwrap()
+        };
+        let (slots, partial) = (Reduction::SlotOrder, Reduction::RankPartial);
+        let [gather, exchange] = SENDING;
+        let other = if strategy == gather { exchange } else { gather };
+        for (what, errors) in [
+            ("top_k", errors_of_a_group(|rank| block(rank, if rank == 0 { 3 } else { 2 }, strategy, slots))),
+            ("strategy", errors_of_a_group(|rank| block(rank, 2, if rank == 0 { other } else { strategy }, slots))),
+            ("reduction", errors_of_a_group(|rank| block(rank, 2, strategy, if rank == 0 { partial } else { slots }))),
+        ] {
+            errors.iter().for_each(|error| assert!(error.contains("rank 0"), "{strategy}, other {what}: {error}"));
+        }
+    }
 }
 
 #[test]
