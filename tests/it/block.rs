@@ -78,6 +78,11 @@ impl Layer {
         MoeBlock::builder(gate, router, experts)
     }
 
+    /// What the gate makes of `hidden`.
+    pub(crate) fn logits(&self, hidden: &Tensor) -> Tensor {
+        Linear::new(self.gate.0.clone(), Some(self.gate.1.clone())).unwrap().forward(hidden).unwrap()
+    }
+
     fn matrices((weight, bias): &(Tensor, Tensor)) -> Vec<Matrix> {
         let wide = |row: Vec<f32>| row.into_iter().map(f64::from).collect::<Vec<f64>>();
         let weight = weight.to_dtype(DType::F32).unwrap().to_vec3::<f32>().unwrap();

@@ -9,9 +9,10 @@ use candle_moe::block::{MoeBlock, MoeBlockBuilder, MoeOutput};
 use candle_moe::ep::{
     AbortHandle, Communicator, EpError, Fingerprint, Health, Placement, Problem, Reduction, Step, Strategy, Threads,
 };
-use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear};
+use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, weighted_sum};
+use candle_moe::order::ExpertOrder;
 use candle_moe::perfect_router::{Hotspot, Imbalance, PerfectRouterConfig, Schedule};
-use candle_moe::routing::{Router, RoutingMethod};
+use candle_moe::routing::{Router, Routing, RoutingMethod};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -187,7 +188,7 @@ proptest! {
 }
 
 #[test]
-fn partial_sums_repeat_bit_for_bit() {
+fn partial_sums_repeat_bit_for_bit_and_are_within_their_bound_of_slot_order() {
     let mut random = Random(5);
     let layer = Layer::new(6, 12, DType::F32);
     for ep_size in [2, 5, 16] {
@@ -199,9 +200,21 @@ fn partial_sums_repeat_bit_for_bit() {
             hidden: hidden_states(random.next(), counts.iter().sum(), DType::F32),
             counts,
         };
+        let alone = layer.shard(group.router.clone(), 1, 0).build().unwrap();
+        let expected = oracle::rows_of(&alone.forward_alone(&group.hidden).unwrap()).concat();
+        let logits = layer.logits(&group.hidden);
+        let Routing { topk_ids, topk_weights } = group.router.route(&logits).unwrap();
+        let order = ExpertOrder::new(&topk_ids, 12, 0..12).unwrap();
+        let magnitudes = alone.experts().forward(&group.hidden, &order).unwrap().abs().unwrap();
+        let magnitudes = oracle::rows_of(&weighted_sum(&magnitudes, &topk_weights, &order).unwrap()).concat();
         for strategy in SENDING {
             let run = || group.bits(strategy, &group.run(strategy, Reduction::RankPartial));
-            assert_eq!(run(), run(), "{strategy}: another run, other bits");
+            let first = run();
+            assert_eq!(first, run(), "{strategy}: another run, other bits");
+            for ((bits, expected), magnitude) in first.iter().zip(&expected).zip(&magnitudes) {
+                let off = (f32::from_bits(*bits) - expected).abs();
+                assert!(off <= 5.0 * f32::EPSILON * magnitude, "{strategy}: {off} from {expected}");
+            }
         }
     }
 }
