@@ -22,7 +22,7 @@ mod workload;
 use anyhow::{Context, Result, anyhow};
 use candle_core::{DType, Device};
 use candle_moe::block::MoeBlock;
-use candle_moe::ep::{Communicator, Reduction, Results, Solo, Step, Topology, combine, dispatch, launch};
+use candle_moe::ep::{Communicator, Placement, Reduction, Sharing, Solo, Step, Strategy, combine, dispatch, launch};
 use candle_moe::experts::Linear;
 use candle_moe::order::ExpertOrder;
 use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Plan, Schedule};
@@ -581,7 +581,9 @@ impl<'a> Workload<'a> {
     /// The steps of a layer one by one, as the block takes them.
     fn time_lines(&self, choice: Choice) -> Result<Lines> {
         let chooser = Chooser::new(self, choice)?;
-        let topology = Topology::new(self.profile.num_experts, 1, 0)?;
+        let num_experts = self.profile.num_experts;
+        let placement = Placement::contiguous(num_experts, 1)?;
+        let sharing = Sharing { strategy: Strategy::Solo, reduction: Reduction::default(), placement: &placement };
         let solo = &mut Solo::new();
         let step = Step::agree(solo, self.num_tokens)?;
         let [mut gate_and_routing, mut order_line, mut experts, mut combination] =
@@ -594,16 +596,13 @@ impl<'a> Workload<'a> {
             let start = Instant::now();
             let routing = chooser.route(call, &layer.gate.forward(hidden)?)?;
             let routed = Instant::now();
-            let dispatched = dispatch(solo, &step, hidden, &routing)?;
+            let dispatched = dispatch(solo, &step, &sharing, hidden, &routing)?;
             let sent = Instant::now();
-            let order =
-                ExpertOrder::new(&dispatched.routing.topk_ids, self.profile.num_experts, topology.local_experts())?;
+            let order = ExpertOrder::new(dispatched.topk_ids(), num_experts, 0..num_experts)?;
             let ordered = Instant::now();
-            let rows = layer.shards[0].forward(&dispatched.hidden, &order)?;
+            let rows = layer.shards[0].forward(dispatched.hidden(), &order)?;
             let computed = Instant::now();
-            let results =
-                Results { rows: &rows, order: &order, dispatched: &dispatched, home: &routing, topology: &topology };
-            black_box(combine(solo, &step, Reduction::default(), &results)?);
+            black_box(combine(solo, &dispatched, &rows, &order)?);
             combination.record(computed.elapsed() + (sent - routed));
             gate_and_routing.record(routed - start);
             order_line.record(ordered - sent);

@@ -4,7 +4,7 @@ use crate::common::report::{BadArguments, OutputFormat, plain};
 use crate::text::Text;
 use anyhow::Result;
 use candle_core::{DType, Device};
-use candle_moe::ep::Reduction;
+use candle_moe::ep::{Problem, Reduction, Strategy};
 use candle_moe::models::gpt_oss::{Config, MoeOptions, Sampler, SamplingConfig};
 use candle_moe::perfect_router::enabled_by_environment;
 use clap::{ArgGroup, Parser, ValueEnum};
@@ -34,6 +34,9 @@ pub(crate) struct Arguments {
     /// How results of a token's experts are summed
     #[arg(long, value_enum, default_value = "slot-order")]
     pub(crate) reduction: ReductionName,
+    /// How tokens reach the ranks of their experts, and results come home
+    #[arg(long, value_enum, default_value = "auto")]
+    strategy: StrategyName,
     /// Route evenly instead of as learned; for measuring, the text is meaningless (also ENABLE_PERFECT_ROUTER=1)
     #[arg(long, alias = "perfect_router")]
     perfect_router: bool,
@@ -61,7 +64,7 @@ pub(crate) struct Arguments {
     /// Do not run a second time with the other routing
     #[arg(long, alias = "no_comparison")]
     pub(crate) no_comparison: bool,
-    /// Say how even the ranks would be if N physical experts a layer, replicas included, were placed by this run's load
+    /// Place N physical experts a layer, replicas included, by this run's load, and run again: how even are the ranks then?
     #[arg(long, alias = "physical_experts", value_name = "N")]
     pub(crate) physical_experts: Option<usize>,
     /// Write the prompt's logits and what every MoE layer computed
@@ -84,6 +87,32 @@ pub(crate) enum ReductionName {
     SlotOrder,
     /// Each rank its own, then over ranks: fewer bytes to move
     RankPartial,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum StrategyName {
+    /// The best for the number of ranks and of experts a token has
+    Auto,
+    /// Nothing travels: for one rank
+    Solo,
+    /// Every token to every rank
+    Gather,
+    /// A token to the ranks of its experts
+    Exchange,
+    /// Only results travel: for tokens that every rank holds, which here is for one rank
+    Replicated,
+}
+
+impl StrategyName {
+    fn forced(self) -> Option<Strategy> {
+        match self {
+            Self::Auto => None,
+            Self::Solo => Some(Strategy::Solo),
+            Self::Gather => Some(Strategy::Gather),
+            Self::Exchange => Some(Strategy::Exchange),
+            Self::Replicated => Some(Strategy::Replicated),
+        }
+    }
 }
 
 /// Arguments that make sense for the model.
@@ -115,6 +144,18 @@ impl Arguments {
                 "--physical-experts {n}: expected {fewest} to {most}, each expert once and once for each of {ep_size} ranks"
             ));
         }
+        let reduction = match self.reduction {
+            ReductionName::SlotOrder => Reduction::SlotOrder,
+            ReductionName::RankPartial => Reduction::RankPartial,
+        };
+        let strategy = self.strategy.forced();
+        let problem = Problem { ep_size, top_k: config.top_k, reduction, replicated_tokens: false };
+        if let Err(error) = problem.choose(strategy) {
+            return bad(format!("--{}; leave it out for the best", plain(&error)));
+        }
+        if strategy.is_some_and(|strategy| strategy != Strategy::Solo) && !device.is_cpu() {
+            return bad(format!("--strategy: expected auto or solo with --device {}", self.device));
+        }
         let perfect_router = self.perfect_router || enabled_by_environment();
         if self.physical_experts.is_some() && perfect_router && self.no_comparison {
             return bad("--physical-experts: expected a run with learned routing; leave out --no-comparison".into());
@@ -141,10 +182,8 @@ impl Arguments {
                 },
                 device,
                 ep_size,
-                reduction: match self.reduction {
-                    ReductionName::SlotOrder => Reduction::SlotOrder,
-                    ReductionName::RankPartial => Reduction::RankPartial,
-                },
+                reduction,
+                strategy,
                 perfect_router,
                 ..Default::default()
             },

@@ -12,12 +12,12 @@ mod run;
 mod text;
 
 use anyhow::Result;
-use arguments::Arguments;
-use candle_moe::models::gpt_oss::{Config, Model};
+use arguments::{Arguments, Plan};
+use candle_moe::models::gpt_oss::{Config, Model, MoeOptions};
 use clap::Parser;
 use common::progress;
 use common::report::{BadArguments, Verdict, finish};
-use report::Report;
+use report::{Placed, Report};
 use run::Generation;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -33,14 +33,7 @@ fn generate(arguments: &Arguments) -> Result<Verdict> {
     let plan = arguments.plan(&config, &text)?;
 
     let started = Instant::now();
-    let bar = progress::bar(0);
-    let model = Model::load(&arguments.model, &plan.options, &|done, total| {
-        bar.set_length(total as u64);
-        bar.set_position(done as u64);
-        bar.set_message("reading the checkpoint");
-    });
-    bar.finish_and_clear();
-    let mut model = model?;
+    let mut model = load(arguments, &plan.options)?;
     let load_seconds = started.elapsed().as_secs_f64();
 
     let expert_bytes = model.moe().expert_bytes();
@@ -48,12 +41,48 @@ fn generate(arguments: &Arguments) -> Result<Verdict> {
     let main = Generation::run(&mut model, &plan, arguments.dump.as_deref())?;
     let comparison = match arguments.no_comparison {
         true => None,
-        false => Some(main.repeat_with_other_routing(&mut model, &plan)?),
+        false => Some(main.repeat(&mut model, &plan, !main.perfect_router)?),
     };
-    let report =
-        Report { arguments, plan: &plan, config: &config, text: &text, load_seconds, expert_bytes, main, comparison };
+    let strategy = model.moe().strategy(0).map_or_else(String::new, |choice| choice.strategy().to_string());
+    drop(model);
+    let learned = [Some(&main), comparison.as_ref()].into_iter().flatten().find(|run| !run.perfect_router);
+    let placed = match (learned, arguments.physical_experts) {
+        (Some(learned), Some(num_physical)) => Some(run_placed(arguments, &plan, learned, num_physical)?),
+        _ => None,
+    };
+    let report = Report {
+        arguments,
+        plan: &plan,
+        config: &config,
+        text: &text,
+        load_seconds,
+        expert_bytes,
+        strategy,
+        main,
+        comparison,
+        placed,
+    };
     report.print()?;
     Ok(Verdict::Passed)
+}
+
+fn load(arguments: &Arguments, options: &MoeOptions) -> Result<Model> {
+    let bar = progress::bar(0);
+    let model = Model::load(&arguments.model, options, &|done, total| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+        bar.set_message("reading the checkpoint");
+    });
+    bar.finish_and_clear();
+    Ok(model?)
+}
+
+/// What the learned run would have been with its experts placed by its load.
+fn run_placed(arguments: &Arguments, plan: &Plan, learned: &Generation, num_physical: usize) -> Result<Vec<Placed>> {
+    let placements = learned.placements(plan.options.ep_size, num_physical)?;
+    let options = MoeOptions { placements: Some(placements.clone()), perfect_router: false, ..plan.options.clone() };
+    let again = learned.repeat(&mut load(arguments, &options)?, plan, false)?;
+    Placed::layers(learned, &placements, &again)
 }
 
 fn read_config(arguments: &Arguments) -> Result<Config> {

@@ -24,9 +24,13 @@ pub(crate) struct Report<'a> {
     pub(crate) load_seconds: f64,
     /// Of the weights of all experts.
     pub(crate) expert_bytes: usize,
+    /// The first layer's.
+    pub(crate) strategy: String,
     pub(crate) main: Generation,
     /// The same tokens under the other routing.
     pub(crate) comparison: Option<Generation>,
+    /// Layer by layer, the same tokens under learned routing, with experts placed by its load.
+    pub(crate) placed: Option<Vec<Placed>>,
 }
 
 impl Report<'_> {
@@ -63,6 +67,7 @@ impl Report<'_> {
             "device": self.arguments.device,
             "dtype": self.plan.options.dtype.as_str(),
             "ep_size": self.plan.options.ep_size,
+            "strategy": self.strategy,
             "reduction": self.reduction(),
             "perfect_router": self.main.perfect_router,
             "warning": self.main.perfect_router.then_some(WARNING),
@@ -72,7 +77,7 @@ impl Report<'_> {
             "timing": timing,
             "load": load(&self.main.load),
             "comparison": comparison,
-            "placement": self.placement_for_programs()?,
+            "placement": self.placement_for_programs(),
         }))
     }
 
@@ -92,10 +97,11 @@ impl Report<'_> {
         )?;
         writeln!(
             out,
-            "{} {}, {} ranks, {} routing, {} reduction",
+            "{} {}, {} ranks, {} strategy, {} routing, {} reduction",
             self.arguments.device,
             options.dtype.as_str(),
             options.ep_size,
+            self.strategy,
             routing(main),
             self.reduction()
         )?;
@@ -116,7 +122,7 @@ impl Report<'_> {
         writeln!(out, "\nslots per rank, all layers, prompt and generation\n{}", self.rank_table(&runs))?;
         writeln!(out, "\nslots per rank, layer by layer\n{}", layer_table(&runs))?;
         writeln!(out, "\nslots per expert, all layers\n{}", self.expert_table(&runs))?;
-        if let Some(table) = self.placement_table()? {
+        if let Some(table) = self.placement_table() {
             let physical_experts = self.arguments.physical_experts.unwrap_or_default();
             writeln!(
                 out,
@@ -130,42 +136,30 @@ impl Report<'_> {
         Ok(out)
     }
 
-    /// What the layers are like and would be like if they were placed by the load of the learned routing, where asked for.
-    fn placements(&self) -> Result<Option<Vec<Placed>>> {
-        let Some(num_physical) = self.arguments.physical_experts else { return Ok(None) };
-        let learned =
-            [Some(&self.main), self.comparison.as_ref()].into_iter().flatten().find(|run| !run.perfect_router);
-        let Some(learned) = learned else { return Ok(None) };
-        let place = |load: &Load| -> Result<Placed> {
-            let slots = &load.slots_per_expert;
-            let ep_size = self.plan.options.ep_size;
-            let after = Placement::balanced(slots, ep_size, num_physical)?;
-            let before = Placement::contiguous(slots.len(), ep_size)?.imbalance(slots)?;
-            Ok(Placed { before, after: after.imbalance(slots)?, placement: after })
-        };
-        learned.load.iter().map(place).collect::<Result<_>>().map(Some)
-    }
-
-    fn placement_table(&self) -> Result<Option<comfy_table::Table>> {
-        let Some(layers) = self.placements()? else { return Ok(None) };
-        let mut table = table([Column::Text("layer"), Column::Number("as it is"), Column::Number("placed")]);
-        for (layer, placed) in layers.iter().enumerate() {
-            table.add_row(row([layer.to_string(), format!("{:.3}", placed.before), format!("{:.3}", placed.after)]));
+    fn placement_table(&self) -> Option<comfy_table::Table> {
+        let columns = ["as it is", "expected", "placed"].map(Column::Number);
+        let mut table = table([Column::Text("layer")].into_iter().chain(columns));
+        for (layer, placed) in self.placed.as_ref()?.iter().enumerate() {
+            let cells = [placed.before, placed.expected, imbalance(&placed.slots_per_rank)];
+            let cells = cells.map(|imbalance| format!("{imbalance:.3}"));
+            table.add_row(row(std::iter::once(layer.to_string()).chain(cells)));
         }
-        Ok(Some(table))
+        Some(table)
     }
 
-    fn placement_for_programs(&self) -> Result<Value> {
-        let Some(layers) = self.placements()? else { return Ok(Value::Null) };
+    fn placement_for_programs(&self) -> Value {
+        let Some(layers) = &self.placed else { return Value::Null };
         let layer = |(layer, placed): (usize, &Placed)| {
             json!({
                 "layer": layer,
                 "imbalance_before": placed.before,
-                "imbalance_after": placed.after,
+                "imbalance_expected": placed.expected,
+                "imbalance_after": imbalance(&placed.slots_per_rank),
+                "slots_per_rank": placed.slots_per_rank,
                 "physical_to_expert": placed.placement.physical_to_expert(),
             })
         };
-        Ok(layers.iter().enumerate().map(layer).collect())
+        layers.iter().enumerate().map(layer).collect()
     }
 
     fn speed_table(&self, runs: &[&Generation]) -> comfy_table::Table {
@@ -228,11 +222,28 @@ impl Report<'_> {
     }
 }
 
-/// A layer's experts placed anew: the load of the busiest rank over the mean before and after.
-struct Placed {
+/// A layer whose experts were placed anew: the load of the busiest rank over the mean before and as it should be, and what the
+/// ranks had to do.
+pub(crate) struct Placed {
     before: f64,
-    after: f64,
+    expected: f64,
+    slots_per_rank: Vec<u64>,
     placement: Placement,
+}
+
+impl Placed {
+    /// `again` is the run with `placements`, which were made for `learned`.
+    pub(crate) fn layers(learned: &Generation, placements: &[Placement], again: &Generation) -> Result<Vec<Self>> {
+        let layer = |((before, after), placement): ((&Load, &Load), &Placement)| {
+            Ok(Self {
+                before: imbalance(&before.slots_per_rank),
+                expected: placement.imbalance(&before.slots_per_expert)?,
+                slots_per_rank: after.slots_per_rank.clone(),
+                placement: placement.clone(),
+            })
+        };
+        learned.load.iter().zip(&again.load).zip(placements).map(layer).collect()
+    }
 }
 
 fn layer_table(runs: &[&Generation]) -> comfy_table::Table {

@@ -5,6 +5,7 @@ use crate::common::progress;
 use crate::dump::dump_prompt;
 use anyhow::Result;
 use candle_moe::block::Load;
+use candle_moe::ep::Placement;
 use candle_moe::models::gpt_oss::{Cache, Logits, Model, Sampler};
 use std::path::Path;
 use std::time::Instant;
@@ -28,8 +29,7 @@ impl Generation {
     }
 
     /// The same tokens in the same steps, so that loads and times can be compared.
-    pub(crate) fn repeat_with_other_routing(&self, model: &mut Model, plan: &Plan) -> Result<Self> {
-        let perfect_router = !self.perfect_router;
+    pub(crate) fn repeat(&self, model: &mut Model, plan: &Plan, perfect_router: bool) -> Result<Self> {
         model.moe_mut().set_perfect_router(perfect_router)?;
         let mut choose = |_: &[f32], step: usize| Ok(self.generated_ids[step]);
         let plan = Plan {
@@ -41,6 +41,11 @@ impl Generation {
             ..*plan
         };
         Self::with(model, &plan, perfect_router, None, &mut choose)
+    }
+
+    /// Where `num_physical` experts a layer should be, for its load.
+    pub(crate) fn placements(&self, ep_size: usize, num_physical: usize) -> candle_core::Result<Vec<Placement>> {
+        self.load.iter().map(|load| Placement::balanced(&load.slots_per_expert, ep_size, num_physical)).collect()
     }
 
     fn with(

@@ -1,4 +1,4 @@
-//! The slots that every expert had, counted where the block runs.
+//! The slots that every physical expert had, counted where the block runs.
 
 use super::OP;
 use crate::order::NO_EXPERT;
@@ -10,18 +10,18 @@ use std::sync::{Mutex, PoisonError};
 #[derive(Debug)]
 pub(super) enum Counter {
     Host(Mutex<Vec<u64>>),
-    /// i64 `[num_experts]`, at one address for life, so that replays of a captured graph count too.
+    /// i64 `[num_physical]`, at one address for life, so that replays of a captured graph count too.
     #[cfg(feature = "cuda")]
     Device(Tensor),
 }
 
 impl Counter {
-    pub(super) fn new(num_experts: usize, device: &Device) -> Result<Self> {
+    pub(super) fn new(num_physical: usize, device: &Device) -> Result<Self> {
         match device {
-            Device::Cpu => Ok(Self::Host(Mutex::new(vec![0; num_experts]))),
+            Device::Cpu => Ok(Self::Host(Mutex::new(vec![0; num_physical]))),
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => {
-                let slots = Tensor::zeros(num_experts, DType::I64, device)?;
+                let slots = Tensor::zeros(num_physical, DType::I64, device)?;
                 // Other threads, whose streams do not wait for this one's, may be the first to count.
                 device.synchronize()?;
                 Ok(Self::Device(slots))
@@ -30,7 +30,7 @@ impl Counter {
         }
     }
 
-    /// Adds the slots of `topk_ids`, which are on the CPU.
+    /// Adds the slots of `topk_ids`, physical experts, which are on the CPU.
     pub(super) fn count_ids(&self, topk_ids: &Tensor) -> Result<()> {
         match self {
             Self::Host(slots) => crate::host::with_slice(topk_ids, OP, "topk_ids", |ids: &[u32]| {
@@ -43,12 +43,19 @@ impl Counter {
         }
     }
 
-    /// Adds `expert_counts`, u32 `[num_experts]` on the device, without waiting for them.
+    /// Adds `expert_counts`, u32 `[num_physical]` where the counter is; on a device without waiting for them.
     pub(super) fn count_experts(&self, expert_counts: &Tensor) -> Result<()> {
         match (self, expert_counts.device()) {
+            (Self::Host(slots), Device::Cpu) => {
+                crate::host::with_slice(expert_counts, OP, "expert_counts", |counts: &[u32]| {
+                    let mut slots = slots.lock().unwrap_or_else(PoisonError::into_inner);
+                    slots.iter_mut().zip(counts).for_each(|(slots, &count)| *slots += u64::from(count));
+                    Ok(())
+                })
+            }
             #[cfg(feature = "cuda")]
             (Self::Device(slots), Device::Cuda(device)) => super::cuda::count(slots, expert_counts, device),
-            (_, other) => bail!("{OP}: expert_counts are on {:?}, expected a device that counts", other.location()),
+            (_, other) => bail!("{OP}: expert_counts are on {:?}, expected the device that counts", other.location()),
         }
     }
 

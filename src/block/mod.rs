@@ -7,14 +7,17 @@
 //!
 //! On CUDA a block has one rank, so that nothing is sent; the rooms follow each other on the device (`alone.rs`).
 
+mod agreement;
 mod alone;
 mod counter;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use crate::ep::{Communicator, Reduction, Results, Solo, Step, Topology, combine, dispatch};
+use crate::ep::{
+    Choice, Communicator, Dispatched, Placement, Problem, Reduction, Sharing, Solo, Step, Strategy, combine, dispatch,
+};
 use crate::experts::{Experts, Linear};
-use crate::order::{ExpertOrder, NO_EXPERT};
+use crate::order::{ExpertMap, ExpertOrder, NO_EXPERT};
 use crate::perfect_router::{PerfectRouterConfig, PerfectRouterKey, PerfectRouterStore, Plan};
 use crate::routing::{Router, Routing};
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -25,7 +28,7 @@ const OP: &str = "moe block";
 /// A mixture-of-experts layer of which this rank holds its own experts.
 ///
 /// All ranks together give the result of one rank that holds every expert: within rounding, and with
-/// [`Reduction::SlotOrder`] (the default) bit for bit.
+/// [`Reduction::SlotOrder`] (the default) bit for bit, whatever the [`Placement`] and the [`Strategy`].
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -60,8 +63,12 @@ pub struct MoeBlock {
     shared_experts: Option<Experts>,
     /// The dtype in which the gate computes its logits; that of the hidden states without it.
     router_dtype: Option<DType>,
-    topology: Topology,
+    placement: Placement,
+    /// Which physical experts hold each expert; `None` where each is the physical expert of its own number.
+    map: Option<ExpertMap>,
+    ep_rank: usize,
     reduction: Reduction,
+    choice: Choice,
     perfect_config: PerfectRouterConfig,
     /// The plan that this rank follows while its routing is perfect.
     perfect: Option<Plan>,
@@ -77,19 +84,61 @@ pub struct MoeBlockBuilder {
     experts: Experts,
     shared_experts: Option<Experts>,
     router_dtype: Option<DType>,
-    ep_size: usize,
+    shards: Shards,
     ep_rank: usize,
     reduction: Reduction,
+    strategy: Option<Strategy>,
+    replicated_tokens: bool,
     perfect_router: bool,
     perfect_config: PerfectRouterConfig,
     statistics: bool,
 }
 
+/// How the experts are cut up.
+#[derive(Debug)]
+enum Shards {
+    /// In order, as evenly as can be, for as many ranks.
+    Contiguous(usize),
+    Placed(Placement),
+}
+
+impl Shards {
+    fn ep_size(&self) -> usize {
+        match self {
+            Self::Contiguous(ep_size) => *ep_size,
+            Self::Placed(placement) => placement.ep_size(),
+        }
+    }
+}
+
 impl MoeBlockBuilder {
     /// The group's size and this rank; one rank when not called. `experts` then holds this rank's
-    /// [`local_experts`](Topology::local_experts) only.
+    /// [`local_experts`](crate::ep::Topology::local_experts) only.
     pub fn shard(self, ep_size: usize, ep_rank: usize) -> Self {
-        Self { ep_size, ep_rank, ..self }
+        Self { shards: Shards::Contiguous(ep_size), ep_rank, ..self }
+    }
+
+    /// Any placement instead, with replicas, and this rank. `experts` then holds this rank's
+    /// [`experts_of`](Placement::experts_of), in this order. Any but a contiguous one is for the CPU.
+    ///
+    /// Slots go to replicas in turn, whatever the strategy: by the number of their token among the tokens of all ranks, counted
+    /// from where the [`Step`] stands, so that a sequence that is decoded token by token takes turns too.
+    pub fn placement(self, placement: Placement, ep_rank: usize) -> Self {
+        Self { shards: Shards::Placed(placement), ep_rank, ..self }
+    }
+
+    /// How tokens and results travel, instead of what [`Problem::choose`] finds best; `None` leaves it to that.
+    pub fn strategy(self, strategy: impl Into<Option<Strategy>>) -> Self {
+        Self { strategy: strategy.into(), ..self }
+    }
+
+    /// Says that every rank holds all tokens, in the same order and with as much padding, instead of tokens of its own. Only
+    /// then [`Strategy::Replicated`] is possible, and it is what is chosen.
+    ///
+    /// With it the ranks are one sender to the perfect router, and each [`Step`] must stand at the same token on every rank. That
+    /// the tokens are the same is not checked beyond their number: ranks that hold others get results of neither.
+    pub fn replicated_tokens(self, replicated: bool) -> Self {
+        Self { replicated_tokens: replicated, ..self }
     }
 
     /// Experts that every token goes to, each with weight 1, beside those it is routed to. Every rank holds all of them and
@@ -120,24 +169,39 @@ impl MoeBlockBuilder {
         Self { perfect_config: config, ..self }
     }
 
-    /// Counts the slots of every expert; see [`MoeBlock::load`].
+    /// Counts the slots of every expert; see [`MoeBlock::load`]. With [`Strategy::Exchange`], where no rank sees all slots,
+    /// that costs an all-gather of `num_physical` counts for each forward pass.
     pub fn statistics(self, enabled: bool) -> Self {
         Self { statistics: enabled, ..self }
     }
 
     /// # Errors
-    /// Sizes that do not fit each other; parts on different devices; several ranks on CUDA; a hot spot that the perfect
-    /// router cannot have.
+    /// Sizes that do not fit each other; parts on different devices; several ranks, a placement or a strategy on CUDA; a strategy
+    /// that is not possible; a hot spot that the perfect router cannot have.
     pub fn build(self) -> Result<MoeBlock> {
         let num_experts = self.gate.out_features();
-        let topology = Topology::new(num_experts, self.ep_size, self.ep_rank)?;
-        if self.experts.num_experts() != topology.local_experts().len() {
+        self.check_devices()?;
+        let Self { ep_rank, reduction, .. } = self;
+        let placement = match self.shards {
+            Shards::Contiguous(ep_size) => Placement::contiguous(num_experts, ep_size)?,
+            Shards::Placed(placement) => placement,
+        };
+        if placement.num_experts() != num_experts {
             bail!(
-                "{OP}: {} experts given, expected those of rank {} of {}: {:?} of {num_experts}",
+                "{OP}: the placement is of {} experts, expected those of the gate, {num_experts}",
+                placement.num_experts()
+            )
+        }
+        if ep_rank >= placement.ep_size() {
+            bail!("{OP}: ep_rank is {ep_rank}, expected less than ep_size, which is {}", placement.ep_size())
+        }
+        let local = placement.local(ep_rank)?;
+        if self.experts.num_experts() != local.len() {
+            bail!(
+                "{OP}: {} experts given, expected those of rank {ep_rank} of {}: {local:?} of {}",
                 self.experts.num_experts(),
-                self.ep_rank,
-                self.ep_size,
-                topology.local_experts()
+                placement.ep_size(),
+                placement.num_physical()
             )
         }
         if self.gate.in_features() != self.experts.hidden_size() {
@@ -154,7 +218,6 @@ impl MoeBlockBuilder {
                 self.experts.hidden_size()
             )
         }
-        self.check_devices()?;
         if let Some(dtype) = self.router_dtype.filter(|dtype| !matches!(dtype, DType::F32 | DType::BF16 | DType::F16)) {
             bail!("{OP}: router_dtype is {dtype:?}, expected f32, bf16 or f16")
         }
@@ -163,17 +226,22 @@ impl MoeBlockBuilder {
             bail!("{OP}: top_k is {top_k}, expected at most num_experts, which is {num_experts}")
         }
         self.router.method().groups().check(OP, num_experts, top_k)?;
+        let problem =
+            Problem { ep_size: placement.ep_size(), top_k, reduction, replicated_tokens: self.replicated_tokens };
         let mut block = MoeBlock {
+            choice: problem.choose(self.strategy)?,
             perfect_config: self.perfect_config,
             perfect: None,
-            load: self.statistics.then(|| Counter::new(num_experts, self.experts.device())).transpose()?,
+            load: self.statistics.then(|| Counter::new(placement.num_physical(), self.experts.device())).transpose()?,
             gate: self.gate,
             router: self.router,
             experts: self.experts,
             shared_experts: self.shared_experts,
             router_dtype: self.router_dtype,
-            topology,
-            reduction: self.reduction,
+            map: if placement.is_contiguous() { None } else { Some(placement.map()?) },
+            placement,
+            ep_rank,
+            reduction,
         };
         if block.perfect_config.imbalance.is_some() {
             // A hot spot that cannot be is refused now, not when it is switched on.
@@ -189,7 +257,17 @@ impl MoeBlockBuilder {
         for (part, device) in [("the gate is", self.gate.device())].into_iter().chain(shared) {
             check_same_device(part, device, expected)?;
         }
-        check_ranks(self.experts.device(), self.ep_size)
+        check_ranks(expected, self.shards.ep_size())?;
+        match (&self.shards, self.strategy) {
+            _ if expected.is_cpu() => Ok(()),
+            (Shards::Placed(placement), _) if !placement.is_contiguous() => {
+                bail!("{OP}: the placement is {placement} on {:?}, expected a contiguous one", expected.location())
+            }
+            (_, Some(strategy)) if strategy != Strategy::Solo => {
+                bail!("{OP}: strategy is {strategy} on {:?}, expected solo", expected.location())
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -226,6 +304,9 @@ pub struct MoeOutput {
 }
 
 /// Slots per expert and per rank since the block was built or [`MoeBlock::reset_load`] was called.
+///
+/// Counted is what was worked on: the slots of a replica belong to its expert and its rank, and those of a perfect plan, where
+/// there is a placement, to the experts that [stand in](Placement::standing_in) for the planned ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Load {
     /// `[num_experts]`
@@ -244,18 +325,30 @@ impl MoeBlock {
             experts,
             shared_experts: None,
             router_dtype: None,
-            ep_size: 1,
+            shards: Shards::Contiguous(1),
             ep_rank: 0,
             reduction: Reduction::default(),
+            strategy: None,
+            replicated_tokens: false,
             perfect_router: false,
             perfect_config: PerfectRouterConfig::default(),
             statistics: false,
         }
     }
 
-    /// Who owns which experts.
-    pub fn topology(&self) -> &Topology {
-        &self.topology
+    /// Who holds which experts.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// This rank.
+    pub fn ep_rank(&self) -> usize {
+        self.ep_rank
+    }
+
+    /// How tokens and results travel, and why.
+    pub fn strategy(&self) -> &Choice {
+        &self.choice
     }
 
     /// Whether the output is meaningless.
@@ -273,9 +366,9 @@ impl MoeBlock {
     }
 
     fn plan(&self) -> Result<Plan> {
-        let (topology, config) = (&self.topology, &self.perfect_config);
-        let (sender, _) = config.schedule.start(topology.ep_rank(), &[]);
-        let plan = Plan::new(topology.num_experts(), self.router.top_k(), topology.ep_size(), sender)?
+        let (placement, config) = (&self.placement, &self.perfect_config);
+        let (sender, _) = config.schedule.start(self.sender(), &[]);
+        let plan = Plan::new(placement.num_experts(), self.router.top_k(), placement.ep_size(), sender)?
             .with_groups(self.router.method().groups())?;
         match config.imbalance {
             Some(imbalance) => plan.with_imbalance(imbalance),
@@ -288,18 +381,28 @@ impl MoeBlock {
     /// # Errors
     /// Several ranks on another device than the CPU; what copying tensors there may fail with.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        check_ranks(device, self.topology.ep_size())?;
+        if !device.is_cpu() && (self.choice.strategy() != Strategy::Solo || self.map.is_some()) {
+            check_ranks(device, self.placement.ep_size())?;
+            bail!(
+                "{OP}: a placement or strategy {} on {:?}, expected the CPU",
+                self.choice.strategy(),
+                device.location()
+            )
+        }
         let block = Self {
             gate: self.gate.to_device(device)?,
             router: self.router.clone(),
             experts: self.experts.to_device(device)?,
             shared_experts: self.shared_experts.as_ref().map(|shared| shared.to_device(device)).transpose()?,
             router_dtype: self.router_dtype,
-            topology: self.topology,
+            placement: self.placement.clone(),
+            map: self.map.clone(),
+            ep_rank: self.ep_rank,
             reduction: self.reduction,
+            choice: self.choice.clone(),
             perfect_config: self.perfect_config,
             perfect: self.perfect.clone(),
-            load: self.load.as_ref().map(|_| Counter::new(self.topology.num_experts(), device)).transpose()?,
+            load: self.load.as_ref().map(|_| Counter::new(self.placement.num_physical(), device)).transpose()?,
         };
         // Other threads, whose streams do not wait for this one's, may be the next to use it.
         device.synchronize()?;
@@ -371,9 +474,13 @@ impl MoeBlock {
     /// The block was built without [`statistics`](MoeBlockBuilder::statistics); a device that cannot be read.
     pub fn load(&self) -> Result<Load> {
         let Some(load) = &self.load else { bail!("{OP}: load was asked for, expected a block built with statistics") };
-        let slots_per_expert = load.slots()?;
-        let of_rank = |rank| Ok(slots_per_expert[self.topology.experts_of(rank)?].iter().sum());
-        let slots_per_rank = (0..self.topology.ep_size()).map(of_rank).collect::<Result<_>>()?;
+        let slots = load.slots()?;
+        let mut slots_per_expert = vec![0; self.placement.num_experts()];
+        for (&expert, slots) in self.placement.physical_to_expert().iter().zip(&slots) {
+            slots_per_expert[expert] += slots;
+        }
+        let of_rank = |rank| Ok(slots[self.placement.local(rank)?].iter().sum());
+        let slots_per_rank = (0..self.placement.ep_size()).map(of_rank).collect::<Result<_>>()?;
         Ok(Load { slots_per_expert, slots_per_rank })
     }
 
@@ -399,27 +506,67 @@ impl MoeBlock {
             Some(num_valid_tokens) => router.route_padded(&logits, num_valid_tokens),
             None => router.route(&logits),
         }?;
-        let dispatched = dispatch(communicator, step, hidden, &routing)?;
-        let topk_ids = &dispatched.routing.topk_ids;
-        let order = ExpertOrder::new(topk_ids, self.topology.num_experts(), self.topology.local_experts())?;
-        let rows = self.experts.forward(&dispatched.hidden, &order)?;
-        let results =
-            Results { rows: &rows, order: &order, dispatched: &dispatched, home: &routing, topology: &self.topology };
-        let mut sum = combine(communicator, step, self.reduction, &results)?;
+        let sharing =
+            Sharing { strategy: self.choice.strategy(), reduction: self.reduction, placement: &self.placement };
+        let dispatched = dispatch(communicator, step, &sharing, hidden, &self.placed(&routing, step)?)?;
+        let local = self.placement.local(self.ep_rank)?;
+        let order = ExpertOrder::new(dispatched.topk_ids(), self.placement.num_physical(), local)?;
+        let rows = self.experts.forward(dispatched.hidden(), &order)?;
+        let mut sum = combine(communicator, &dispatched, &rows, &order)?;
         if let Some(shared) = &self.shared_experts {
             sum = (sum + everyone_to(shared, hidden, &routing.topk_ids)?)?;
         }
         // Not before: the order has checked the ids of the other ranks, and a failed call leaves no trace.
         if let Some(load) = &self.load {
-            load.count_ids(&dispatched.routing.topk_ids)?;
+            self.count(load, communicator, &dispatched, &order)?;
         }
         Ok(MoeOutput { hidden: sum.to_dtype(hidden.dtype())?, router_logits, routing })
+    }
+
+    /// The routing with the physical experts that its slots go to, replicas in turn. What a plan chose are places on ranks, not
+    /// experts.
+    fn placed(&self, routing: &Routing, step: &Step) -> Result<Routing> {
+        let Some(map) = &self.map else { return Ok(routing.clone()) };
+        let topk_ids = match self.is_perfect() {
+            true => self.placement.standing_in(&routing.topk_ids)?,
+            false => {
+                let before: usize = step.token_counts().iter().take(self.sender()).sum();
+                // Which turn a token beyond 2^32 takes does not matter, as long as it is the same.
+                let turn = step.first_token().wrapping_add(before) as u32;
+                map.clone().with_turn(turn).physical_ids(&routing.topk_ids)?
+            }
+        };
+        Ok(Routing { topk_ids, topk_weights: routing.topk_weights.clone() })
+    }
+
+    /// Whose tokens this rank's are: its own, or those that every rank holds.
+    fn sender(&self) -> usize {
+        match self.choice.strategy() {
+            Strategy::Replicated => 0,
+            _ => self.ep_rank,
+        }
+    }
+
+    /// Counts the slots of all ranks.
+    fn count(
+        &self,
+        load: &Counter,
+        communicator: &mut dyn Communicator,
+        dispatched: &Dispatched,
+        order: &ExpertOrder,
+    ) -> Result<()> {
+        if self.choice.strategy() != Strategy::Exchange {
+            return load.count_ids(dispatched.topk_ids());
+        }
+        let len_of_rank = |rank| Ok(self.placement.local(rank)?.len());
+        let lens = (0..self.placement.ep_size()).map(len_of_rank).collect::<Result<Vec<_>>>()?;
+        load.count_experts(&communicator.all_gather(&order.expert_counts, &lens)?)
     }
 
     /// What is routed, and by which router: the gate's logits, or those of the perfect router.
     fn logits_in_use(&self, router_logits: &Tensor, step: &Step) -> Result<(Router, Tensor)> {
         let Some(plan) = &self.perfect else { return Ok((self.router.clone(), router_logits.clone())) };
-        let (_, before) = self.perfect_config.schedule.start(self.topology.ep_rank(), step.token_counts());
+        let (_, before) = self.perfect_config.schedule.start(self.sender(), step.token_counts());
         let key = PerfectRouterKey { plan: plan.clone(), dtype: router_logits.dtype() };
         let planned = PerfectRouterStore::global().logits_from(
             &key,
@@ -432,7 +579,7 @@ impl MoeBlock {
 
     fn check_group(&self, communicator: &dyn Communicator, step: &Step, hidden: &Tensor) -> Result<()> {
         let group = (communicator.world_size(), communicator.rank());
-        let own = (self.topology.ep_size(), self.topology.ep_rank());
+        let own = (self.placement.ep_size(), self.ep_rank);
         if group != own {
             bail!("{OP}: the communicator is rank {} of {}, expected rank {} of {}", group.1, group.0, own.1, own.0)
         }

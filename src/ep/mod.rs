@@ -4,8 +4,10 @@
 //! * [`Communicator`] is one rank's handle on the group: collectives with per-rank row counts, which
 //!   return within a deadline, name who is missing or out of step, and never hand out a partial
 //!   result. [`Solo`] is the group of one, [`Threads`] has its ranks as threads of one process.
-//! * [`Step`] is what the ranks agree on before a forward step; [`dispatch`] and [`combine`] are the `Gather` strategy.
-//! * [`Placement`] says which rank should hold which experts, replicas included, for the load that was measured.
+//! * [`Step`] is what the ranks agree on before a forward step; [`dispatch`] and [`combine`] bring tokens to their experts and
+//!   results home, by any [`Strategy`] and [`Reduction`], of which [`Problem::choose`] knows the best.
+//! * [`Placement`] says which rank holds which experts, replicas included: in order, for the load that was measured, or as given.
+//! * [`Fingerprint`] finds the rank that was started with other settings.
 //! * [`launch`] runs a function on every rank of a [`Threads`] group.
 //!
 //! Uneven and zero row counts are ordinary input everywhere.
@@ -33,23 +35,33 @@
 
 mod board;
 mod call;
+mod choice;
 mod communicator;
+mod dispatch;
 mod error;
+mod exchange;
+mod fingerprint;
 mod gather;
+mod home;
 mod launch;
 mod placement;
+mod replicated;
 mod rows;
 mod solo;
 mod step;
+mod strategy;
 mod threads;
 mod topology;
 
+pub use choice::{Choice, Problem, Traffic};
 pub use communicator::{AbortHandle, Communicator, Health};
+pub use dispatch::{Dispatched, Sharing, combine, dispatch};
 pub use error::{Collective, EpError, EpErrorKind};
-pub use gather::{Dispatched, Reduction, Results, combine, dispatch};
+pub use fingerprint::Fingerprint;
 pub use launch::launch;
 pub use placement::Placement;
 pub use solo::Solo;
 pub use step::Step;
+pub use strategy::{Reduction, Strategy};
 pub use threads::{MAX_RANKS, Threads};
 pub use topology::Topology;

@@ -1,17 +1,20 @@
 //! Which rank holds which experts, chosen by what the experts are asked for.
 
-use crate::order::ExpertMap;
+use crate::host::with_slice;
+use crate::order::{ExpertMap, NO_EXPERT};
 use crate::partition::Partition;
-use candle_core::{Result, bail};
+use candle_core::{Device, Result, Tensor, bail};
 use std::cmp::Ordering;
+use std::fmt;
 use std::ops::Range;
 
 const OP: &str = "placement";
 
 /// Physical experts on ranks: which expert each of them holds, an expert more than once where it has replicas.
 ///
-/// Rank `r` has the physical experts `local(r)`, contiguous ranges in rank order that differ by one at most, as
-/// [`Topology`](super::Topology) has them. The replicas of an expert share its slots evenly, as [`ExpertMap`] deals them.
+/// Rank `r` has the physical experts `local(r)`, contiguous ranges in rank order. They differ by one at most, as
+/// [`Topology`](super::Topology) has them, unless they are given one by one. The replicas of an expert share its slots evenly,
+/// as [`ExpertMap`] deals them.
 ///
 /// ```
 /// use candle_moe::ep::Placement;
@@ -28,7 +31,8 @@ const OP: &str = "placement";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placement {
     num_experts: usize,
-    ranks: Partition,
+    /// `[ep_size + 1]`: where the physical experts of each rank begin.
+    rank_offsets: Vec<usize>,
     physical_to_expert: Vec<usize>,
 }
 
@@ -72,14 +76,65 @@ impl Placement {
         Ok(balanced)
     }
 
+    /// Rank `r` holds `experts_of_rank[r]`, in this order: any experts, as many as each rank is to hold.
+    ///
+    /// ```
+    /// use candle_moe::ep::Placement;
+    /// // Both ranks hold expert 2.
+    /// let placement = Placement::explicit(4, &[vec![0, 1, 2], vec![3, 2]])?;
+    /// assert_eq!(placement.map()?.replicas(2)?, [2, 4]);
+    /// assert_eq!(placement.local(1)?, 3..5);
+    /// assert_eq!(placement.to_string(), "0..3 | 3 2");
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// No ranks, a rank without experts, an expert that is not below `num_experts`, an expert that no rank holds.
+    pub fn explicit(num_experts: usize, experts_of_rank: &[impl AsRef<[usize]>]) -> Result<Self> {
+        if experts_of_rank.is_empty() {
+            bail!("{OP}: ep_size is 0, expected at least 1")
+        }
+        let mut placement = Self { num_experts, rank_offsets: vec![0], physical_to_expert: Vec::new() };
+        let mut is_held = vec![false; num_experts];
+        for (rank, experts) in experts_of_rank.iter().enumerate() {
+            let experts = experts.as_ref();
+            if experts.is_empty() {
+                bail!("{OP}: rank {rank} holds no experts, expected at least one")
+            }
+            for &expert in experts {
+                match is_held.get_mut(expert) {
+                    Some(is_held) => *is_held = true,
+                    None => bail!("{OP}: rank {rank} holds expert {expert}, expected less than {num_experts}"),
+                }
+            }
+            placement.physical_to_expert.extend_from_slice(experts);
+            placement.rank_offsets.push(placement.physical_to_expert.len());
+        }
+        if let Some(expert) = is_held.iter().position(|is_held| !is_held) {
+            bail!("{OP}: no rank holds expert {expert}, expected every expert below {num_experts} somewhere")
+        }
+        Ok(placement)
+    }
+
     fn new(num_experts: usize, ep_size: usize, physical_to_expert: Vec<usize>) -> Result<Self> {
         let ranks = check_ranks(physical_to_expert.len(), ep_size)?;
-        Ok(Self { num_experts, ranks, physical_to_expert })
+        let rank_offsets = std::iter::once(0).chain((0..ep_size).map(|rank| ranks.range(rank).end)).collect();
+        Ok(Self { num_experts, rank_offsets, physical_to_expert })
+    }
+
+    /// Experts that routing knows.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
+    /// Physical experts, replicas included.
+    pub fn num_physical(&self) -> usize {
+        self.physical_to_expert.len()
     }
 
     /// Ranks.
     pub fn ep_size(&self) -> usize {
-        self.ranks.parts
+        self.rank_offsets.len() - 1
     }
 
     /// `[num_physical]`: the expert that each physical expert holds.
@@ -87,7 +142,7 @@ impl Placement {
         &self.physical_to_expert
     }
 
-    /// The physical experts of a rank.
+    /// The physical experts of a rank; never empty.
     ///
     /// # Errors
     /// `rank` is not below [`ep_size`](Self::ep_size).
@@ -95,7 +150,57 @@ impl Placement {
         if rank >= self.ep_size() {
             bail!("{OP}: rank is {rank}, expected less than ep_size = {}", self.ep_size())
         }
-        Ok(self.ranks.range(rank))
+        Ok(self.range(rank))
+    }
+
+    /// The experts that a rank holds, in the order of its physical experts.
+    ///
+    /// # Errors
+    /// As [`local`](Self::local).
+    pub fn experts_of(&self, rank: usize) -> Result<&[usize]> {
+        Ok(&self.physical_to_expert[self.local(rank)?])
+    }
+
+    /// The rank that has a physical expert.
+    ///
+    /// # Errors
+    /// `physical` is not below [`num_physical`](Self::num_physical).
+    pub fn owner(&self, physical: usize) -> Result<usize> {
+        if physical >= self.num_physical() {
+            bail!("{OP}: physical expert is {physical}, expected less than {}", self.num_physical())
+        }
+        Ok(self.rank_offsets.partition_point(|&first| first <= physical) - 1)
+    }
+
+    fn range(&self, rank: usize) -> Range<usize> {
+        self.rank_offsets[rank]..self.rank_offsets[rank + 1]
+    }
+
+    /// Whether it is [`contiguous`](Self::contiguous), so that physical experts are experts.
+    pub fn is_contiguous(&self) -> bool {
+        Self::contiguous(self.num_experts, self.ep_size()).is_ok_and(|contiguous| contiguous == *self)
+    }
+
+    /// The physical experts that stand in for the experts of a [plan](crate::perfect_router::Plan), u32 of any shape: a plan
+    /// deals slots to the ranks of [`contiguous`](Self::contiguous), and each rank passes its own on to its physical experts in
+    /// turn. So ranks are as even as planned; which experts they hold does not matter to a plan.
+    ///
+    /// # Errors
+    /// More ranks than experts; an id that is not below `num_experts` and not [`NO_EXPERT`]; ids that are not on the CPU.
+    pub fn standing_in(&self, planned_ids: &Tensor) -> Result<Tensor> {
+        let planned = check_ranks(self.num_experts, self.ep_size())?;
+        let stand_in = |&id: &u32| match id {
+            NO_EXPERT => Ok(NO_EXPERT),
+            id if (id as usize) < self.num_experts => {
+                let rank = planned.owner(id as usize);
+                let held = self.range(rank);
+                Ok((held.start + (id as usize - planned.range(rank).start) % held.len()) as u32)
+            }
+            id => bail!("{OP}: planned_ids has expert {id}, expected less than {}", self.num_experts),
+        };
+        let physical =
+            with_slice(planned_ids, OP, "planned_ids", |ids| ids.iter().map(stand_in).collect::<Result<_>>())?;
+        Tensor::from_vec(physical, planned_ids.shape(), &Device::Cpu)
     }
 
     /// What [`ExpertOrder::with_map`](crate::order::ExpertOrder::with_map) needs.
@@ -117,7 +222,7 @@ impl Placement {
         let mut replicas = vec![0u64; self.num_experts];
         self.physical_to_expert.iter().for_each(|&expert| replicas[expert] += 1);
         let load = |&expert: &usize| slots_per_expert[expert] as f64 / replicas[expert] as f64;
-        let of_rank = |rank| self.physical_to_expert[self.ranks.range(rank)].iter().map(load).sum();
+        let of_rank = |rank| self.physical_to_expert[self.range(rank)].iter().map(load).sum();
         Ok((0..self.ep_size()).map(of_rank).collect())
     }
 
@@ -130,6 +235,24 @@ impl Placement {
         let loads = self.rank_loads(slots_per_expert)?;
         let (sum, most) = loads.iter().fold((0.0, 0.0f64), |(sum, most), load| (sum + load, most.max(*load)));
         Ok(if sum > 0.0 { most * loads.len() as f64 / sum } else { 1.0 })
+    }
+}
+
+/// The experts of each rank, runs of them as ranges: `0..4 | 4 6 7`.
+impl fmt::Display for Placement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for rank in 0..self.ep_size() {
+            let experts = &self.physical_to_expert[self.range(rank)];
+            let runs = experts.chunk_by(|a, b| a + 1 == *b).flat_map(|run| match run {
+                // Two are as short as their range.
+                [] => Vec::new(),
+                [first, .., last] if run.len() > 2 => vec![format!("{first}..{}", last + 1)],
+                few => few.iter().map(usize::to_string).collect(),
+            });
+            let separator = if rank == 0 { "" } else { " | " };
+            write!(f, "{separator}{}", runs.collect::<Vec<_>>().join(" "))?;
+        }
+        Ok(())
     }
 }
 

@@ -54,7 +54,8 @@ impl Step {
     /// Says that only the first tokens of this rank are real, and the others padding, as in a batch of fixed size: padding is
     /// routed to no expert, and its output is 0.
     ///
-    /// Dispatch still moves the rows of padding, whose number the other ranks do not know; experts and combine skip them.
+    /// An all-gather still moves the rows of padding, whose number the other ranks do not know; an exchange does not, and
+    /// experts and combine skip them.
     ///
     /// `num_valid_tokens` is u32 with one element, on the device of the hidden states, and may change between layers or
     /// graph replays; other ranks need not know.

@@ -63,6 +63,11 @@ impl Linear {
         self.0.weights().device()
     }
 
+    /// How the weight is stored, as [`ExpertWeights::format`] says it.
+    pub fn format(&self) -> &'static str {
+        self.0.weights().format()
+    }
+
     /// Columns of the weight.
     pub fn in_features(&self) -> usize {
         self.0.weights().in_features()

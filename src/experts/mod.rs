@@ -170,6 +170,26 @@ impl Experts {
         self.down.weights.device()
     }
 
+    /// The projection to gate and up.
+    pub fn gate_up(&self) -> &ExpertProjection {
+        &self.gate_up
+    }
+
+    /// How its rows divide into gate and up.
+    pub fn gate_up_rows(&self) -> GateUpRows {
+        self.gate_up_rows
+    }
+
+    /// The projection back to hidden states.
+    pub fn down(&self) -> &ExpertProjection {
+        &self.down
+    }
+
+    /// What stands between the two.
+    pub fn activation(&self) -> Activation {
+        self.activation
+    }
+
     /// Local experts.
     pub fn num_experts(&self) -> usize {
         self.down.weights.num_experts()

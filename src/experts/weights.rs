@@ -200,6 +200,17 @@ impl ExpertWeights {
         self.in_features
     }
 
+    /// How the weights are stored: `f32`, `bf16`, `f16`, `mxfp4` or `fp8`.
+    pub fn format(&self) -> &'static str {
+        match &self.values {
+            Values::Dense(weight) => weight.dtype().as_str(),
+            Values::Mxfp4 { .. } => "mxfp4",
+            Values::Fp8 { .. } => "fp8",
+            #[cfg(feature = "cuda")]
+            Values::Fragments(fragments) => fragments.format.name(),
+        }
+    }
+
     /// Bytes that the weights of one expert take.
     pub fn bytes_per_expert(&self) -> usize {
         let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();

@@ -1,8 +1,9 @@
 //! Which physical experts hold each expert.
 
-use super::OP;
+use super::{NO_EXPERT, OP};
 use crate::copied::Copied;
-use candle_core::{Result, bail};
+use crate::host::with_slice;
+use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
 /// A placement with replicas: each of `num_experts` experts that routing knows is held by one or more physical experts.
@@ -96,6 +97,29 @@ impl ExpertMap {
             Some(&[first, end]) => Ok(&self.replicas.values()[first as usize..end as usize]),
             _ => bail!("{OP}: expert is {expert}, expected less than {}", self.num_experts()),
         }
+    }
+
+    /// The physical experts that the slots of `topk_ids` go to, u32 `[num_tokens, top_k]` like it; [`NO_EXPERT`] stays.
+    ///
+    /// Ordering them is [`ExpertOrder::with_map`](super::ExpertOrder::with_map); this is for who sends slots before they are
+    /// ordered.
+    ///
+    /// # Errors
+    /// Another rank or dtype, an id out of range, ids that are not on the CPU.
+    pub fn physical_ids(&self, topk_ids: &Tensor) -> Result<Tensor> {
+        let &[_, top_k] = topk_ids.dims() else {
+            bail!("{OP}: topk_ids has shape {:?}, expected [num_tokens, top_k]", topk_ids.shape())
+        };
+        let num_experts = self.num_experts();
+        let physical = |(slot, &id): (usize, &u32)| match id {
+            NO_EXPERT => Ok(NO_EXPERT),
+            id if (id as usize) < num_experts => Ok(self.physical(slot / top_k, id as usize) as u32),
+            id => bail!("{OP}: slot {slot} has expert id {id}, expected less than num_experts, which is {num_experts}"),
+        };
+        let ids = with_slice(topk_ids, OP, "topk_ids", |ids: &[u32]| {
+            ids.iter().enumerate().map(physical).collect::<Result<Vec<_>>>()
+        })?;
+        Tensor::from_vec(ids, topk_ids.shape(), &Device::Cpu)
     }
 
     /// The physical expert of a token's expert, which is below `num_experts`.

@@ -4,7 +4,7 @@ use crate::devices::{self, line, to_host};
 use crate::oracle::{self, Bounded, FLOATS, Matrix, Random};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_moe::block::{MoeBlock, MoeBlockBuilder, MoeOutput};
-use candle_moe::ep::{Communicator, Reduction, Solo, Step, Threads, Topology, launch};
+use candle_moe::ep::{Communicator, Placement, Reduction, Solo, Step, Strategy, Threads, Topology, launch};
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear};
 use candle_moe::order::ExpertOrder;
 use candle_moe::perfect_router::{Hotspot, Imbalance, PerfectRouterConfig, Plan, Schedule};
@@ -53,7 +53,17 @@ impl Layer {
     /// The block of one rank, which is given its own experts only.
     pub(crate) fn shard(&self, router: Router, ep_size: usize, ep_rank: usize) -> MoeBlockBuilder {
         let range = Topology::new(self.num_experts, ep_size, ep_rank).unwrap().local_experts();
-        let local = |tensor: &Tensor| tensor.narrow(0, range.start, range.len()).unwrap();
+        self.holding(&range.collect::<Vec<_>>(), router).shard(ep_size, ep_rank)
+    }
+
+    /// The same with a placement.
+    pub(crate) fn placed(&self, router: Router, placement: &Placement, ep_rank: usize) -> MoeBlockBuilder {
+        self.holding(placement.experts_of(ep_rank).unwrap(), router).placement(placement.clone(), ep_rank)
+    }
+
+    fn holding(&self, experts: &[usize], router: Router) -> MoeBlockBuilder {
+        let ids = Tensor::new(experts.iter().map(|&id| id as u32).collect::<Vec<_>>(), &Device::Cpu).unwrap();
+        let local = |tensor: &Tensor| tensor.index_select(&ids, 0).unwrap();
         let projection = |(weight, bias): &(Tensor, Tensor)| {
             ExpertProjection::new(ExpertWeights::dense(local(weight)).unwrap(), Some(local(bias))).unwrap()
         };
@@ -65,7 +75,12 @@ impl Layer {
         )
         .unwrap();
         let gate = Linear::new(self.gate.0.clone(), Some(self.gate.1.clone())).unwrap();
-        MoeBlock::builder(gate, router, experts).shard(ep_size, ep_rank)
+        MoeBlock::builder(gate, router, experts)
+    }
+
+    /// What the gate makes of `hidden`.
+    pub(crate) fn logits(&self, hidden: &Tensor) -> Tensor {
+        Linear::new(self.gate.0.clone(), Some(self.gate.1.clone())).unwrap().forward(hidden).unwrap()
     }
 
     fn matrices((weight, bias): &(Tensor, Tensor)) -> Vec<Matrix> {
@@ -84,7 +99,7 @@ pub(crate) fn hidden_states(seed: u64, num_tokens: usize, dtype: DType) -> Tenso
 }
 
 /// Runs `body` on every rank; no rank may panic.
-fn on_ranks<T: Send>(ep_size: usize, body: impl Fn(Threads) -> T + Sync) -> Vec<T> {
+pub(crate) fn on_ranks<T: Send>(ep_size: usize, body: impl Fn(Threads) -> T + Sync) -> Vec<T> {
     launch(ep_size, PATIENT, body).unwrap().into_iter().map(|rank| rank.unwrap()).collect()
 }
 
@@ -145,9 +160,9 @@ fn one_rank_equals_the_oracle() {
 }
 
 impl Layer {
-    /// Three experts for each token.
+    /// Up to eight experts for each token.
     #[track_caller]
-    fn assert_output(&self, hidden: &Tensor, output: &MoeOutput, method: RoutingMethod, dtype: DType) {
+    pub(crate) fn assert_output(&self, hidden: &Tensor, output: &MoeOutput, method: RoutingMethod, dtype: DType) {
         let gate = &Self::matrices(&(self.gate.0.unsqueeze(0).unwrap(), self.gate.1.unsqueeze(0).unwrap()))[0];
         let (gate_up, down) = (Self::matrices(&self.gate_up), Self::matrices(&self.down));
         let bias = self.selection_bias.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
@@ -163,7 +178,8 @@ impl Layer {
             }
             let row: Vec<f64> = logits[token].iter().map(|&l| l.into()).collect();
             let scores = oracle::scores(method, &row, Some(&bias)).unwrap_or(row.clone());
-            assert_eq!(ids[token], oracle::choose(&scores, 3), "{method}");
+            let top_k = ids[token].len();
+            assert_eq!(ids[token], oracle::choose(&scores, top_k), "{method}");
             let weights = oracle::weights(method, &row, &ids[token]);
             let mut sum = vec![Bounded { value: 0.0, error: 1e-30 }; HIDDEN];
             for (&id, weight) in ids[token].iter().zip(&weights) {
@@ -171,7 +187,7 @@ impl Layer {
                 let y = oracle::expert(gate_up, down, GateUpRows::Interleaved, Activation::GPT_OSS, x, dtype);
                 for (sum, y) in sum.iter_mut().zip(y) {
                     sum.value += weight * y.value;
-                    // The weight is off by 1e-6, the product and two additions round.
+                    // The weight is off by 1e-6; the product and up to seven additions round, by half an epsilon each.
                     sum.error += weight * y.error + y.value.abs() * (1e-6 + weight * 4.0 * f64::from(f32::EPSILON));
                 }
             }
@@ -199,7 +215,7 @@ fn slot_order_gives_the_bits_of_one_rank_for_every_group_and_uneven_counts() {
                 let expected = alone.forward_alone(&hidden).unwrap();
                 let outputs = sharded(&hidden, &counts, |rank| {
                     let block = layer.shard(layer.router(method, 3), ep_size, rank).build().unwrap();
-                    assert_eq!(block.experts().num_experts(), block.topology().local_experts().len());
+                    assert_eq!(block.experts().num_experts(), block.placement().local(rank).unwrap().len());
                     block
                 });
                 let bits: Vec<u32> = outputs.iter().flat_map(|output| oracle::bits_of(&output.hidden)).collect();
@@ -279,26 +295,32 @@ fn many_layers_may_share_a_step_and_a_communicator() {
 // ---------------------------------------------------------------------------------------------
 // Faults
 
+const SENDING: [Strategy; 2] = [Strategy::Gather, Strategy::Exchange];
+
 /// Rank 1 of three brings `bad`; every rank must fail at once, and the others must name it.
 #[track_caller]
 fn everybody_fails(bad: &Tensor, words: &[&str]) {
     let layer = Layer::new(7, 8, DType::F32);
     let good = hidden_states(8, 2, DType::F32);
-    let outcomes: Vec<(Result<Tensor>, Duration)> = on_ranks(3, |mut ranks| {
-        let rank = ranks.rank();
-        let step = Step::agree(&mut ranks, 2).unwrap();
-        let block = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, rank).build().unwrap();
-        let start = Instant::now();
-        let outcome = block.forward(if rank == 1 { bad } else { &good }, &mut ranks, &step);
-        (outcome, start.elapsed())
-    });
-    for (rank, (outcome, elapsed)) in outcomes.into_iter().enumerate() {
-        let error = outcome.expect_err("a rank went on").to_string();
-        assert!(elapsed < PROMPT, "rank {rank} waited {elapsed:?}");
-        if rank != 1 {
-            assert!(error.contains("rank 1"), "rank {rank} does not name rank 1: {error}");
+    for strategy in SENDING {
+        let outcomes: Vec<(Result<Tensor>, Duration)> = on_ranks(3, |mut ranks| {
+            let rank = ranks.rank();
+            let step = Step::agree(&mut ranks, 2).unwrap();
+            let builder = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, rank);
+            let block = builder.strategy(strategy).build().unwrap();
+            let start = Instant::now();
+            let outcome = block.forward(if rank == 1 { bad } else { &good }, &mut ranks, &step);
+            (outcome, start.elapsed())
+        });
+        for (rank, (outcome, elapsed)) in outcomes.into_iter().enumerate() {
+            let error = outcome.expect_err("a rank went on").to_string();
+            assert!(elapsed < PROMPT, "rank {rank} waited {elapsed:?}");
+            if rank != 1 {
+                assert!(error.contains("rank 1"), "rank {rank} does not name rank 1: {error}");
+            }
+            let lacks = |word: &&&str| !error.contains(**word);
+            assert_eq!(words.iter().find(lacks), None, "{strategy}, rank {rank}: {error:?}");
         }
-        words.iter().for_each(|word| assert!(error.contains(word), "rank {rank}: {word:?} is not in {error:?}"));
     }
 }
 
@@ -322,35 +344,55 @@ fn a_rank_with_a_wrong_hidden_state_fails_the_others_at_once_and_by_name() {
 fn a_rank_that_never_comes_is_named() {
     let layer = Layer::new(7, 8, DType::F32);
     let good = hidden_states(8, 2, DType::F32);
-    let errors = on_ranks(3, |mut ranks| {
-        let rank = ranks.rank();
-        let step = Step::agree(&mut ranks, 2).unwrap();
-        if rank == 2 {
-            return None;
+    for strategy in SENDING {
+        let errors = on_ranks(3, |mut ranks| {
+            let rank = ranks.rank();
+            let step = Step::agree(&mut ranks, 2).unwrap();
+            if rank == 2 {
+                return None;
+            }
+            let builder = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, rank);
+            let start = Instant::now();
+            let block = builder.strategy(strategy).build().unwrap();
+            let error = block.forward(&good, &mut ranks, &step).unwrap_err().to_string();
+            assert!(start.elapsed() < PROMPT);
+            Some(error)
+        });
+        for error in errors.into_iter().flatten() {
+            assert!(error.contains("rank 2"), "{strategy}: {error}");
         }
-        let block = layer.shard(layer.router(RoutingMethod::Renormalize, 2), 3, rank).build().unwrap();
-        let start = Instant::now();
-        let error = block.forward(&good, &mut ranks, &step).unwrap_err().to_string();
-        assert!(start.elapsed() < PROMPT);
-        Some(error)
-    });
-    for error in errors.into_iter().flatten() {
-        assert!(error.contains("rank 2"), "{error}");
     }
 }
 
-#[test]
-fn a_rank_with_another_top_k_or_method_cannot_go_unnoticed() {
-    let layer = Layer::new(7, 8, DType::F32);
+/// Three ranks whose blocks `build` makes, of which rank 0 is another: every rank's error.
+fn errors_of_a_group(build: impl Fn(usize) -> MoeBlock + Sync) -> Vec<String> {
     let good = hidden_states(8, 2, DType::F32);
-    let errors = on_ranks(3, |mut ranks| {
-        let rank = ranks.rank();
+    on_ranks(3, |mut ranks| {
+        let block = build(ranks.rank());
         let step = Step::agree(&mut ranks, 2).unwrap();
-        let top_k = if rank == 0 { 3 } else { 2 };
-        let block = layer.shard(layer.router(RoutingMethod::Renormalize, top_k), 3, rank).build().unwrap();
         block.forward(&good, &mut ranks, &step).unwrap_err().to_string()
-    });
-    errors.iter().for_each(|error| assert!(error.contains("rank 0"), "{error}"));
+    })
+}
+
+#[test]
+fn a_rank_with_another_top_k_or_strategy_or_reduction_cannot_go_unnoticed() {
+    let layer = Layer::new(7, 8, DType::F32);
+    for strategy in SENDING {
+        let block = |rank: usize, top_k: usize, strategy: Strategy, reduction: Reduction| {
+            let builder = layer.shard(layer.router(RoutingMethod::Renormalize, top_k), 3, rank);
+            builder.strategy(strategy).reduction(reduction).build().unwrap()
+        };
+        let (slots, partial) = (Reduction::SlotOrder, Reduction::RankPartial);
+        let [gather, exchange] = SENDING;
+        let other = if strategy == gather { exchange } else { gather };
+        for (what, errors) in [
+            ("top_k", errors_of_a_group(|rank| block(rank, if rank == 0 { 3 } else { 2 }, strategy, slots))),
+            ("strategy", errors_of_a_group(|rank| block(rank, 2, if rank == 0 { other } else { strategy }, slots))),
+            ("reduction", errors_of_a_group(|rank| block(rank, 2, strategy, if rank == 0 { partial } else { slots }))),
+        ] {
+            errors.iter().for_each(|error| assert!(error.contains("rank 0"), "{strategy}, other {what}: {error}"));
+        }
+    }
 }
 
 #[test]
@@ -366,7 +408,7 @@ fn a_communicator_of_another_place_is_refused() {
 // ---------------------------------------------------------------------------------------------
 // Perfect router
 
-fn spread(counts: &[u64]) -> u64 {
+pub(crate) fn spread(counts: &[u64]) -> u64 {
     counts.iter().max().unwrap() - counts.iter().min().unwrap()
 }
 

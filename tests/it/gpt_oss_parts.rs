@@ -6,7 +6,7 @@ use crate::gpt_oss::{goldens, max_distance, options, prompt, tiny_folder, whole_
 use candle_core::{DType, Device, Tensor};
 use candle_moe::block::MoeBlock;
 use candle_moe::checkpoint::Checkpoint;
-use candle_moe::ep::{Reduction, Topology};
+use candle_moe::ep::{Placement, Reduction, Strategy, Topology};
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear};
 use candle_moe::models::gpt_oss::{Config, Decoder, Model, MoeOptions, Sampler, SamplingConfig, load_moe_block};
 use candle_moe::routing::{Router, RoutingMethod};
@@ -405,6 +405,41 @@ fn a_rank_reads_only_its_own_experts_in_every_layout() {
             }
         }
     }
+}
+
+#[test]
+fn experts_may_be_placed_anywhere_in_every_layout() {
+    // One placement for each layer; ranks of other sizes, experts out of order, replicas.
+    let placements: Vec<Placement> = [
+        [vec![7, 0, 1], vec![2, 3, 4, 5, 6], vec![0]],
+        [vec![0, 1, 2], vec![3, 4, 5], vec![6, 7, 3]],
+        [vec![5], vec![4, 0, 6, 7, 5], vec![3, 1, 2]],
+        [vec![0, 1, 2, 3, 4, 5, 6, 7], vec![1, 2], vec![7, 5]],
+    ]
+    .iter()
+    .map(|ranks| Placement::explicit(8, ranks).unwrap())
+    .collect();
+    for stored in [Stored::published(), Stored::original(), Stored::decoded(DType::BF16)] {
+        let folder = stored.write(2);
+        let expected = logits(folder.path(), DType::F32, 1);
+        for strategy in [Strategy::Gather, Strategy::Exchange] {
+            let options = options(DType::F32, 3, Reduction::SlotOrder);
+            let options = MoeOptions { placements: Some(placements.clone()), strategy: Some(strategy), ..options };
+            let mut model = Model::load(folder.path(), &options, &|_, _| ()).unwrap();
+            assert_eq!(model.moe().strategy(3).unwrap().strategy(), strategy);
+            let found = whole_prompt(&mut model, &prompt(&goldens()));
+            assert!(same_bits(&found, &expected), "{strategy}: {} away", max_distance(&found, &expected));
+        }
+    }
+    let folder = Stored::published().write(1);
+    let error = |placements: Vec<Placement>, ep_size: usize| {
+        let options = MoeOptions { placements: Some(placements), ..options(DType::F32, ep_size, Reduction::SlotOrder) };
+        Model::load(folder.path(), &options, &|_, _| ()).unwrap_err().to_string()
+    };
+    let three = error(placements[..3].to_vec(), 3);
+    assert!(three.contains("placements has 3 layers") && three.contains("MoE layer 3"), "{three}");
+    let other = error(placements, 2);
+    assert!(other.contains("placements[0] is of 8 experts on 3 ranks") && other.contains("ep_size = 2"), "{other}");
 }
 
 #[test]

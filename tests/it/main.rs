@@ -22,3 +22,4 @@ mod perfect_router;
 mod placement;
 mod program;
 mod routing;
+mod strategies;

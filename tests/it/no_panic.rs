@@ -1,11 +1,11 @@
 //! Bad arguments everywhere: an error that names the argument, never a panic.
 
 use crate::oracle;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_moe::block::MoeBlock;
 use candle_moe::ep::{
-    AbortHandle, Communicator, Dispatched, EpError, Health, Reduction, Results, Solo, Step, Threads, Topology, combine,
-    dispatch, launch,
+    AbortHandle, Communicator, EpError, Health, Placement, Problem, Reduction, Sharing, Solo, Step, Strategy, Threads,
+    Topology, combine, dispatch, launch,
 };
 use candle_moe::experts::{
     Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear, fp8_row_scales, weighted_sum,
@@ -548,48 +548,115 @@ fn routing(ids: &[&[u32]]) -> Routing {
 }
 
 #[test]
+fn placements() {
+    refuses(&["placement", "ep_size is 0"], || Placement::explicit(2, &[] as &[Vec<usize>]));
+    refuses(&["rank 1", "no experts"], || Placement::explicit(2, &[vec![0, 1], vec![]]));
+    refuses(&["rank 1", "expert 2", "less than 2"], || Placement::explicit(2, &[vec![0, 1], vec![2]]));
+    refuses(&["rank 0", &MAX.to_string()], || Placement::explicit(2, &[[MAX]]));
+    refuses(&["expert 1"], || Placement::explicit(2, &[[0], [0]]));
+    let placement = Placement::explicit(2, &[vec![0, 1], vec![1]]).unwrap();
+    for rank in [2, MAX] {
+        refuses(&["rank", "ep_size = 2"], || placement.local(rank));
+        refuses(&["rank", "ep_size = 2"], || placement.experts_of(rank));
+    }
+    for physical in [3, MAX] {
+        refuses(&["physical expert", "less than 3"], || placement.owner(physical));
+    }
+    let map = placement.map().unwrap();
+    refuses(&["topk_ids", "F32"], || map.physical_ids(&f32s(&[1, 1])));
+    refuses(&["topk_ids", "[1]"], || map.physical_ids(&zeros(&[1], DType::U32)));
+    refuses(&["slot 1", "2"], || map.physical_ids(&routing(&[&[0, 2]]).topk_ids));
+    refuses(&["planned_ids", "2"], || placement.standing_in(&routing(&[&[0, 2]]).topk_ids));
+    refuses(&["planned_ids", "F32"], || placement.standing_in(&f32s(&[1, 1])));
+    for shape in [&[0, 0][..], &[0, 4], &[3, 0]] {
+        assert_eq!(survives(|| map.physical_ids(&zeros(shape, DType::U32))).unwrap().dims(), shape);
+    }
+}
+
+#[test]
+fn choices() {
+    for ep_size in [0, 1, 2, MAX] {
+        for top_k in [0, 1, MAX] {
+            for replicated_tokens in [false, true] {
+                let problem = Problem { ep_size, top_k, reduction: Reduction::SlotOrder, replicated_tokens };
+                for strategy in Strategy::ALL {
+                    let traffic = problem.traffic(strategy);
+                    assert!(traffic.dispatched_rows.is_finite() && traffic.combined_rows.is_finite());
+                    let _ = survives(|| problem.choose(Some(strategy)));
+                }
+                match ep_size {
+                    0 => refuses(&["ep_size is 0"], || problem.choose(None)),
+                    _ => assert!(!survives(|| problem.choose(None)).unwrap().to_string().is_empty()),
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn dispatch_and_combine() {
     let step = Step::agree(&mut Solo::new(), 2).unwrap();
     let good = routing(&[&[0, 1], &[1, 0]]);
-    let run = |hidden: &Tensor, routing: &Routing| dispatch(&mut Solo::new(), &step, hidden, routing);
-    for shape in [&[][..], &[3, 4], &[0, 4], &[1, 2, 4]] {
-        refuses(&["rows"], || run(&f32s(shape), &good));
-    }
-    refuses(&["rows"], || run(&f32s(&[2, 4]), &routing(&[&[0, 1]])));
-    refuses(&["rows"], || run(&f32s(&[2, 4]), &Routing { topk_weights: f32s(&[1, 2]), ..good.clone() }));
+    let placement = Placement::contiguous(2, 1).unwrap();
+    for strategy in Strategy::ALL {
+        for reduction in Reduction::ALL {
+            let sharing = Sharing { strategy, reduction, placement: &placement };
+            let run = |hidden: &Tensor, routing: &Routing| {
+                survives(|| dispatch(&mut Solo::new(), &step, &sharing, hidden, routing))
+            };
+            for shape in [&[][..], &[3, 4], &[0, 4], &[1, 2, 4]] {
+                refuses(&["hidden", "2 rows"], || run(&f32s(shape), &good));
+            }
+            let hidden = f32s(&[2, 4]);
+            let with = |topk_ids: Tensor, topk_weights: Tensor| Routing { topk_ids, topk_weights };
+            let (ids, weights) = (&good.topk_ids, &good.topk_weights);
+            refuses(&["topk_ids", "2 rows"], || run(&hidden, &routing(&[&[0, 1]])));
+            refuses(&["topk_weights", "2 rows"], || run(&hidden, &with(ids.clone(), f32s(&[1, 2]))));
+            refuses(&["topk_weights", "[2, 3]"], || run(&hidden, &with(ids.clone(), f32s(&[2, 3]))));
+            refuses(&["topk_ids", "F32"], || run(&hidden, &with(f32s(&[2, 2]), weights.clone())));
+            refuses(&["topk_ids", "[4]"], || run(&hidden, &with(zeros(&[4], DType::U32), weights.clone())));
+            refuses(&["topk_weights", "U32"], || run(&hidden, &with(ids.clone(), zeros(&[2, 2], DType::U32))));
 
-    let dispatched = run(&f32s(&[2, 4]), &good).unwrap();
-    let topology = Topology::new(2, 1, 0).unwrap();
-    let order_of = |routing: &Routing| ExpertOrder::new(&routing.topk_ids, 2, 0..2).unwrap();
-    let good_order = order_of(&good);
-    for reduction in [Reduction::SlotOrder, Reduction::RankPartial] {
-        let run = |step: &Step, rows: &Tensor, order: &ExpertOrder, dispatched: &Dispatched, home: &Routing| {
-            let results = Results { rows, order, dispatched, home, topology: &topology };
-            survives(|| combine(&mut Solo::new(), step, reduction, &results))
-        };
-        assert_eq!(run(&step, &f32s(&[4, 4]), &good_order, &dispatched, &good).unwrap().dims(), [2, 4]);
-        for shape in [&[][..], &[4], &[3, 4], &[0, 4], &[1, 4, 4]] {
-            run(&step, &f32s(shape), &good_order, &dispatched, &good).unwrap_err();
+            let dispatched = run(&hidden, &good).unwrap();
+            let order_of = |routing: &Routing| ExpertOrder::new(&routing.topk_ids, 2, 0..2).unwrap();
+            let run =
+                |rows: &Tensor, order: &ExpertOrder| survives(|| combine(&mut Solo::new(), &dispatched, rows, order));
+            assert_eq!(run(&f32s(&[4, 4]), &order_of(&good)).unwrap().dims(), [2, 4]);
+            for shape in [&[][..], &[4], &[3, 4], &[0, 4], &[5, 4], &[1, 4, 4]] {
+                refuses(&["rows"], || run(&f32s(shape), &order_of(&good)));
+            }
+            refuses(&["rows", "F64"], || run(&zeros(&[4, 4], DType::F64), &order_of(&good)));
+            refuses(&["order"], || run(&f32s(&[2, 4]), &order_of(&routing(&[&[0, 1]]))));
+            refuses(&["order"], || run(&f32s(&[4, 4]), &order_of(&routing(&[&[0], &[1], &[0], &[1]]))));
         }
-        run(&step, &zeros(&[4, 4], DType::F64), &good_order, &dispatched, &good).unwrap_err();
-        for num_tokens in [0, 1, 3, MAX] {
-            let step = Step::agree(&mut Solo::new(), num_tokens).unwrap();
-            run(&step, &f32s(&[4, 4]), &good_order, &dispatched, &good).unwrap_err();
-        }
-        let short = order_of(&routing(&[&[0, 1]]));
-        run(&step, &f32s(&[2, 4]), &short, &dispatched, &good).unwrap_err();
     }
-    // What came home is judged by the routing that was sent.
-    let run = |home: &Routing| {
-        let rows = f32s(&[4, 4]);
-        let results = Results { rows: &rows, order: &good_order, dispatched: &dispatched, home, topology: &topology };
-        combine(&mut Solo::new(), &step, Reduction::SlotOrder, &results)
-    };
-    refuses(&["expert", "2"], || run(&routing(&[&[0, 2], &[1, 0]])));
-    refuses(&["rows"], || run(&routing(&[&[0, 1]])));
-    refuses(&["topk_weights"], || run(&Routing { topk_weights: f32s(&[2, 3]), ..good.clone() }));
-    refuses(&["topk_ids", "F32"], || run(&Routing { topk_ids: f32s(&[2, 2]), ..good.clone() }));
-    refuses(&["topk_ids", "[4]"], || run(&Routing { topk_ids: zeros(&[4], DType::U32), ..good.clone() }));
+    // Ids are judged by who sends them, or by the order.
+    let of = |strategy| Sharing { strategy, reduction: Reduction::SlotOrder, placement: &placement };
+    let bad = routing(&[&[0, 2], &[1, 0]]);
+    for strategy in [Strategy::Replicated, Strategy::Gather, Strategy::Exchange] {
+        refuses(&["physical expert", "2"], || dispatch(&mut Solo::new(), &step, &of(strategy), &f32s(&[2, 4]), &bad));
+    }
+    // Groups that do not fit.
+    let wide = Placement::contiguous(2, 2).unwrap();
+    let wide = Sharing { placement: &wide, ..of(Strategy::Gather) };
+    refuses(&["1 ranks", "2"], || dispatch(&mut Solo::new(), &step, &wide, &f32s(&[2, 4]), &good));
+    let outcomes = launch(2, Duration::from_secs(20), |mut ranks| {
+        let solo = Sharing { strategy: Strategy::Solo, ..wide };
+        let alone = dispatch(&mut ranks, &step, &wide, &f32s(&[2, 4]), &good).unwrap_err().to_string();
+        let step = Step::agree(&mut ranks, 2).unwrap();
+        let solo = dispatch(&mut ranks, &step, &solo, &f32s(&[2, 4]), &good).unwrap_err().to_string();
+        let own = ranks.rank();
+        let step = Step::agree(&mut ranks, own).unwrap();
+        let uneven = Sharing { strategy: Strategy::Replicated, ..wide };
+        let routing = Routing { topk_ids: zeros(&[own, 1], DType::U32), topk_weights: f32s(&[own, 1]) };
+        [alone, solo, dispatch(&mut ranks, &step, &uneven, &f32s(&[own, 4]), &routing).unwrap_err().to_string()]
+    });
+    for errors in outcomes.unwrap() {
+        let [alone, solo, uneven] = errors.unwrap();
+        assert!(alone.contains("step has 1 ranks"), "{alone}");
+        assert!(solo.contains("solo") && solo.contains("2 ranks"), "{solo}");
+        assert!(uneven.contains("token_counts is [0, 1]"), "{uneven}");
+    }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -677,6 +744,15 @@ fn blocks() {
 /// A group whose other ranks send expert ids that do not exist.
 struct Corrupt(Solo, u32);
 
+impl Corrupt {
+    fn corrupt(&self, received: Tensor) -> Tensor {
+        match received.dtype() {
+            DType::U32 => Tensor::full(self.1, received.shape(), &Device::Cpu).unwrap(),
+            _ => received,
+        }
+    }
+}
+
 impl Communicator for Corrupt {
     fn rank(&self) -> usize {
         self.0.rank()
@@ -695,14 +771,14 @@ impl Communicator for Corrupt {
     }
     fn all_gather(&mut self, rows: &Tensor, counts: &[usize]) -> std::result::Result<Tensor, EpError> {
         let gathered = self.0.all_gather(rows, counts)?;
-        let corrupt = || -> Result<Tensor> { Tensor::full(self.1, gathered.shape(), &Device::Cpu) };
-        Ok(if gathered.dtype() == DType::U32 { corrupt().unwrap() } else { gathered })
+        Ok(self.corrupt(gathered))
     }
     fn reduce_scatter(&mut self, rows: &Tensor, counts: &[usize]) -> std::result::Result<Tensor, EpError> {
         self.0.reduce_scatter(rows, counts)
     }
     fn all_to_all(&mut self, rows: &Tensor, counts: &[usize]) -> std::result::Result<(Tensor, Vec<usize>), EpError> {
-        self.0.all_to_all(rows, counts)
+        let (received, counts) = self.0.all_to_all(rows, counts)?;
+        Ok((self.corrupt(received), counts))
     }
     fn all_reduce(&mut self, values: &Tensor) -> std::result::Result<Tensor, EpError> {
         self.0.all_reduce(values)
@@ -723,14 +799,17 @@ impl Communicator for Corrupt {
 
 #[test]
 fn expert_ids_that_other_ranks_made_up() {
-    for (id, statistics) in [(8, false), (8, true), (NO_EXPERT - 1, true), (NO_EXPERT, true)] {
-        let block = MoeBlock::builder(gate(8, 4), router(2), experts(8, 4, 3)).statistics(statistics).build().unwrap();
-        let mut ranks = Corrupt(Solo::new(), id);
-        let step = Step::agree(&mut ranks, 2).unwrap();
-        let outcome = survives(|| block.forward(&f32s(&[2, 4]), &mut ranks, &step));
-        assert!(outcome.is_err(), "a made-up id {id} went through");
-        if statistics {
-            assert_eq!(block.load().unwrap().slots_per_expert, [0; 8], "a failed call was counted");
+    for strategy in [Strategy::Gather, Strategy::Exchange] {
+        for (id, statistics) in [(8, false), (8, true), (NO_EXPERT - 1, true), (NO_EXPERT, true)] {
+            let builder = MoeBlock::builder(gate(8, 4), router(2), experts(8, 4, 3));
+            let block = builder.strategy(strategy).statistics(statistics).build().unwrap();
+            let mut ranks = Corrupt(Solo::new(), id);
+            let step = Step::agree(&mut ranks, 2).unwrap();
+            let outcome = survives(|| block.forward(&f32s(&[2, 4]), &mut ranks, &step));
+            assert!(outcome.is_err(), "{strategy}: a made-up id {id} went through");
+            if statistics {
+                assert_eq!(block.load().unwrap().slots_per_expert, [0; 8], "a failed call was counted");
+            }
         }
     }
 }

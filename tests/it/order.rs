@@ -208,6 +208,8 @@ fn a_map_sends_tokens_to_replicas_in_turn() {
                 .collect();
             let tensor = |ids| Tensor::from_vec(ids, (num_tokens, top_k), &Device::Cpu).unwrap();
             let (ids, renamed) = (tensor(ids), tensor(renamed));
+            let physical_ids = map.physical_ids(&ids).unwrap();
+            assert_eq!(physical_ids.to_vec2::<u32>().unwrap(), renamed.to_vec2::<u32>().unwrap());
             for local in [0..num_physical, num_physical / 3..num_physical / 2 + 1, 0..0] {
                 let found = devices::mapped(&ids, &map, local.clone());
                 devices::assert_same_order(&found, &check(&renamed, num_physical, local), "renamed");

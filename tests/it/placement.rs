@@ -133,6 +133,44 @@ fn ranks_get_the_slots_that_the_placement_expects() {
 }
 
 #[test]
+fn explicit_placements_are_taken_as_they_are_and_read_well() {
+    let ranks = [vec![3, 3], vec![0, 1, 2, 4], vec![5, 0]];
+    let placement = Placement::explicit(6, &ranks).unwrap();
+    assert_eq!((placement.num_experts(), placement.num_physical(), placement.ep_size()), (6, 8, 3));
+    for (rank, experts) in ranks.iter().enumerate() {
+        assert_eq!(placement.experts_of(rank).unwrap(), experts);
+        assert!(placement.local(rank).unwrap().all(|physical| placement.owner(physical).unwrap() == rank));
+    }
+    assert_eq!(placement.to_string(), "3 3 | 0..3 4 | 5 0");
+    assert_eq!(placement.rank_loads(&[4, 1, 1, 8, 1, 1]).unwrap(), [8.0, 5.0, 3.0]);
+    assert!(!placement.is_contiguous());
+    assert!(Placement::explicit(4, &[[0, 1], [2, 3]]).unwrap().is_contiguous());
+    // In order, but cut elsewhere.
+    assert!(!Placement::explicit(4, &[vec![0], vec![1, 2, 3]]).unwrap().is_contiguous());
+    assert!(!Placement::explicit(2, &[[0], [1], [0]]).unwrap().is_contiguous());
+}
+
+/// A plan is even over the ranks of a contiguous placement; what stands in for its experts is even over these ranks too.
+#[test]
+fn what_stands_in_for_planned_experts_is_on_the_planned_rank() {
+    let mut random = Random(73);
+    for (num_experts, ep_size) in [(8, 1), (8, 3), (7, 7), (24, 5)] {
+        let contiguous = Placement::contiguous(num_experts, ep_size).unwrap();
+        let slots: Vec<u64> = (0..num_experts).map(|_| random.below(1000) as u64).collect();
+        let extra = random.below(num_experts * (ep_size - 1) + 1);
+        let placement = Placement::balanced(&slots, ep_size, num_experts + extra).unwrap();
+        let planned: Vec<u32> = (0..num_experts as u32).collect();
+        let planned = Tensor::from_vec(planned, (num_experts, 1), &Device::Cpu).unwrap();
+        let found = placement.standing_in(&planned).unwrap().flatten_all().unwrap().to_vec1::<u32>().unwrap();
+        for (expert, &physical) in found.iter().enumerate() {
+            assert_eq!(placement.owner(physical as usize).unwrap(), contiguous.owner(expert).unwrap());
+        }
+        // Ranks have as many experts as the plan thinks, or more: no two planned ones share one.
+        assert!(found.is_sorted_by(|a, b| a < b), "{found:?}");
+    }
+}
+
+#[test]
 fn what_cannot_be_placed_is_refused_by_name() {
     let error = |result: candle_core::Result<Placement>| result.unwrap_err().to_string();
     assert!(error(Placement::contiguous(4, 0)).contains("ep_size is 0, expected 1 to 4"));

@@ -3,7 +3,6 @@
 use super::Config;
 use crate::block::{MoeBlock, check_ranks};
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::ep::Topology;
 use crate::experts::{
     Activation, ExpertProjection, ExpertWeights, Experts, FP8_BLOCK, GateUpRows, Linear, fp8_row_scales,
 };
@@ -63,7 +62,7 @@ pub fn load_moe_block(
         bail!("{OP}: layer is {layer}, expected {} to {}", config.first_moe_layer, config.num_layers - 1)
     }
     check_ranks(&options.device, options.ep_size)?;
-    let topology = Topology::new(config.num_experts, options.ep_size, ep_rank)?;
+    let placement = options.placement(layer - config.first_moe_layer, config.num_experts, ep_rank)?;
     let weights = Weights { checkpoint, prefix: format!("model.layers.{layer}.mlp") };
     let (hidden_size, num_experts) = (config.hidden_size, config.num_experts);
     let float = |name: &str, shape: &[usize]| {
@@ -72,7 +71,7 @@ pub fn load_moe_block(
     let gate = Linear::new(float("gate.weight", &[num_experts, hidden_size])?, None)?;
     let bias = float("gate.e_score_correction_bias", &[num_experts])?;
     let router = Router::new(config.routing_method(), config.top_k)?.with_selection_bias(&bias)?;
-    let stems: Vec<_> = topology.local_experts().map(|expert| format!("experts.{expert}")).collect();
+    let stems: Vec<_> = placement.experts_of(ep_rank)?.iter().map(|expert| format!("experts.{expert}")).collect();
     let mut builder = MoeBlock::builder(gate, router, weights.experts(&stems, hidden_size, config.intermediate_size)?);
     if config.num_shared_experts > 0 {
         let width = config.num_shared_experts * config.intermediate_size;
@@ -80,7 +79,8 @@ pub fn load_moe_block(
     }
     builder
         .router_dtype(DType::F32)
-        .shard(options.ep_size, ep_rank)
+        .placement(placement, ep_rank)
+        .strategy(options.strategy)
         .reduction(options.reduction)
         .perfect_router(options.perfect_router)
         .statistics(true)

@@ -5,7 +5,7 @@ use super::layout::{ExpertRole, LayerRole};
 use super::weights::Weights;
 use crate::block::{Load, MoeBlock, MoeOutput, check_ranks};
 use crate::checkpoint::Checkpoint;
-use crate::ep::{Communicator, Step, Threads, Topology};
+use crate::ep::{Choice, Communicator, Step, Threads};
 use crate::experts::{Activation, Experts, GateUpRows, MXFP4_BLOCK};
 use crate::models::MoeOptions;
 use crate::routing::{Router, RoutingMethod};
@@ -69,9 +69,10 @@ impl RankSource<'_> {
                 bail!("{OP}: {name} is {size}, expected a multiple of {MXFP4_BLOCK} for MXFP4 weights")
             }
         }
-        let topology = Topology::new(config.num_experts, options.ep_size, ep_rank)?;
+        let placement = options.placement(layer, config.num_experts, ep_rank)?;
+        let held = placement.experts_of(ep_rank)?;
         let projection = |role: ExpertRole, out_features: usize, in_features: usize| {
-            weights.experts(layer, role, topology.local_experts(), out_features, in_features)
+            weights.experts(layer, role, held, out_features, in_features)
         };
         let activation = Activation::SwigluOss { alpha: config.swiglu_alpha as f32, limit: config.swiglu_limit as f32 };
         let experts = Experts::new(
@@ -83,7 +84,8 @@ impl RankSource<'_> {
         let gate = weights.linear(layer, LayerRole::Gate, config.num_experts, hidden_size)?;
         let router = Router::new(RoutingMethod::Renormalize, config.top_k)?;
         MoeBlock::builder(gate, router, experts)
-            .shard(options.ep_size, ep_rank)
+            .placement(placement, ep_rank)
+            .strategy(options.strategy)
             .reduction(options.reduction)
             .perfect_router(options.perfect_router)
             .statistics(true)
@@ -136,18 +138,18 @@ enum Command {
 }
 
 impl ShardedMoe {
-    /// Reads every rank's experts, several ranks at a time and layer by layer, and starts the ranks. `progress` hears of every
-    /// layer of every rank, from any thread.
+    /// Reads every rank's experts, several ranks at a time and layer by layer, starts the ranks, and lets them
+    /// [agree](MoeBlock::agree). `progress` hears of every layer of every rank, from any thread.
     ///
     /// # Errors
-    /// As [`load_moe_block`]; more ranks than experts.
+    /// As [`load_moe_block`] and [`MoeBlock::agree`]; more ranks than experts.
     pub fn load(
         checkpoint: &Checkpoint,
         config: &Config,
         options: &MoeOptions,
         progress: &(dyn Fn() + Sync),
     ) -> Result<Self> {
-        Topology::new(config.num_experts, options.ep_size, 0)?;
+        options.placement(0, config.num_experts, 0)?;
         check_ranks(&options.device, options.ep_size)?;
         let load = |ep_rank| RankSource { checkpoint, config, options, ep_rank }.load(progress);
         // One rank is loaded by the thread that will run it, on whose stream its weights then come.
@@ -167,6 +169,7 @@ impl ShardedMoe {
                 .spawn(move || work(blocks, communicator, &empty, &receiver))?;
             sharded.workers.push(Worker { commands, thread });
         }
+        agree(&sharded.home, &mut sharded.communicator)?;
         Ok(sharded)
     }
 
@@ -193,9 +196,14 @@ impl ShardedMoe {
         block.forward_traced(hidden, &mut self.communicator, step)
     }
 
+    /// How the ranks of a layer share its work, and why; `None` if there is no such layer.
+    pub fn strategy(&self, layer: usize) -> Option<&Choice> {
+        self.home.get(layer).map(MoeBlock::strategy)
+    }
+
     /// Bytes of the experts' weights, over all layers and ranks, biases included.
     pub fn expert_bytes(&self) -> usize {
-        let of_layer = |block: &MoeBlock| block.topology().num_experts() * block.experts().bytes_per_expert();
+        let of_layer = |block: &MoeBlock| block.placement().num_physical() * block.experts().bytes_per_expert();
         self.home.iter().map(of_layer).sum()
     }
 
@@ -256,8 +264,17 @@ fn label(layer: usize) -> String {
     format!("layer {layer}")
 }
 
+fn agree(blocks: &[MoeBlock], communicator: &mut Threads) -> Result<()> {
+    communicator.set_label("start");
+    MoeBlock::agree(blocks, communicator)
+}
+
 /// The life of a rank other than 0. Errors end it; the group hears of them.
 fn work(mut blocks: Vec<MoeBlock>, mut communicator: Threads, empty: &Tensor, commands: &Receiver<Command>) {
+    if let Err(error) = agree(&blocks, &mut communicator) {
+        tracing::debug!(rank = communicator.rank(), %error, "rank ends at the start");
+        return;
+    }
     while let Ok(command) = commands.recv() {
         let outcome = match command {
             Command::PerfectRouter(enabled) => {

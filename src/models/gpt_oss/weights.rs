@@ -8,7 +8,6 @@ use crate::host::{checked_product, try_filled, with_slice};
 use candle_core::{DType, Device, Result, Tensor, WithDType};
 use half::{bf16, f16};
 use rayon::prelude::*;
-use std::ops::Range;
 
 const OP: &str = "gpt-oss weights";
 const FLOATS: [DType; 3] = [DType::BF16, DType::F32, DType::F16];
@@ -58,20 +57,19 @@ impl<'a> Weights<'a> {
         Linear::new(read("weight", &[num_rows, in_features])?, Some(read("bias", &[num_rows])?))
     }
 
-    /// A projection of the experts `experts`, whose bytes only are read: `[out_features, in_features]` each, and a bias.
+    /// A projection of the experts `experts`, in this order, whose bytes only are read: `[out_features, in_features]` each, and
+    /// a bias.
     pub(super) fn experts(
         &self,
         layer: usize,
         role: ExpertRole,
-        experts: Range<usize>,
+        experts: &[usize],
         out_features: usize,
         in_features: usize,
     ) -> Result<ExpertProjection> {
         let names = self.layout.experts(layer, role);
         let num_experts = self.config.num_experts;
-        let read = |name: &str, shape: &[usize], dtypes: &[DType]| {
-            self.checkpoint.rows(name, shape, dtypes, experts.clone(), self.device)
-        };
+        let read = |name: &str, shape: &[usize], dtypes: &[DType]| self.rows(name, shape, dtypes, experts);
         let weights = match &names.matrices {
             Matrices::Mxfp4 { blocks, scales } => {
                 let num_blocks = in_features / MXFP4_BLOCK;
@@ -83,16 +81,26 @@ impl<'a> Weights<'a> {
             }
             Matrices::Transposed(name) => {
                 let shape = [num_experts, in_features, out_features];
-                ExpertWeights::dense(self.transposed(name, shape, experts.clone())?)?
+                ExpertWeights::dense(self.transposed(name, shape, experts)?)?
             }
         };
         ExpertProjection::new(weights, Some(read(&names.bias, &[num_experts, out_features], &FLOATS)?))
     }
 
+    /// The rows `rows` of a tensor of this shape, each run of them in one piece.
+    fn rows(&self, name: &str, shape: &[usize], dtypes: &[DType], rows: &[usize]) -> Result<Tensor> {
+        let runs = rows.chunk_by(|a, b| a + 1 == *b);
+        let read = |run: &[usize]| self.checkpoint.rows(name, shape, dtypes, run[0]..run[0] + run.len(), self.device);
+        match runs.map(read).collect::<std::result::Result<Vec<_>, _>>()?.as_slice() {
+            [run] => Ok(run.clone()),
+            runs => Tensor::cat(runs, 0),
+        }
+    }
+
     /// The experts `experts` of a tensor of this shape, each matrix transposed.
-    fn transposed(&self, name: &str, shape: [usize; 3], experts: Range<usize>) -> Result<Tensor> {
+    fn transposed(&self, name: &str, shape: [usize; 3], experts: &[usize]) -> Result<Tensor> {
         // No rows, no bytes: what is checked is shape and dtype.
-        let nothing = self.checkpoint.rows(name, &shape, &FLOATS, experts.start..experts.start, self.device)?;
+        let nothing = self.checkpoint.rows(name, &shape, &FLOATS, 0..0, self.device)?;
         match nothing.dtype() {
             DType::BF16 => self.transposed_as::<bf16>(name, shape, experts),
             DType::F16 => self.transposed_as::<f16>(name, shape, experts),
@@ -101,13 +109,13 @@ impl<'a> Weights<'a> {
     }
 
     /// One expert after the other, so that besides the result there is never more than one of them.
-    fn transposed_as<T: WithDType>(&self, name: &str, shape: [usize; 3], experts: Range<usize>) -> Result<Tensor> {
+    fn transposed_as<T: WithDType>(&self, name: &str, shape: [usize; 3], experts: &[usize]) -> Result<Tensor> {
         let [_, rows, columns] = shape;
         let len = checked_product(OP, ("in_features", rows), ("out_features", columns))?;
         let total = checked_product(OP, ("num_local_experts", experts.len()), ("values of an expert", len))?;
         let mut all = try_filled(OP, T::from_f64(0.0), total)?;
-        for (out, expert) in all.chunks_exact_mut(len).zip(experts.clone()) {
-            let stored = self.checkpoint.rows(name, &shape, &FLOATS, expert..expert + 1, self.device)?;
+        for (out, expert) in all.chunks_exact_mut(len).zip(experts) {
+            let stored = self.checkpoint.rows(name, &shape, &FLOATS, *expert..expert + 1, self.device)?;
             with_slice(&stored, OP, name, |stored: &[T]| {
                 transpose(stored, rows, columns, out);
                 Ok(())

@@ -1,0 +1,191 @@
+//! Dispatch and combine, whatever the strategy.
+//!
+//! ```text
+//! hidden, physical ids -> dispatch -> tokens for this rank's experts -> order, experts -> rows -> combine -> sums of own tokens
+//! ```
+//!
+//! The checks and the types are here, the bodies in a file for each strategy. What dispatch knows of the way home it leaves in
+//! [`Dispatched`], so that combine needs nothing but the rows.
+
+use super::{Communicator, Placement, Reduction, Step, Strategy, exchange, gather, home, replicated};
+use crate::experts::weighted_sum;
+use crate::order::ExpertOrder;
+use crate::routing::Routing;
+use candle_core::{DType, Result, Tensor, bail};
+
+const DISPATCH: &str = "dispatch";
+const COMBINE: &str = "combine";
+
+/// How a layer is shared; the same on every rank.
+#[derive(Debug, Clone, Copy)]
+pub struct Sharing<'a> {
+    /// How tokens and rows travel.
+    pub strategy: Strategy,
+    /// How results are summed.
+    pub reduction: Reduction,
+    /// Who holds which experts.
+    pub placement: &'a Placement,
+}
+
+/// The tokens that this rank works on, from all ranks, and how their results come home.
+#[derive(Debug, Clone)]
+pub struct Dispatched {
+    pub(super) hidden: Tensor,
+    pub(super) topk_ids: Tensor,
+    pub(super) way_home: WayHome,
+}
+
+/// How results come home. Weights are f32 `[.., top_k]` of the tokens that are summed, own or received; counts are the
+/// received tokens of each rank.
+#[derive(Debug, Clone)]
+pub(super) enum WayHome {
+    /// They are home.
+    Here { topk_weights: Tensor },
+    /// Sums of own rows are added over all ranks, for all ranks.
+    AllReduced { topk_weights: Tensor },
+    /// Everybody gets all rows, which arrive in the order `by_owner`.
+    AllGathered { topk_weights: Tensor, by_owner: ExpertOrder },
+    /// Sums of own rows are added over all ranks, for the rank that has the token.
+    Scattered { topk_weights: Tensor, counts: Vec<usize> },
+    /// Sums of own rows go to the rank that has the token, where they arrive in the order `destinations`.
+    Summed { topk_weights: Tensor, counts: Vec<usize>, destinations: ExpertOrder },
+    /// Rows go to the rank that has the token, where they arrive in the order `by_owner`.
+    RowByRow { topk_weights: Tensor, counts: Vec<usize>, by_owner: ExpertOrder },
+}
+
+impl Dispatched {
+    /// `[num_received, hidden_size]`: the hidden states of the tokens, grouped by the rank that has them.
+    pub fn hidden(&self) -> &Tensor {
+        &self.hidden
+    }
+
+    /// u32 `[num_received, top_k]`: physical experts, those of other ranks included, or
+    /// [`NO_EXPERT`](crate::order::NO_EXPERT).
+    pub fn topk_ids(&self) -> &Tensor {
+        &self.topk_ids
+    }
+}
+
+/// Sends this rank's tokens to where their experts are, and receives those for its own. A collective.
+///
+/// `hidden` is `[token_counts[rank], hidden_size]`; `routing` has as many rows, and its ids are physical experts
+/// ([`ExpertMap::physical_ids`](crate::order::ExpertMap::physical_ids)).
+///
+/// # Errors
+/// Those of the communicator; row counts that do not match the step; a group of another size than the placement, or of several
+/// ranks for `Solo`; ids that the placement does not have; token counts that differ, with `Replicated`.
+pub fn dispatch(
+    communicator: &mut dyn Communicator,
+    step: &Step,
+    sharing: &Sharing<'_>,
+    hidden: &Tensor,
+    routing: &Routing,
+) -> Result<Dispatched> {
+    check_sharing(communicator, step, sharing)?;
+    check_tokens(step.token_counts()[communicator.rank()], hidden, routing)?;
+    match sharing.strategy {
+        Strategy::Solo => {
+            // Nothing is sent, but a group that was given up stays so.
+            communicator.barrier()?;
+            Ok(Dispatched {
+                hidden: hidden.clone(),
+                topk_ids: routing.topk_ids.clone(),
+                way_home: WayHome::Here { topk_weights: routing.topk_weights.clone() },
+            })
+        }
+        Strategy::Replicated => replicated::dispatch(step, sharing, hidden, routing),
+        Strategy::Gather => gather::dispatch(communicator, step, sharing, hidden, routing),
+        Strategy::Exchange => exchange::dispatch(communicator, sharing, hidden, routing),
+    }
+}
+
+/// Brings the results of this rank's tokens home and sums them: f32 `[token_counts[rank], hidden_size]`. A collective.
+///
+/// `rows` is f32 `[num_rows, hidden_size]`, what the local experts made of the dispatched tokens, in the order `order` of
+/// [`Dispatched::topk_ids`].
+///
+/// # Errors
+/// Those of the communicator; an order of other tokens; rows that are not those of the order.
+pub fn combine(
+    communicator: &mut dyn Communicator,
+    dispatched: &Dispatched,
+    rows: &Tensor,
+    order: &ExpertOrder,
+) -> Result<Tensor> {
+    check_order(dispatched, order)?;
+    if rows.dtype() != DType::F32 {
+        bail!("{COMBINE}: rows has dtype {:?}, expected F32", rows.dtype())
+    }
+    match &dispatched.way_home {
+        WayHome::Here { topk_weights } => weighted_sum(rows, topk_weights, order),
+        WayHome::AllReduced { topk_weights } => {
+            Ok(communicator.all_reduce(&weighted_sum(rows, topk_weights, order)?)?)
+        }
+        WayHome::AllGathered { topk_weights, by_owner } => {
+            replicated::gather_rows(communicator, rows, order, topk_weights, by_owner)
+        }
+        WayHome::Scattered { topk_weights, counts } => {
+            Ok(communicator.reduce_scatter(&weighted_sum(rows, topk_weights, order)?, counts)?)
+        }
+        WayHome::Summed { topk_weights, counts, destinations } => {
+            let partial = weighted_sum(rows, topk_weights, order)?;
+            exchange::add_partial(communicator, &partial, counts, destinations)
+        }
+        WayHome::RowByRow { topk_weights, counts, by_owner } => {
+            let (sent, counts) = home::in_slot_order(rows, order, counts)?;
+            let (received, _) = communicator.all_to_all(&sent, &counts)?;
+            weighted_sum(&received, topk_weights, by_owner)
+        }
+    }
+}
+
+fn check_sharing(communicator: &dyn Communicator, step: &Step, sharing: &Sharing<'_>) -> Result<()> {
+    let (ep_size, ranks) = (sharing.placement.ep_size(), communicator.world_size());
+    if ranks != ep_size {
+        bail!("{DISPATCH}: the communicator has {ranks} ranks, expected those of the placement, {ep_size}")
+    }
+    if step.token_counts().len() != ranks {
+        bail!(
+            "{DISPATCH}: the step has {} ranks, expected those of the communicator, {ranks}",
+            step.token_counts().len()
+        )
+    }
+    if sharing.strategy == Strategy::Solo && ranks != 1 {
+        bail!("{DISPATCH}: the strategy is solo, expected another for {ranks} ranks")
+    }
+    Ok(())
+}
+
+fn check_tokens(num_tokens: usize, hidden: &Tensor, routing: &Routing) -> Result<()> {
+    let Routing { topk_ids, topk_weights } = routing;
+    for (name, tensor) in [("hidden", hidden), ("topk_ids", topk_ids), ("topk_weights", topk_weights)] {
+        if tensor.rank() != 2 || tensor.dims()[0] != num_tokens {
+            bail!("{DISPATCH}: {name} has shape {:?}, expected {num_tokens} rows, those of the step", tensor.shape())
+        }
+    }
+    if topk_weights.dims() != topk_ids.dims() {
+        bail!(
+            "{DISPATCH}: topk_weights has shape {:?}, expected that of topk_ids, {:?}",
+            topk_weights.shape(),
+            topk_ids.shape()
+        )
+    }
+    for (name, tensor, dtype) in [("topk_ids", topk_ids, DType::U32), ("topk_weights", topk_weights, DType::F32)] {
+        if tensor.dtype() != dtype {
+            bail!("{DISPATCH}: {name} has dtype {:?}, expected {dtype:?}", tensor.dtype())
+        }
+    }
+    Ok(())
+}
+
+fn check_order(dispatched: &Dispatched, order: &ExpertOrder) -> Result<()> {
+    if dispatched.topk_ids.dims() != [order.num_tokens(), order.top_k()] {
+        bail!(
+            "{COMBINE}: the order is of topk_ids [{}, {}], expected the dispatched ones, {:?}",
+            order.num_tokens(),
+            order.top_k(),
+            dispatched.topk_ids.shape()
+        )
+    }
+    Ok(())
+}
