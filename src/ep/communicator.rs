@@ -37,7 +37,7 @@ pub trait Communicator: Send {
     /// Names what the following collectives belong to, such as `layer 3`.
     ///
     /// The label stands in errors, and all ranks must give the same one: it tells a skipped call from
-    /// the next call of the same kind and shape.
+    /// the next call of the same kind and shape. The first 2048 bytes of it count.
     fn set_label(&mut self, label: &str);
 
     /// How long each call of this rank waits for the others, counted from its own arrival.

@@ -15,6 +15,7 @@ use super::call::{
 use super::communicator::{AbortHandle, Communicator, Deadlines, Health};
 use super::error::{Collective, EpError, EpErrorKind};
 use super::rows;
+use super::wire::cut;
 use candle_core::{Result as CandleResult, Tensor};
 use std::fmt;
 use std::sync::Arc;
@@ -126,8 +127,8 @@ impl<O: Outside> Communicator for Member<O> {
     }
 
     fn set_label(&mut self, label: &str) {
-        if *self.label != *label {
-            self.label = Arc::from(label);
+        if *self.label != *cut(label) {
+            self.label = Arc::from(cut(label));
         }
     }
 
