@@ -4,6 +4,7 @@
 
 mod block;
 mod checkpoint;
+mod collectives;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod deepseek_v3;
@@ -13,6 +14,7 @@ mod examples_bench;
 mod examples_gpt_oss;
 mod examples_perfect_router;
 mod experts;
+mod faults;
 mod gpt_oss;
 mod gpt_oss_parts;
 mod no_panic;
