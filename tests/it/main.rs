@@ -22,5 +22,6 @@ mod oracle;
 mod order;
 mod perfect_router;
 mod placement;
+mod procs;
 mod program;
 mod routing;
