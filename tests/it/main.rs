@@ -9,6 +9,7 @@ mod collectives;
 mod cuda;
 mod deepseek_v3;
 mod devices;
+mod environment;
 mod ep;
 mod examples_bench;
 mod examples_gpt_oss;

@@ -97,6 +97,9 @@ fn every_dtype_and_rank_travels_between_processes() {
             for row in [&[][..], &[2], &[2, 3], &[0], &[2, 0], &[usize::MAX, 0]] {
                 let of = |rank: usize, num_rows: usize| {
                     let shape = [&[num_rows], row].concat();
+                    if shape.contains(&0) {
+                        return Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
+                    }
                     let zeros = Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
                     (zeros + (rank + 1) as f64).unwrap().to_dtype(dtype).unwrap()
                 };
@@ -122,8 +125,9 @@ fn every_dtype_and_rank_travels_between_processes() {
     });
 }
 
-fn plain(tensor: &Tensor) -> Vec<f64> {
-    tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+fn plain(tensor: &Tensor) -> Vec<f32> {
+    // From F8E4M3 to F64, Candle 0.11 never returns.
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// Larger than what the kernel keeps for a reader: everybody writes at once and nobody waits for ever.
