@@ -7,12 +7,14 @@ mod common;
 
 mod arguments;
 mod dump;
+mod processes;
 mod report;
 mod run;
 mod text;
 
 use anyhow::Result;
-use arguments::Arguments;
+use arguments::{Arguments, LaunchName, Plan};
+use candle_moe::ep::{Communicator, Environment};
 use candle_moe::models::gpt_oss::{Config, Model};
 use clap::Parser;
 use common::progress;
@@ -24,34 +26,69 @@ use std::time::Instant;
 use text::Text;
 
 fn main() -> ExitCode {
-    finish(generate(&Arguments::parse()))
+    finish(run(&Arguments::parse()))
 }
 
-fn generate(arguments: &Arguments) -> Result<Verdict> {
+fn run(arguments: &Arguments) -> Result<Verdict> {
+    let launched = processes::launched(arguments)?;
     let config = read_config(arguments)?;
     let text = Text::for_model(&arguments.model, &config)?;
-    let plan = arguments.plan(&config, &text)?;
+    let plan = arguments.plan(&config, &text, launched.as_ref().map(|environment| environment.world_size))?;
+    match (launched, arguments.launch) {
+        (Some(environment), _) => take_part(&environment, arguments, &config, &text, &plan),
+        (None, Some(LaunchName::Procs)) => processes::start(plan.options.ep_size),
+        (None, _) => generate(None, arguments, &config, &text, &plan),
+    }
+}
 
+/// Becomes the rank that a launcher wants this process to be. Only rank 0 reports.
+fn take_part(
+    environment: &Environment,
+    arguments: &Arguments,
+    config: &Config,
+    text: &Text,
+    plan: &Plan,
+) -> Result<Verdict> {
+    let mut ranks = processes::join(environment, &plan.options)?;
+    if ranks.rank() == 0 {
+        return generate(Some(Box::new(ranks)), arguments, config, text, plan);
+    }
+    processes::serve(&arguments.model, config, &plan.options, &mut ranks)?;
+    Ok(Verdict::Passed)
+}
+
+/// Rank 0: with the other processes of `ranks`, or with threads.
+fn generate(
+    ranks: Option<Box<dyn Communicator>>,
+    arguments: &Arguments,
+    config: &Config,
+    text: &Text,
+    plan: &Plan,
+) -> Result<Verdict> {
     let started = Instant::now();
     let bar = progress::bar(0);
-    let model = Model::load(&arguments.model, &plan.options, &|done, total| {
+    let progress = |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
         bar.set_message("reading the checkpoint");
-    });
+    };
+    let launch = if ranks.is_some() { LaunchName::Procs } else { LaunchName::Threads };
+    let model = match ranks {
+        Some(ranks) => Model::join(&arguments.model, &plan.options, ranks, &progress),
+        None => Model::load(&arguments.model, &plan.options, &progress),
+    };
     bar.finish_and_clear();
     let mut model = model?;
     let load_seconds = started.elapsed().as_secs_f64();
 
     let expert_bytes = model.moe().expert_bytes();
 
-    let main = Generation::run(&mut model, &plan, arguments.dump.as_deref())?;
+    let main = Generation::run(&mut model, plan, arguments.dump.as_deref())?;
     let comparison = match arguments.no_comparison {
         true => None,
-        false => Some(main.repeat_with_other_routing(&mut model, &plan)?),
+        false => Some(main.repeat_with_other_routing(&mut model, plan)?),
     };
-    let report =
-        Report { arguments, plan: &plan, config: &config, text: &text, load_seconds, expert_bytes, main, comparison };
+    let report = Report { arguments, launch, plan, config, text, load_seconds, expert_bytes, main, comparison };
     report.print()?;
     Ok(Verdict::Passed)
 }

@@ -60,10 +60,7 @@ fn each_launcher_is_understood() {
         (with(SLURM, &[("SLURM_JOB_NODELIST", "gpu-7")]), environment(Slurm, [5, 8, 1], "gpu-7", 24567, 0)),
         (with(SLURM, &[("SLURM_JOB_NODELIST", "n[9,11-12]-ib,m")]), environment(Slurm, [5, 8, 1], "n9-ib", 24567, 0)),
         (with(SLURM, &[("SLURM_JOB_NODELIST", "")]), environment(Slurm, [5, 8, 1], "10.0.0.9", 24567, 0)),
-        (
-            with(SLURM, &[("MASTER_ADDR", "head"), ("MASTER_PORT", "77")]),
-            environment(Slurm, [5, 8, 1], "head", 77, 0),
-        ),
+        (with(SLURM, &[("MASTER_ADDR", "head"), ("MASTER_PORT", "77")]), environment(Slurm, [5, 8, 1], "head", 77, 0)),
         (OPEN_MPI.to_vec(), environment(OpenMpi, [0, 2, 0], "localhost", 4000, 0)),
         // A batch script of Slurm is no rank, and what it starts with mpirun is.
         (

@@ -20,7 +20,7 @@ const PATIENT: Duration = Duration::from_secs(20);
 const SLACK: Duration = Duration::from_millis(500);
 
 /// A port that nobody uses, below those that the system hands out for connections.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
         let offset = NEXT.fetch_add(1, Ordering::Relaxed).wrapping_add((std::process::id() % 100) as u16 * 97);
