@@ -20,7 +20,10 @@
 //!    everybody posted), else after a short grace, so that the order of arrival does not decide
 //!    who is blamed.
 //! 4. Only handles move under the lock. Rows are copied and added by each rank after it has left.
-//! 5. A rank of another process may be done with a round that this one still waits for, and be one call ahead. It cannot be
+//! 5. A rank of another process that did not come may be waiting itself, in the call before, for one that sent its post to
+//!    this process and no further. It came there before this rank came here, so it gives up first, and says for whom it
+//!    waits. Where several are missing, a moment is left to hear of that.
+//! 6. A rank of another process may be done with a round that this one still waits for, and be one call ahead. It cannot be
 //!    two ahead without this process's post.
 
 use super::call::{Post, Site};
@@ -30,12 +33,16 @@ use std::time::{Duration, Instant};
 
 /// How long a disagreement waits for more ranks to show who is odd.
 const GRACE: Duration = Duration::from_millis(100);
+/// How long the news of another process may take that it has given up.
+const NEWS: Duration = Duration::from_millis(100);
 
 pub(super) struct Board {
     world_size: usize,
     generation: u64,
     /// How many of the ranks take their results here.
     takers: usize,
+    /// How long news of a fault may take.
+    news: Duration,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -90,20 +97,21 @@ impl Fault {
 impl Board {
     /// The board of a process in which all ranks are threads.
     pub(super) fn shared(world_size: usize, generation: u64) -> Self {
-        Self::new(world_size, generation, world_size)
+        Self::new(world_size, generation, world_size, Duration::ZERO)
     }
 
     /// The board of a process that is one rank.
     pub(super) fn of_one_process(world_size: usize, generation: u64) -> Self {
-        Self::new(world_size, generation, 1)
+        Self::new(world_size, generation, 1, NEWS)
     }
 
-    fn new(world_size: usize, generation: u64, takers: usize) -> Self {
+    fn new(world_size: usize, generation: u64, takers: usize, news: Duration) -> Self {
         let no_posts = || (0..world_size).map(|_| None).collect();
         Self {
             world_size,
             generation,
             takers,
+            news,
             state: Mutex::new(State {
                 round: 0,
                 posts: no_posts(),
@@ -156,7 +164,7 @@ impl Board {
             if let Some(fault) = state.fault_at(round) {
                 return Err(fault);
             }
-            let kind = match state.verdict(deadline, arrived.elapsed()) {
+            let kind = match state.verdict(deadline, arrived.elapsed(), self.news) {
                 Err(kind) => kind,
                 Ok(wait) => {
                     state = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
@@ -298,7 +306,7 @@ impl State {
     }
 
     /// How much longer to wait for the current round, or why it is lost.
-    fn verdict(&self, deadline: Duration, waited: Duration) -> Result<Duration, EpErrorKind> {
+    fn verdict(&self, deadline: Duration, waited: Duration, news: Duration) -> Result<Duration, EpErrorKind> {
         let mut wait = deadline.checked_sub(waited).unwrap_or_default();
         if let Some(since) = self.disagreement {
             wait = wait.min(GRACE.checked_sub(since.elapsed()).unwrap_or_default());
@@ -315,10 +323,15 @@ impl State {
                 Some(Presence::Here) | None => {}
             }
         }
-        if wait.is_zero() {
-            return Err(EpErrorKind::Timeout { missing: absent().map(|(rank, _)| rank).collect(), deadline });
+        if !wait.is_zero() {
+            return Ok(wait);
         }
-        Ok(wait)
+        let missing: Vec<usize> = absent().map(|(rank, _)| rank).collect();
+        let late = deadline.saturating_add(news).checked_sub(waited).unwrap_or_default();
+        if missing.len() > 1 && !late.is_zero() {
+            return Ok(late);
+        }
+        Err(EpErrorKind::Timeout { missing, deadline })
     }
 
     /// Who made another call than the largest party; `None` while more posts could tell, unless

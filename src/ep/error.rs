@@ -107,9 +107,7 @@ pub enum EpErrorKind {
     Mismatch {
         /// The rank that joined with another value than rank 0.
         rank: usize,
-        /// What differs, such as `world_size`.
-        field: String,
-        /// What rank 0 has.
+        /// What rank 0 has, such as `world_size 4`.
         expected: String,
         /// What `rank` has.
         found: String,
@@ -204,10 +202,9 @@ impl fmt::Display for EpErrorKind {
                 "refused, generation {generation} of the group is over and the current one is {current}; \
                  join or rebuild with generation {current} or later"
             ),
-            Self::Mismatch { rank, field, expected, found } => write!(
-                f,
-                "rank {rank} joined with {field} {found}, expected {expected} as rank 0 has; start all ranks alike"
-            ),
+            Self::Mismatch { rank, expected, found } => {
+                write!(f, "rank {rank} joined with {found}, expected {expected} as rank 0 has; start all ranks alike")
+            }
             Self::DuplicateRank { rank } => {
                 write!(f, "rank {rank} was claimed twice; give every rank a number of its own")
             }

@@ -71,7 +71,8 @@ impl From<&Environment> for ProcsConfig {
 /// [`Communicator`] promises:
 ///
 /// * A process that is killed or ends without dropping its handle fails the call that needs it at once, with
-///   [`RankLost`](EpErrorKind::RankLost); one that is stopped is named at the deadline.
+///   [`RankLost`](EpErrorKind::RankLost); one that is stopped is named at the deadline
+///   (0.1 s later where several ranks are missing, so that it is not mixed up with those that wait for it too).
 /// * What one rank sends to one other in one call has at most 8 GiB, else
 ///   [`BadArgument`](EpErrorKind::BadArgument).
 /// * A peer that sends anything but proper messages is treated as lost; memory for what it sends grows as that comes in.

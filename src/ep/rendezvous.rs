@@ -134,7 +134,8 @@ fn admit(config: &ProcsConfig, visit: Visit, guests: &mut [Option<Guest>]) -> Re
         kind
     };
     let differs = |field: &str, expected: String, found: &str| {
-        Err(refuse(Kind::Mismatch { rank: hello.rank, field: field.into(), expected, found: cut(found).into() }))
+        let (expected, found) = (format!("{field} {expected}"), format!("{field} {}", cut(found)));
+        Err(refuse(Kind::Mismatch { rank: hello.rank, expected, found }))
     };
     if generation < config.generation {
         refuse(Kind::OldGeneration { generation, current: config.generation });

@@ -372,9 +372,8 @@ fn a_rank_of_another_group_is_named_by_everybody() {
     let port = free_port();
     let mismatch = |rank, field: &str, expected: &str, found: &str| EpErrorKind::Mismatch {
         rank,
-        field: field.into(),
-        expected: expected.into(),
-        found: found.into(),
+        expected: format!("{field} {expected}"),
+        found: format!("{field} {found}"),
     };
     let configs = [(config(0, 3, port), 0), (config(1, 3, port), 0), (config(2, 4, port), 200)];
     assert_eq!(refused(&configs), vec![mismatch(2, "world_size", "3", "4"); 3]);
