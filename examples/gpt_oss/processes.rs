@@ -26,8 +26,10 @@ pub(crate) fn launched(arguments: &Arguments) -> Result<Option<Environment>> {
         return Ok(None);
     }
     let advice = "or use --launch threads";
-    Environment::detect(&Overrides::default())
-        .map_err(|error| BadArguments(format!("{}; {advice}", plain(&error))).into())
+    let environment = Environment::detect(&Overrides::default())
+        .map_err(|error| BadArguments(format!("{}; {advice}", plain(&error))))?;
+    // A launcher that started one process leaves it to this one what its ranks are.
+    Ok(environment.filter(|environment| environment.world_size > 1 || arguments.launch.is_some()))
 }
 
 pub(crate) fn join(environment: &Environment, options: &MoeOptions) -> Result<Procs> {

@@ -26,7 +26,8 @@ use std::time::Duration;
 /// [`Poisoned`](super::EpErrorKind::Poisoned) at once. Arguments that are wrong on their own
 /// ([`BadArgument`](super::EpErrorKind::BadArgument)) poison the group too, since that rank cannot take
 /// part: the others get [`Aborted`](super::EpErrorKind::Aborted) naming it. Any method may return any
-/// [`EpErrorKind`](super::EpErrorKind).
+/// [`EpErrorKind`](super::EpErrorKind). A poisoned group can be built anew, as its next
+/// [generation](Communicator::generation).
 pub trait Communicator: Send {
     /// This rank, below [`Communicator::world_size`].
     fn rank(&self) -> usize;

@@ -3,10 +3,15 @@
 //! * [`Topology`] splits the experts of a layer over the ranks.
 //! * [`Communicator`] is one rank's handle on the group: collectives with per-rank row counts, which
 //!   return within a deadline, name who is missing or out of step, and never hand out a partial
-//!   result. [`Solo`] is the group of one, [`Threads`] has its ranks as threads of one process.
+//!   result. [`Solo`] is the group of one, [`Threads`] has its ranks as threads of one process, [`Procs`] as processes of
+//!   one machine; the three give the same bits and the same errors.
+//! * [`Deadlines`] are how long ranks wait for each other: for warm-up and for serving.
+//! * A group that failed is built anew as the next generation: [`Threads::rebuild`] and [`Procs::rebuild`] for ranks that are
+//!   still there, a [`Lobby`] or [`Procs::join`] for those that take another's place.
+//! * [`Environment`] is what torchrun, Slurm or OpenMPI say of a process that they start as a rank.
 //! * [`Step`] is what the ranks agree on before a forward step; [`dispatch`] and [`combine`] are the `Gather` strategy.
 //! * [`Placement`] says which rank should hold which experts, replicas included, for the load that was measured.
-//! * [`launch`] runs a function on every rank of a [`Threads`] group.
+//! * [`launch`] runs a function on every rank of a [`Threads`] group. [`Faulty`] is a rank that fails on purpose, for tests.
 //!
 //! Uneven and zero row counts are ordinary input everywhere.
 //!

@@ -113,7 +113,7 @@ fn gather(config: &ProcsConfig, clock: Clock, door: &Door, guests: &mut [Option<
             continue;
         }
         let Some(left) = clock.left() else { return Err(clock.timeout(missing)) };
-        let Some(visit) = door.next(left)? else { continue };
+        let Some(visit) = door.next(left) else { continue };
         admit(config, visit, guests)?;
         let missing = self::missing(guests);
         if !missing.is_empty() {
@@ -212,7 +212,7 @@ fn join(config: &ProcsConfig, clock: Clock) -> Result<Streams, Kind> {
             return Ok(streams);
         }
         let Some(left) = clock.left() else { return Err(clock.timeout(missing)) };
-        let Some(Visit { stream, generation, hello }) = door.next(left)? else { continue };
+        let Some(Visit { stream, generation, hello }) = door.next(left) else { continue };
         let is_member = generation == config.generation && hello.token == token && hello.rank > rank;
         match streams.get_mut(hello.rank).filter(|place| is_member && place.is_none()) {
             Some(place) => *place = Some(stream),
@@ -358,14 +358,14 @@ impl Door {
     }
 
     /// The next guest; `None` if there is none for a moment, at most `left`.
-    fn next(&self, left: Duration) -> Result<Option<Visit>, Kind> {
+    fn next(&self, left: Duration) -> Option<Visit> {
         match self.listener.accept() {
             Ok((stream, _)) => self.let_in(stream),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             // The one who came has gone already, or there are too many open files for now.
             Err(error) => tracing::debug!(%error, "cannot accept a connection"),
         }
-        Ok(self.visits.recv_timeout(PAUSE.min(left)).ok())
+        self.visits.recv_timeout(PAUSE.min(left)).ok()
     }
 
     /// Hears who it is, on a thread that ends soon.
