@@ -177,12 +177,15 @@ fn send(stream: &TcpStream, generation: u64, message: Message) -> bool {
     Outgoing::message(generation, message).is_some_and(|message| message.write_to(stream).is_ok())
 }
 
-/// Has the other side, which has nothing to say, closed the connection?
+/// Has the other side closed the connection? What it said before that is still to be read.
 fn is_gone(stream: &TcpStream) -> bool {
     let peek = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
     let back = stream.set_nonblocking(false);
-    let waits = matches!(&peek, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
-    back.is_err() || !waits
+    let is_there = match peek {
+        Ok(len) => len > 0,
+        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+    };
+    back.is_err() || !is_there
 }
 
 /// The side of every other rank.
@@ -212,6 +215,12 @@ fn join(config: &ProcsConfig, clock: Clock) -> Result<Streams, Kind> {
             return Ok(streams);
         }
         let Some(left) = clock.left() else { return Err(clock.timeout(missing)) };
+        if streams.iter().take(1).flatten().any(is_gone) {
+            // It has found out that one of these died, or died itself.
+            let reason =
+                format!("it closed its connection while ranks {missing:?} were waited for; see how they ended");
+            return Err(Kind::RankLost { rank: 0, reason });
+        }
         let Some(Visit { stream, generation, hello }) = door.next(left) else { continue };
         let is_member = generation == config.generation && hello.token == token && hello.rank > rank;
         match streams.get_mut(hello.rank).filter(|place| is_member && place.is_none()) {

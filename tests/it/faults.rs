@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 const RUNS: u64 = 1000;
 const NUM_CALLS: u64 = 12;
-const DEADLINES: Deadlines = Deadlines { warm_up: Duration::from_secs(10), serving: Duration::from_millis(150) };
+const DEADLINES: Deadlines = Deadlines { warm_up: Duration::from_secs(10), serving: Duration::from_millis(300) };
 /// What no run takes if nothing hangs.
 const WATCHDOG: Duration = Duration::from_secs(30);
 
@@ -206,7 +206,7 @@ fn the_serving_deadline_counts_from_the_start_of_serving() {
     assert_eq!(first.deadline(), DEADLINES.serving);
     let start = Instant::now();
     let error = first.barrier().unwrap_err();
-    assert!(start.elapsed() < Duration::from_secs(1));
+    assert!(start.elapsed() < DEADLINES.serving + Duration::from_millis(500));
     assert_eq!(error.kind, EpErrorKind::Timeout { missing: vec![1], deadline: DEADLINES.serving });
 }
 

@@ -421,7 +421,11 @@ fn frame(header: &str, payload_len: u64, payload: &[u8]) -> Vec<u8> {
 }
 
 fn hello(rank: usize, version: &str) -> Vec<u8> {
-    let hello = format!(r#"{{"rank":{rank},"world_size":2,"version":"{version}","port":1,"token":0}}"#);
+    hello_of(rank, 2, version)
+}
+
+fn hello_of(rank: usize, world_size: usize, version: &str) -> Vec<u8> {
+    let hello = format!(r#"{{"rank":{rank},"world_size":{world_size},"version":"{version}","port":1,"token":0}}"#);
     frame(&format!(r#"{{"generation":0,"message":{{"Hello":{hello}}}}}"#), 0, &[])
 }
 
@@ -483,6 +487,31 @@ fn another_version_is_named_on_both_sides() {
     assert!(answer.contains("0.0.7") && answer.contains(version), "{answer}");
 }
 
+#[test]
+fn a_rank_that_dies_between_rendezvous_and_first_call_is_named() {
+    let port = free_port();
+    let step = |rank| Procs::join(config(rank, 3, port), PATIENT).and_then(|mut ranks| ranks.barrier()).unwrap_err();
+    let start = Instant::now();
+    let errors = thread::scope(|scope| {
+        let ranks = [0, 1].map(|rank| scope.spawn(move || step(rank)));
+        let mut stream = connect(port);
+        stream.write_all(&hello_of(2, 3, env!("CARGO_PKG_VERSION"))).unwrap();
+        // What rank 0 says comes once for whom it still waits, at least, and is the welcome at last.
+        let mut said = Vec::new();
+        while !String::from_utf8_lossy(&said).contains("Welcome") {
+            let mut bytes = [0; 512];
+            let len = stream.read(&mut bytes).unwrap();
+            said.extend(&bytes[..len]);
+        }
+        drop(stream);
+        ranks.map(|rank| rank.join().unwrap())
+    });
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    assert!(matches!(errors[0].kind, EpErrorKind::RankLost { rank: 2, .. }), "{}", errors[0]);
+    let text = errors[1].to_string();
+    assert!(text.contains("lost rank 0") && text.contains("[2]"), "{text}");
+}
+
 /// A member that does not keep to the rules is lost, by name, and what it announces is not reserved.
 #[test]
 fn a_hostile_member_is_lost() {
@@ -534,7 +563,7 @@ fn a_hostile_member_is_lost() {
 // ---------------------------------------------------------------------------------------------
 // Real processes, killed and stopped
 
-const SERVING: Duration = Duration::from_millis(400);
+const SERVING: Duration = Duration::from_millis(600);
 const CHECKED_STEPS: u64 = 5;
 
 fn now_us() -> u128 {
