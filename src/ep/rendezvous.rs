@@ -10,6 +10,9 @@
 //! all there: Welcome to everybody              <- Welcome: everybody's address and the group's token
 //!                                              connect to ranks 1..r, Hello with the token
 //!                                              accept ranks r+1.., check their Hello
+//!                                              Ready
+//! all are ready: Begin to everybody            <- Begin
+//! one is gone meanwhile: Refused               <- Refused
 //! ```
 //!
 //! 1. Everything is over at the deadline, for every rank by its own clock. Rank 0 then tells those who came who is missing.
@@ -39,6 +42,9 @@ const RETRY: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_millis(1000);
 /// Guests who have not introduced themselves yet.
 const MAX_STRANGERS: usize = 256;
+
+/// Said of who answers at the address.
+const STRANGER: &str = "what answers there is not the rank 0 of this group";
 
 type Kind = EpErrorKind;
 /// One connection per other rank; `None` in this rank's own place.
@@ -78,16 +84,47 @@ fn welcome_all(config: &ProcsConfig, clock: Clock) -> Result<Streams, Kind> {
         .map_err(|error| unreachable(config, &format!("rank 0 cannot listen there: {error}; choose a free port")))?;
     let door = Door::open(listener)?;
     let mut guests: Vec<Option<Guest>> = (0..config.world_size).map(|_| None).collect();
-    let outcome = gather(config, clock, &door, &mut guests);
-    if let Err(kind) = &outcome {
-        tell_all(config, &guests, || Message::Refused { kind: kind.clone() });
-    }
+    let outcome = gather(config, clock, &door, &mut guests).and_then(|()| connect_all(config, clock, &guests));
+    tell_all(config, &guests, || match &outcome {
+        Ok(()) => Message::Begin,
+        Err(kind) => Message::Refused { kind: kind.clone() },
+    });
     outcome?;
-    let addresses = guests.iter().map(|guest| guest.as_ref().map_or(nowhere(), |guest| guest.address)).collect();
-    let token = RandomState::new().hash_one(std::process::id()).max(1);
-    let welcome = || Message::Welcome { token, addresses: Vec::clone(&addresses) };
-    tell_all(config, &guests, welcome);
     Ok(guests.into_iter().map(|guest| guest.map(|guest| guest.stream)).collect())
+}
+
+/// Lets the guests connect with each other, and waits until all have.
+fn connect_all(config: &ProcsConfig, clock: Clock, guests: &[Option<Guest>]) -> Result<(), Kind> {
+    let addresses: Vec<_> =
+        guests.iter().map(|guest| guest.as_ref().map_or(nowhere(), |guest| guest.address)).collect();
+    let token = RandomState::new().hash_one(std::process::id()).max(1);
+    tell_all(config, guests, || Message::Welcome { token, addresses: addresses.clone() });
+    let mut waiting: Vec<(usize, &TcpStream)> =
+        guests.iter().enumerate().filter_map(|(rank, guest)| Some((rank, &guest.as_ref()?.stream))).collect();
+    while !waiting.is_empty() {
+        if clock.left().is_none() {
+            return Err(clock.timeout(waiting.into_iter().map(|(rank, _)| rank).collect()));
+        }
+        let mut still = Vec::new();
+        for (rank, stream) in waiting {
+            match look(stream) {
+                Look::Quiet => still.push((rank, stream)),
+                Look::News if is_ready(stream) => {}
+                Look::News | Look::Closed => {
+                    let reason = "its connection closed during the rendezvous; see how that process ended".to_string();
+                    return Err(Kind::RankLost { rank, reason });
+                }
+            }
+        }
+        waiting = still;
+        thread::sleep(PAUSE);
+    }
+    Ok(())
+}
+
+fn is_ready(stream: &TcpStream) -> bool {
+    let clock = Clock { started: Instant::now(), deadline: PATIENCE };
+    matches!(read_from(Patient { stream, clock }), Ok((Envelope { message: Message::Ready, .. }, _)))
 }
 
 fn nowhere() -> SocketAddr {
@@ -177,15 +214,30 @@ fn send(stream: &TcpStream, generation: u64, message: Message) -> bool {
     Outgoing::message(generation, message).is_some_and(|message| message.write_to(stream).is_ok())
 }
 
-/// Has the other side closed the connection? What it said before that is still to be read.
 fn is_gone(stream: &TcpStream) -> bool {
+    look(stream) == Look::Closed
+}
+
+#[derive(PartialEq, Eq)]
+enum Look {
+    Quiet,
+    /// There is something to read.
+    News,
+    Closed,
+}
+
+/// What the other side has done, without waiting.
+fn look(stream: &TcpStream) -> Look {
     let peek = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
-    let back = stream.set_nonblocking(false);
-    let is_there = match peek {
-        Ok(len) => len > 0,
-        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
-    };
-    back.is_err() || !is_there
+    if stream.set_nonblocking(false).is_err() {
+        return Look::Closed;
+    }
+    match peek {
+        Ok(0) => Look::Closed,
+        Ok(_) => Look::News,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Look::Quiet,
+        Err(_) => Look::Closed,
+    }
 }
 
 /// The side of every other rank.
@@ -193,13 +245,13 @@ fn join(config: &ProcsConfig, clock: Clock) -> Result<Streams, Kind> {
     let rank = config.rank;
     let mut streams: Streams = (0..config.world_size).map(|_| None).collect();
     let (first, door, token, addresses) = reach_rank_0(config, clock)?;
-    if let Some(place) = streams.first_mut() {
-        *place = Some(first);
-    }
     let hello = |port| Hello { rank, world_size: config.world_size, version: VERSION.into(), port, token };
     for (other, address) in addresses.iter().enumerate().take(rank).skip(1) {
         let Some(left) = clock.left() else { return Err(clock.timeout(vec![other])) };
-        let lost = |error: io::Error| Kind::RankLost { rank: other, reason: format!("at {address}: {error}") };
+        let lost = |error: io::Error| {
+            let reason = format!("at {address}, during the rendezvous: {error}; see how that process ended");
+            Kind::RankLost { rank: other, reason }
+        };
         let stream = TcpStream::connect_timeout(address, left).map_err(lost)?;
         if !send(&stream, config.generation, Message::Hello(hello(0))) {
             return Err(lost(io::ErrorKind::ConnectionReset.into()));
@@ -209,23 +261,42 @@ fn join(config: &ProcsConfig, clock: Clock) -> Result<Streams, Kind> {
         }
     }
     loop {
-        let missing: Vec<usize> =
-            (rank + 1..config.world_size).filter(|&r| streams.get(r).is_none_or(Option::is_none)).collect();
+        let is_missing = |other: &usize| streams.get(*other).is_none_or(Option::is_none);
+        let missing: Vec<usize> = (rank + 1..config.world_size).filter(is_missing).collect();
         if missing.is_empty() {
-            return Ok(streams);
+            break;
         }
         let Some(left) = clock.left() else { return Err(clock.timeout(missing)) };
-        if streams.iter().take(1).flatten().any(is_gone) {
-            // It has found out that one of these died, or died itself.
-            let reason =
-                format!("it closed its connection while ranks {missing:?} were waited for; see how they ended");
-            return Err(Kind::RankLost { rank: 0, reason });
+        if look(&first) != Look::Quiet {
+            // Nothing but the end of the attempt is due before this rank is ready.
+            return wait_for_begin(config, clock, &first).and_then(|()| Err(unreachable(config, STRANGER)));
         }
         let Some(Visit { stream, generation, hello }) = door.next(left) else { continue };
         let is_member = generation == config.generation && hello.token == token && hello.rank > rank;
         match streams.get_mut(hello.rank).filter(|place| is_member && place.is_none()) {
             Some(place) => *place = Some(stream),
             None => tracing::debug!(rank, other = hello.rank, "a connection of no member was dropped"),
+        }
+    }
+    send(&first, config.generation, Message::Ready);
+    wait_for_begin(config, clock, &first)?;
+    if let Some(place) = streams.first_mut() {
+        *place = Some(first);
+    }
+    Ok(streams)
+}
+
+/// Waits until rank 0 says that all are ready, or why they will not be.
+fn wait_for_begin(config: &ProcsConfig, clock: Clock, stream: &TcpStream) -> Result<(), Kind> {
+    match read_from(Patient { stream, clock }) {
+        Ok((Envelope { message: Message::Begin, .. }, _)) => Ok(()),
+        Ok((Envelope { message: Message::Refused { kind }, .. }, _)) => Err(kind),
+        Ok(_) => Err(unreachable(config, STRANGER)),
+        // Rank 0 knows who is not ready, and is silent.
+        Err(error) if is_timeout(&error) => Err(clock.timeout(vec![0])),
+        Err(error) => {
+            let reason = format!("its connection closed during the rendezvous ({error}); see how that process ended");
+            Err(Kind::RankLost { rank: 0, reason })
         }
     }
 }
@@ -305,7 +376,7 @@ fn wait_for_welcome(
             {
                 return Ok(Some((token, addresses)));
             }
-            _ => return Err(unreachable(config, "what answers there is not the rank 0 of this group")),
+            _ => return Err(unreachable(config, STRANGER)),
         }
     }
 }

@@ -49,6 +49,10 @@ pub(super) enum Message {
     Waiting { missing: Vec<usize> },
     /// The group is complete; where each rank listens.
     Welcome { token: u64, addresses: Vec<SocketAddr> },
+    /// A rank is connected with all others.
+    Ready,
+    /// All ranks are.
+    Begin,
     /// This is not going to be a group.
     Refused { kind: EpErrorKind },
     /// A rank's part in a call.
