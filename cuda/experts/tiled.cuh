@@ -374,7 +374,7 @@ __device__ __forceinline__ float fraction_of_power(float x) {
 #endif
 }
 
-// As activate(), with the device's quick exponential and inverse, since the result is rounded to 2^-9 or 2^-12.
+// As activate(), with the device's quick exponential and inverse, since the result is rounded to one part in 2^8 or 2^11.
 __device__ __forceinline__ float activate_nearly(const ProjectionArguments& a, float gate, float up) {
     constexpr float kLog2E = 1.4426950408889634f;
     if (a.activation == kSilu) return gate * fraction_of_power(gate * -kLog2E) * up;

@@ -221,8 +221,8 @@ fn check_weighted(experts: &Experts, hidden: &Tensor, order: &ExpertOrder) {
         let is_narrow = (hidden.dtype(), dtype) == (DType::BF16, DType::BF16);
         let rounds_rows = is_narrow && matches!(tile_rows, Some(96 | 160));
         for ((&found, &expected), size) in found.iter().zip(&expected).zip(&sizes) {
-            // Half a last place of each row, and a whole one of the sum, whose roundings may differ.
-            let near = rounds_rows && (found - expected).abs() <= size / 512.0 + expected.abs() / 128.0;
+            // Half a last place of each row, 2^-8 of it at most, and a whole one of the sum, whose roundings may differ.
+            let near = rounds_rows && (found - expected).abs() <= size / 256.0 + expected.abs() / 128.0;
             // A NaN is any.
             let same = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
             assert!(same || near, "in one go, {dtype:?}: {found}, not {expected}");
@@ -979,4 +979,16 @@ fn the_bytes_of_an_expert_are_those_of_the_published_model() {
     let experts =
         Experts::new(projection(5760), projection(2880), GateUpRows::Interleaved, Activation::GPT_OSS).unwrap();
     assert_eq!(experts.bytes_per_expert(), 12_441_600 + 777_600 + 4 * 8640);
+}
+
+/// A row may be off by a whole 2^-8 of itself when it is rounded to bfloat16, just above a power of two.
+#[test]
+fn rows_that_lose_most_when_they_are_rounded_stay_within_the_bound() {
+    let mut random = Random(9326777062000160423);
+    let case = Case { bias: Some(DType::F32), ..gpt_oss(2, 64, 64) };
+    let top_k = 1 + random.below(case.num_experts);
+    let model = Model::new(&mut random, case);
+    let ids: Vec<u32> = (0..8).flat_map(|_| random.distinct(2, top_k)).collect();
+    let ids = ids.into_iter().map(|id| if random.below(8) == 0 { NO_EXPERT } else { id }).collect();
+    model.check(&hidden_states(&mut random, 8, 64, 1.0, DType::BF16), &order_of(ids, top_k, 2));
 }
