@@ -15,6 +15,7 @@ mod cuda;
 
 use crate::ep::{
     Choice, Communicator, Dispatched, Placement, Problem, Reduction, Sharing, Solo, Step, Strategy, combine, dispatch,
+    reason,
 };
 use crate::experts::{Experts, Linear};
 use crate::order::{ExpertMap, ExpertOrder, NO_EXPERT};
@@ -451,7 +452,7 @@ impl MoeBlock {
     ) -> Result<MoeOutput> {
         let output = self.try_forward(hidden, communicator, step);
         if let Err(error) = &output {
-            communicator.abort_handle().abort(&error.to_string());
+            communicator.abort_handle().abort(&reason(error));
         }
         output
     }

@@ -227,6 +227,15 @@ impl fmt::Display for EpErrorKind {
 
 impl std::error::Error for EpError {}
 
+/// What an error says, without the stack that Candle may have added: other ranks have no use for it, and finding its names may
+/// take longer than they should wait.
+pub(crate) fn reason(error: &candle_core::Error) -> String {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => reason(inner),
+        other => other.to_string(),
+    }
+}
+
 impl From<EpError> for candle_core::Error {
     fn from(error: EpError) -> Self {
         candle_core::Error::wrap(error)

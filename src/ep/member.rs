@@ -13,7 +13,7 @@ use super::call::{
     Offer, Payload, Post, Site, Terms, offer_all_gather, offer_all_reduce, offer_all_to_all, offer_reduce_scatter,
 };
 use super::communicator::{AbortHandle, Communicator, Deadlines, Health};
-use super::error::{Collective, EpError, EpErrorKind};
+use super::error::{Collective, EpError, EpErrorKind, reason};
 use super::rows;
 use super::wire::cut;
 use candle_core::{Result as CandleResult, Tensor};
@@ -84,7 +84,7 @@ impl<O: Outside> Member<O> {
             return Err(self.give_up(&site, EpErrorKind::BadArgument(what)));
         }
         match self.board.meet(self.rank, post, self.deadline) {
-            Ok(posts) => build(&posts).map_err(|error| self.give_up(&site, EpErrorKind::Tensor(error.to_string()))),
+            Ok(posts) => build(&posts).map_err(|error| self.give_up(&site, EpErrorKind::Tensor(reason(&error)))),
             Err(fault) => Err(self.hear(&site, &fault)),
         }
     }

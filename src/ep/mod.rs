@@ -69,6 +69,7 @@ pub use choice::{Choice, Problem, Traffic};
 pub use communicator::{AbortHandle, Communicator, Deadlines, Health};
 pub use dispatch::{Dispatched, Sharing, combine, dispatch};
 pub use environment::{Environment, Launcher, Overrides};
+pub(crate) use error::reason;
 pub use error::{Collective, EpError, EpErrorKind};
 pub use faulty::{Faulty, Injection, Schedule};
 pub use fingerprint::Fingerprint;

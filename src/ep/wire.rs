@@ -12,7 +12,7 @@
 
 use super::board::{Fault, error_at};
 use super::call::{Payload, Post, Site, Terms};
-use super::error::{Collective, EpError, EpErrorKind};
+use super::error::{Collective, EpError, EpErrorKind, reason};
 use crate::host::{try_filled, with_slice};
 use candle_core::{DType, Device, Result as CandleResult, Tensor, WithDType, bail};
 use float8::F8E4M3;
@@ -199,7 +199,7 @@ fn cut_kind(kind: &EpErrorKind) -> EpErrorKind {
 /// arguments is too large.
 pub(super) fn calls(generation: u64, post: &Post, world_size: usize) -> Result<Vec<Outgoing>, String> {
     let (site, terms) = (&post.site, &post.terms);
-    let parts = Parts::of(post).map_err(|error| error.to_string())?;
+    let parts = Parts::of(post).map_err(|error| reason(&error))?;
     let to_rank = |rank: usize| {
         let (num_rows, range) = parts.of_rank(rank);
         if range.len() as u64 > MAX_PAYLOAD_BYTES {

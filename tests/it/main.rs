@@ -16,6 +16,7 @@ mod examples_gpt_oss;
 mod examples_perfect_router;
 mod experts;
 mod faults;
+mod faulty_layers;
 mod gpt_oss;
 mod gpt_oss_parts;
 mod no_panic;

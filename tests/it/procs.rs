@@ -1,7 +1,9 @@
 //! Ranks as processes: the same results as threads, and what is said of ranks that are killed, stopped, late, missing or wrong.
 
 use crate::collectives::{Call, Outcome};
+use crate::devices::line;
 use crate::faults::{accused, assert_named};
+use crate::faulty_layers::{Case, Way};
 use candle_core::{DType, Device, Tensor};
 use candle_moe::ep::{
     Collective, Communicator, Deadlines, Environment, EpError, EpErrorKind, Overrides, Procs, ProcsConfig, launch,
@@ -36,9 +38,13 @@ fn config(rank: usize, world_size: usize, port: u16) -> ProcsConfig {
 }
 
 /// Runs `body` on threads that know each other as processes would.
-fn on_procs<T: Send>(world_size: usize, deadline: Duration, body: impl Fn(Procs) -> T + Sync) -> Vec<T> {
-    let port = free_port();
-    let join = |rank| body(Procs::join(config(rank, world_size, port), deadline).unwrap());
+pub(crate) fn on_procs<T: Send>(
+    world_size: usize,
+    deadlines: impl Into<Deadlines>,
+    body: impl Fn(Procs) -> T + Sync,
+) -> Vec<T> {
+    let (port, deadlines) = (free_port(), deadlines.into());
+    let join = |rank| body(Procs::join(config(rank, world_size, port), deadlines).unwrap());
     thread::scope(|scope| {
         let ranks: Vec<_> = (0..world_size).map(|rank| scope.spawn(move || join(rank))).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
@@ -590,24 +596,25 @@ fn rank_as_a_process() {
     let serving = Duration::from_millis(std::env::var("TEST_SERVING_MS").unwrap().parse().unwrap());
     let deadlines = Deadlines { warm_up: PATIENT, serving };
     let mut ranks = Procs::join(ProcsConfig::from(&environment), deadlines).unwrap();
-    let rank = ranks.rank();
+    let cases: Vec<Case> = Way::all(ranks.world_size()..ranks.world_size() + 1).map(Way::faultless).collect();
     if ranks.generation() == 0 {
         ranks.barrier().unwrap();
         ranks.start_serving();
         say("ready");
-        let error = (0..).find_map(|step| make_step(&mut ranks, step).err()).unwrap();
-        say(&format!("error {}", serde_json::to_string(&error).unwrap()));
-        assert_eq!(error.rank, rank);
+        let error = (0..).find_map(|step| make_step(&mut ranks, &cases, step).err()).unwrap();
+        let cause = ranks.health().cause.unwrap();
+        say(&format!("error {}", serde_json::to_string(&(line(error), cause)).unwrap()));
         ranks = ranks.rebuild().unwrap();
     }
     ranks.barrier().unwrap();
     ranks.start_serving();
     ranks.set_deadline(PATIENT);
-    (0..CHECKED_STEPS).for_each(|step| make_step(&mut ranks, step).unwrap());
+    (0..CHECKED_STEPS).for_each(|step| make_step(&mut ranks, &cases, step).unwrap());
     say(&format!("done in generation {}", ranks.generation()));
 }
 
-fn make_step(ranks: &mut Procs, step: u64) -> Result<(), EpError> {
+/// Collectives of any kind, and a forward step by every strategy and reduction; all of it must be right.
+fn make_step(ranks: &mut Procs, cases: &[Case], step: u64) -> candle_core::Result<()> {
     ranks.set_label(&format!("step {step}"));
     let call = Call::new(step, ranks.world_size());
     assert_eq!(call.make(ranks)?, call.expected(ranks.rank()));
@@ -616,7 +623,7 @@ fn make_step(ranks: &mut Procs, step: u64) -> Result<(), EpError> {
     let mine = Tensor::full(rank as f32, (64, 1 << 10), &Device::Cpu).unwrap();
     let sum = ranks.all_reduce(&mine)?.max_all().unwrap().to_scalar::<f32>().unwrap();
     assert_eq!(sum, (world_size * (world_size - 1) / 2) as f32);
-    Ok(())
+    cases.iter().try_for_each(|case| case.step(ranks, step as usize))
 }
 
 /// A rank that is a process, and what it says. It is killed when this is dropped.
@@ -699,8 +706,17 @@ enum Blow {
     Pause,
 }
 
-/// Strikes one of several ranks in the middle of a step; returns how long the others took to hear of it.
-fn strike(seed: u64, blow: Blow) -> Vec<Duration> {
+/// What a process says of its first error, and of that of its group: when, and what.
+fn hear_error(process: &Rank, rank: usize) -> (u128, EpError) {
+    let (time, error) = process.hear("error ");
+    let (text, cause): (String, EpError) = serde_json::from_str(&error).unwrap();
+    assert!(text.starts_with(&format!("rank {rank}: ")) && text.contains("(step "), "{text}");
+    assert_named(&cause);
+    (time, cause)
+}
+
+/// Strikes one of several ranks in the middle of a step; returns how long the others took to hear of it, and where.
+fn strike(seed: u64, blow: Blow) -> Vec<(Duration, String)> {
     let world_size = 2 + (seed % 3) as usize;
     let victim = (seed / 3) as usize % world_size;
     let port = free_port();
@@ -713,21 +729,17 @@ fn strike(seed: u64, blow: Blow) -> Vec<Duration> {
     ranks[victim].signal(if blow == Blow::Kill { "-KILL" } else { "-STOP" });
     let mut times = Vec::new();
     for (rank, process) in ranks.iter().enumerate().filter(|(rank, _)| *rank != victim) {
-        let (time, error) = process.hear("error ");
-        let error: EpError = serde_json::from_str(&error).unwrap();
-        assert_named(&error);
-        assert_eq!((error.rank, accused(&error.kind)), (rank, vec![victim]), "{error}");
+        let (time, error) = hear_error(process, rank);
+        assert_eq!(accused(&error.kind), [victim], "{error}");
         match blow {
             Blow::Kill => assert!(matches!(error.kind, EpErrorKind::RankLost { .. }), "{error}"),
             _ => assert!(matches!(error.kind, EpErrorKind::Timeout { .. }), "{error}"),
         }
-        times.push(Duration::from_micros(time.saturating_sub(struck) as u64));
+        times.push((Duration::from_micros(time.saturating_sub(struck) as u64), error.label));
     }
     if blow == Blow::Pause {
         ranks[victim].signal("-CONT");
-        let (_, error) = ranks[victim].hear("error ");
-        let error: EpError = serde_json::from_str(&error).unwrap();
-        assert_named(&error);
+        hear_error(&ranks[victim], victim);
     } else {
         ranks[victim] = start(victim, 1);
     }
@@ -741,7 +753,7 @@ fn strike(seed: u64, blow: Blow) -> Vec<Duration> {
 /// Strikes twenty times, a few at a time; the longest that a survivor took.
 fn strike_often(blow: impl Fn(u64) -> Blow + Sync, name: &str, limit: Duration) {
     let next = std::sync::atomic::AtomicU64::new(0);
-    let mut times: Vec<Duration> = thread::scope(|scope| {
+    let mut times: Vec<(Duration, String)> = thread::scope(|scope| {
         let group = || {
             let mut times = Vec::new();
             loop {
@@ -756,8 +768,10 @@ fn strike_often(blow: impl Fn(u64) -> Blow + Sync, name: &str, limit: Duration) 
         groups.into_iter().flat_map(|group| group.join().unwrap()).collect()
     });
     times.sort();
-    let (median, longest) = (times[times.len() / 2], times[times.len() - 1]);
-    println!("{name}: {} survivors heard of it within {median:?} (median), {longest:?} (longest)", times.len());
+    let (median, longest) = (times[times.len() / 2].0, times[times.len() - 1].0);
+    let in_layers = times.iter().filter(|(_, label)| label.starts_with("layer")).count();
+    let survivors = format!("{} survivors, {in_layers} of them in a layer", times.len());
+    println!("{name}: {survivors}, heard of it within {median:?} (median), {longest:?} (longest)");
     assert!(longest < limit, "{longest:?}");
 }
 

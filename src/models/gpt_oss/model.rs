@@ -2,7 +2,7 @@
 
 use super::{Cache, Config, Decoder, Logits, ShardedMoe};
 use crate::checkpoint::Checkpoint;
-use crate::ep::Communicator;
+use crate::ep::{Communicator, reason};
 use crate::models::MoeOptions;
 use candle_core::{Result, Tensor};
 use std::path::Path;
@@ -112,7 +112,7 @@ impl Model {
         self.decoder.check(input_ids, cache)?;
         let output = self.decoder.forward(input_ids, cache, &mut self.moe, logits);
         if let Err(error) = &output {
-            self.moe.abort(&error.to_string());
+            self.moe.abort(&reason(error));
         }
         output
     }
