@@ -149,6 +149,24 @@ fn ranks_of_a_launcher_join_and_rank_0_reports() {
 }
 
 #[test]
+fn ranks_of_other_settings_are_named_at_the_start() {
+    for (odd, words) in [
+        (&["--reduction", "rank-partial"], "fingerprint: rank 2 has layer 0 reduction rank-partial"),
+        (&["--strategy", "exchange"], "fingerprint: rank 2 has layer 0 strategy exchange"),
+    ] {
+        let port = free_port();
+        let args = |rank| if rank == 2 { &odd[..] } else { &[] };
+        let ranks: Vec<_> = (0..3).map(|rank| start_rank(rank, 3, port, args(rank))).collect();
+        for rank in ranks {
+            let output = rank.wait_with_output().unwrap();
+            let stderr = text(&output.stderr);
+            assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), ""), "{stderr}");
+            assert!(stderr.contains(words), "{stderr}");
+        }
+    }
+}
+
+#[test]
 #[cfg(target_os = "linux")]
 fn a_rank_that_dies_is_named_with_its_exit_status() {
     // Long enough that no rank has ended when one is killed.
