@@ -24,6 +24,8 @@ const NUM_LAYERS: usize = 2;
 const NUM_EXPERTS: usize = 7;
 const TOP_K: usize = 3;
 const DEADLINES: Deadlines = Deadlines { warm_up: Duration::from_secs(20), serving: Duration::from_secs(1) };
+/// What a fault may take beyond the deadline, or to be heard of where nobody has to wait for it.
+const SLACK: Duration = Duration::from_millis(500);
 /// What no run takes if nothing hangs.
 const WATCHDOG: Duration = Duration::from_secs(60);
 
@@ -184,6 +186,8 @@ struct Account {
 struct Failure {
     text: String,
     cause: Option<EpError>,
+    /// Since the first step began.
+    after: Duration,
 }
 
 #[derive(Clone)]
@@ -229,10 +233,12 @@ impl Run {
         let mut ranks = Faulty::new(ranks, |rank| self.schedule(rank));
         let (way, blocks, mut outputs) = (self.case.way, &self.case.blocks[rank], Vec::new());
         ranks.start_serving();
+        let start = Instant::now();
         let outcome = (0..NUM_STEPS).try_for_each(|number| way.step(&mut ranks, blocks, number, &mut outputs));
         let failure = outcome.err().map(|error| {
+            let after = start.elapsed();
             self.assert_poisoned(&mut ranks);
-            Failure { text: line(error), cause: ranks.health().cause }
+            Failure { text: line(error), cause: ranks.health().cause, after }
         });
         let mut ranks = match ranks.into_inner() {
             Some(survivor) => survivor.anew(),
@@ -279,7 +285,10 @@ impl Run {
             if rank != victim || injection != Injection::Skip {
                 assert_eq!(account.outputs, right[..account.outputs.len()], "{}: rank {rank}", self.place());
             }
-            account.failure.iter().for_each(|failure| self.check_named(rank, failure));
+            account.failure.iter().for_each(|failure| {
+                self.check_named(rank, failure);
+                self.check_prompt(rank, failure);
+            });
             if rank == victim || matches!(injection, Injection::Delay(_)) {
                 continue;
             }
@@ -302,6 +311,16 @@ impl Run {
         let is_named = failure.text.starts_with(&format!("rank {rank}: "));
         let is_own = failure.cause.as_ref().is_some_and(|cause| accused(&cause.kind) == [rank]);
         assert!(is_named || is_own, "{}: {}", self.place(), failure.text);
+    }
+
+    /// A rank that did nothing wrong waits only for one that is silent; the calls before the fault take no time to speak of.
+    fn check_prompt(&self, rank: usize, failure: &Failure) {
+        let (victim, _, injection) = self.injected();
+        let limit = match injection {
+            Injection::Silence | Injection::Delay(_) => DEADLINES.serving + SLACK,
+            _ => SLACK,
+        };
+        assert!(rank == victim || failure.after < limit, "{}: rank {rank}: {:?}", self.place(), failure.after);
     }
 
     /// What a rank that did nothing wrong must have heard.
