@@ -4,7 +4,7 @@ use crate::common::report::{BadArguments, OutputFormat, plain};
 use crate::text::Text;
 use anyhow::Result;
 use candle_core::{DType, Device};
-use candle_moe::ep::{Problem, Reduction, Strategy};
+use candle_moe::ep::{MAX_PROCS, Problem, Reduction, Strategy};
 use candle_moe::models::gpt_oss::{Config, MoeOptions, Sampler, SamplingConfig};
 use candle_moe::perfect_router::enabled_by_environment;
 use clap::{ArgGroup, Parser, ValueEnum};
@@ -28,9 +28,12 @@ pub(crate) struct Arguments {
     /// Dtype of the hidden states
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
-    /// Ranks, each a thread with its own experts [default: 4; on CUDA 1, which has no more]
+    /// Ranks, each with its own experts [default: 4, or as many as a launcher started; on CUDA 1, which has no more]
     #[arg(long, alias = "ep_size", value_name = "N")]
     ep_size: Option<usize>,
+    /// What ranks are [default: the processes that torchrun, srun or mpirun started, else threads]
+    #[arg(long, value_enum)]
+    pub(crate) launch: Option<LaunchName>,
     /// How results of a token's experts are summed
     #[arg(long, value_enum, default_value = "slot-order")]
     pub(crate) reduction: ReductionName,
@@ -65,6 +68,7 @@ pub(crate) struct Arguments {
     #[arg(long, alias = "no_comparison")]
     pub(crate) no_comparison: bool,
     /// Place N physical experts a layer, replicas included, by this run's load, and run again: how even are the ranks then?
+    /// With --launch threads only
     #[arg(long, alias = "physical_experts", value_name = "N")]
     pub(crate) physical_experts: Option<usize>,
     /// Write the prompt's logits and what every MoE layer computed
@@ -73,6 +77,14 @@ pub(crate) struct Arguments {
     /// What stdout carries
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) output: OutputFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LaunchName {
+    /// Threads of this process
+    Threads,
+    /// Processes of this machine: those of a launcher, or else started by this program
+    Procs,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -125,10 +137,17 @@ pub(crate) struct Plan {
 }
 
 impl Arguments {
-    pub(crate) fn plan(&self, config: &Config, text: &Text) -> Result<Plan> {
+    /// `world_size` is the number of processes that a launcher started as ranks, if one did.
+    pub(crate) fn plan(&self, config: &Config, text: &Text, world_size: Option<usize>) -> Result<Plan> {
         let bad = |message: String| Err(BadArguments(message).into());
         let device = self.open_device()?;
-        let ep_size = self.ep_size.unwrap_or(if device.is_cpu() { 4.min(config.num_experts) } else { 1 });
+        let usual = world_size.unwrap_or(if device.is_cpu() { 4.min(config.num_experts) } else { 1 });
+        let ep_size = self.ep_size.unwrap_or(usual);
+        if let Some(world_size) = world_size.filter(|size| *size != ep_size) {
+            return bad(format!(
+                "--ep-size {ep_size}: expected {world_size}, as many ranks as were started; or leave it out"
+            ));
+        }
         if ep_size == 0 || ep_size > config.num_experts {
             return bad(format!("--ep-size {ep_size}: expected 1 to {}, the experts of a layer", config.num_experts));
         }
@@ -137,6 +156,15 @@ impl Arguments {
                 "--ep-size {ep_size}: expected 1 with --device {}; several ranks run with --device cpu",
                 self.device
             ));
+        }
+        let processes = world_size.is_some() || self.launch == Some(LaunchName::Procs);
+        if processes && ep_size > MAX_PROCS {
+            return bad(format!(
+                "--ep-size {ep_size}: expected at most {MAX_PROCS} processes; or use --launch threads"
+            ));
+        }
+        if processes && self.physical_experts.is_some() {
+            return bad("--physical-experts: expected ranks that are threads; use --launch threads".into());
         }
         let (fewest, most) = (config.num_experts, config.num_experts * ep_size);
         if let Some(n) = self.physical_experts.filter(|n| !(fewest..=most).contains(n)) {

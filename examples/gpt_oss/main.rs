@@ -7,12 +7,14 @@ mod common;
 
 mod arguments;
 mod dump;
+mod processes;
 mod report;
 mod run;
 mod text;
 
 use anyhow::Result;
-use arguments::{Arguments, Plan};
+use arguments::{Arguments, LaunchName, Plan};
+use candle_moe::ep::{Communicator, Environment};
 use candle_moe::models::gpt_oss::{Config, Model, MoeOptions};
 use clap::Parser;
 use common::progress;
@@ -24,37 +26,70 @@ use std::time::Instant;
 use text::Text;
 
 fn main() -> ExitCode {
-    finish(generate(&Arguments::parse()))
+    finish(run(&Arguments::parse()))
 }
 
-fn generate(arguments: &Arguments) -> Result<Verdict> {
+fn run(arguments: &Arguments) -> Result<Verdict> {
+    let launched = processes::launched(arguments)?;
     let config = read_config(arguments)?;
     let text = Text::for_model(&arguments.model, &config)?;
-    let plan = arguments.plan(&config, &text)?;
+    let plan = arguments.plan(&config, &text, launched.as_ref().map(|environment| environment.world_size))?;
+    match (launched, arguments.launch) {
+        (Some(environment), _) => take_part(&environment, arguments, &config, &text, &plan),
+        (None, Some(LaunchName::Procs)) => processes::start(plan.options.ep_size),
+        (None, _) => generate(None, arguments, &config, &text, &plan),
+    }
+}
 
+/// Becomes the rank that a launcher wants this process to be. Only rank 0 reports.
+fn take_part(
+    environment: &Environment,
+    arguments: &Arguments,
+    config: &Config,
+    text: &Text,
+    plan: &Plan,
+) -> Result<Verdict> {
+    let mut ranks = processes::join(environment, &plan.options)?;
+    if ranks.rank() == 0 {
+        return generate(Some(Box::new(ranks)), arguments, config, text, plan);
+    }
+    processes::serve(&arguments.model, config, &plan.options, &mut ranks)?;
+    Ok(Verdict::Passed)
+}
+
+/// Rank 0: with the other processes of `ranks`, or with threads.
+fn generate(
+    ranks: Option<Box<dyn Communicator>>,
+    arguments: &Arguments,
+    config: &Config,
+    text: &Text,
+    plan: &Plan,
+) -> Result<Verdict> {
     let started = Instant::now();
-    let mut model = load(arguments, &plan.options)?;
+    let launch = if ranks.is_some() { LaunchName::Procs } else { LaunchName::Threads };
+    let mut model = load(arguments, &plan.options, ranks)?;
     let load_seconds = started.elapsed().as_secs_f64();
 
     let expert_bytes = model.moe().expert_bytes();
 
-    let main = Generation::run(&mut model, &plan, arguments.dump.as_deref())?;
+    let main = Generation::run(&mut model, plan, arguments.dump.as_deref())?;
     let comparison = match arguments.no_comparison {
         true => None,
-        false => Some(main.repeat(&mut model, &plan, !main.perfect_router)?),
+        false => Some(main.repeat(&mut model, plan, !main.perfect_router)?),
     };
     let strategy = model.moe().strategy(0).map_or_else(String::new, |choice| choice.strategy().to_string());
     drop(model);
     let learned = [Some(&main), comparison.as_ref()].into_iter().flatten().find(|run| !run.perfect_router);
     let placed = match (learned, arguments.physical_experts) {
-        (Some(learned), Some(num_physical)) => Some(run_placed(arguments, &plan, learned, num_physical)?),
+        (Some(learned), Some(num_physical)) => Some(run_placed(arguments, plan, learned, num_physical)?),
         _ => None,
     };
     let report = Report {
         arguments,
-        plan: &plan,
-        config: &config,
-        text: &text,
+        launch,
+        plan,
+        config,
+        text,
         load_seconds,
         expert_bytes,
         strategy,
@@ -66,13 +101,18 @@ fn generate(arguments: &Arguments) -> Result<Verdict> {
     Ok(Verdict::Passed)
 }
 
-fn load(arguments: &Arguments, options: &MoeOptions) -> Result<Model> {
+/// The model as rank 0 of `ranks`, or with ranks that are threads.
+fn load(arguments: &Arguments, options: &MoeOptions, ranks: Option<Box<dyn Communicator>>) -> Result<Model> {
     let bar = progress::bar(0);
-    let model = Model::load(&arguments.model, options, &|done, total| {
+    let progress = |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
         bar.set_message("reading the checkpoint");
-    });
+    };
+    let model = match ranks {
+        Some(ranks) => Model::join(&arguments.model, options, ranks, &progress),
+        None => Model::load(&arguments.model, options, &progress),
+    };
     bar.finish_and_clear();
     Ok(model?)
 }
@@ -81,7 +121,7 @@ fn load(arguments: &Arguments, options: &MoeOptions) -> Result<Model> {
 fn run_placed(arguments: &Arguments, plan: &Plan, learned: &Generation, num_physical: usize) -> Result<Vec<Placed>> {
     let placements = learned.placements(plan.options.ep_size, num_physical)?;
     let options = MoeOptions { placements: Some(placements.clone()), perfect_router: false, ..plan.options.clone() };
-    let again = learned.repeat(&mut load(arguments, &options)?, plan, false)?;
+    let again = learned.repeat(&mut load(arguments, &options, None)?, plan, false)?;
     Placed::layers(learned, &placements, &again)
 }
 

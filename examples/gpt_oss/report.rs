@@ -1,6 +1,6 @@
 //! What was generated and who did how much work, for people and for programs.
 
-use crate::arguments::{Arguments, Plan};
+use crate::arguments::{Arguments, LaunchName, Plan};
 use crate::common::report::{Column, OutputFormat, digits, joined, print, print_json, row, table};
 use crate::run::Generation;
 use crate::text::Text;
@@ -18,6 +18,8 @@ const MAX_EXPERTS: usize = 32;
 
 pub(crate) struct Report<'a> {
     pub(crate) arguments: &'a Arguments,
+    /// What the ranks are.
+    pub(crate) launch: LaunchName,
     pub(crate) plan: &'a Plan,
     pub(crate) config: &'a Config,
     pub(crate) text: &'a Text,
@@ -42,7 +44,7 @@ impl Report<'_> {
     }
 
     fn reduction(&self) -> String {
-        self.arguments.reduction.to_possible_value().map_or_else(String::new, |value| value.get_name().into())
+        name(self.arguments.reduction)
     }
 
     fn expert_gb_per_second(&self) -> f64 {
@@ -67,6 +69,7 @@ impl Report<'_> {
             "device": self.arguments.device,
             "dtype": self.plan.options.dtype.as_str(),
             "ep_size": self.plan.options.ep_size,
+            "launch": name(self.launch),
             "strategy": self.strategy,
             "reduction": self.reduction(),
             "perfect_router": self.main.perfect_router,
@@ -260,6 +263,11 @@ fn layer_table(runs: &[&Generation]) -> comfy_table::Table {
         table.add_row(row(cells));
     }
     table
+}
+
+/// As on the command line.
+fn name(value: impl ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |value| value.get_name().into())
 }
 
 fn routing(run: &Generation) -> &'static str {

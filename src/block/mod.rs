@@ -15,6 +15,7 @@ mod cuda;
 
 use crate::ep::{
     Choice, Communicator, Dispatched, Placement, Problem, Reduction, Sharing, Solo, Step, Strategy, combine, dispatch,
+    reason,
 };
 use crate::experts::{Experts, Linear};
 use crate::order::{ExpertMap, ExpertOrder, NO_EXPERT};
@@ -425,7 +426,9 @@ impl MoeBlock {
     }
 
     /// The layer for `hidden [num_tokens, hidden_size]` in f32, bf16 or f16, where `num_tokens` is this rank's count in
-    /// `step`. A collective: every rank of the group calls it, with zero tokens if it has none.
+    /// `step`. A collective: every rank of the group calls it, with zero tokens if it has none. Give the communicator a
+    /// [label](Communicator::set_label) for each layer before: it stands in errors, and tells a layer that a rank has left out
+    /// from the next one of the same shape.
     ///
     /// On CUDA nothing waits for the device and nothing is copied to the host, so that a CUDA graph can capture it after a
     /// first call of as many tokens on the same thread, whose workspace it uses; the graph is good as long as that thread and
@@ -451,7 +454,7 @@ impl MoeBlock {
     ) -> Result<MoeOutput> {
         let output = self.try_forward(hidden, communicator, step);
         if let Err(error) = &output {
-            communicator.abort_handle().abort(&error.to_string());
+            communicator.abort_handle().abort(&reason(error));
         }
         output
     }

@@ -1,20 +1,30 @@
-//! The meeting place of the ranks of one process: a mutex, a condition variable, one round at a time.
+//! The meeting place of the ranks as one process sees it: a mutex, a condition variable, one round at a time.
 //!
 //! ```text
 //! meet(rank, post):
 //!     posts[rank] = post
 //!     all posted and all agree -> move the posts out as this round's result, wake everybody
 //!     otherwise wait for the result, a fault, a rank that left, or the deadline
+//! arrive(rank, post): the same without waiting, for a rank of another process
 //! ```
+//!
+//! Ranks that are threads share one board. A rank that is a process has a board of its own, on which what it hears of the
+//! others is laid down; so both kinds of groups judge by the same rules.
 //!
 //! 1. A rank posts to the next round only after it took the result of the last one, so at most one
 //!    result waits to be taken. It is freed when the last rank has taken it.
 //! 2. A finished round is looked for before anything that went wrong: whoever took part in it gets it,
-//!    even when another rank has left or failed since.
+//!    even when another rank has left or failed since. Between processes, news of a fault in a later call may overtake the
+//!    last posts of this one; such a fault waits for its call.
 //! 3. Disagreement is judged when it is clear who is odd (a party with more than half of the ranks, or
 //!    everybody posted), else after a short grace, so that the order of arrival does not decide
 //!    who is blamed.
 //! 4. Only handles move under the lock. Rows are copied and added by each rank after it has left.
+//! 5. A rank of another process that did not come may be waiting itself, in the call before, for one that sent its post to
+//!    this process and no further. It came there before this rank came here, so it gives up first, and says for whom it
+//!    waits. Where several are missing, a moment is left to hear of that.
+//! 6. A rank of another process may be done with a round that this one still waits for, and be one call ahead. It cannot be
+//!    two ahead without this process's post.
 
 use super::call::{Post, Site};
 use super::error::{Collective, EpError, EpErrorKind};
@@ -23,9 +33,16 @@ use std::time::{Duration, Instant};
 
 /// How long a disagreement waits for more ranks to show who is odd.
 const GRACE: Duration = Duration::from_millis(100);
+/// How long the news of another process may take that it has given up.
+const NEWS: Duration = Duration::from_millis(100);
 
 pub(super) struct Board {
     world_size: usize,
+    generation: u64,
+    /// How many of the ranks take their results here.
+    takers: usize,
+    /// How long news of a fault may take.
+    news: Duration,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -34,11 +51,15 @@ struct State {
     round: u64,
     /// Of the current round, by rank.
     posts: Vec<Option<Post>>,
+    /// Of the round after it, by rank.
+    early: Vec<Option<Post>>,
     /// Since when two posts of the current round disagree.
     disagreement: Option<Instant>,
     finished: Option<Finished>,
     presence: Vec<Presence>,
     fault: Option<Arc<Fault>>,
+    /// The generation that took this one's place.
+    successor: Option<u64>,
 }
 
 struct Finished {
@@ -47,11 +68,13 @@ struct Finished {
     to_take: usize,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub(super) enum Presence {
     Here,
     Left,
     Panicked,
+    /// Its process is gone, or not to be trusted.
+    Lost(String),
 }
 
 /// The first failure of the group.
@@ -60,19 +83,44 @@ pub(super) struct Fault {
     pub(super) cause: EpError,
     /// As the other ranks hear of it.
     pub(super) heard: EpErrorKind,
+    /// The first call that nobody can carry out any more.
+    pub(super) since: u64,
+}
+
+impl Fault {
+    /// A failure of the call that `cause` names, of which the others hear the same.
+    pub(super) fn of_all(cause: EpError) -> Arc<Self> {
+        Arc::new(Self { heard: cause.kind.clone(), since: cause.step, cause })
+    }
 }
 
 impl Board {
-    pub(super) fn new(world_size: usize) -> Self {
+    /// The board of a process in which all ranks are threads.
+    pub(super) fn shared(world_size: usize, generation: u64) -> Self {
+        Self::new(world_size, generation, world_size, Duration::ZERO)
+    }
+
+    /// The board of a process that is one rank.
+    pub(super) fn of_one_process(world_size: usize, generation: u64) -> Self {
+        Self::new(world_size, generation, 1, NEWS)
+    }
+
+    fn new(world_size: usize, generation: u64, takers: usize, news: Duration) -> Self {
+        let no_posts = || (0..world_size).map(|_| None).collect();
         Self {
             world_size,
+            generation,
+            takers,
+            news,
             state: Mutex::new(State {
                 round: 0,
-                posts: (0..world_size).map(|_| None).collect(),
+                posts: no_posts(),
+                early: no_posts(),
                 disagreement: None,
                 finished: None,
                 presence: vec![Presence::Here; world_size],
                 fault: None,
+                successor: None,
             }),
             changed: Condvar::new(),
         }
@@ -82,39 +130,60 @@ impl Board {
         self.world_size
     }
 
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// What keeps a rank from making call number `step`.
+    pub(super) fn fault_at(&self, step: u64) -> Option<Arc<Fault>> {
+        self.lock().fault_at(step)
+    }
+
+    /// The generation that took this one's place.
+    pub(super) fn successor(&self) -> Option<u64> {
+        self.lock().successor
+    }
+
     /// Posts and waits for the others; returns everybody's posts of this round in rank order.
     pub(super) fn meet(&self, rank: usize, post: Post, deadline: Duration) -> Result<Arc<Vec<Post>>, Arc<Fault>> {
         let arrived = Instant::now();
         let site = post.site.clone();
         let mut state = self.lock();
-        if let Some(fault) = &state.fault {
-            return Err(Arc::clone(fault));
-        }
         let round = state.round;
+        if let Some(fault) = state.fault_at(round) {
+            return Err(fault);
+        }
         if let Some(place) = state.posts.get_mut(rank) {
             *place = Some(post);
         }
-        // An arrival as such wakes nobody: only the last one, or one that disagrees.
-        if state.finish_round() || state.note_disagreement() {
-            self.changed.notify_all();
-        }
+        self.judge(&mut state);
         loop {
             if let Some(posts) = state.take_finished(round) {
                 return Ok(posts);
             }
-            if let Some(fault) = &state.fault {
-                return Err(Arc::clone(fault));
+            if let Some(fault) = state.fault_at(round) {
+                return Err(fault);
             }
-            let kind = match state.verdict(deadline, arrived.elapsed()) {
+            let kind = match state.verdict(deadline, arrived.elapsed(), self.news) {
                 Err(kind) => kind,
                 Ok(wait) => {
                     state = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
                     continue;
                 }
             };
-            let cause = error_at(rank, &site, kind.clone());
-            return Err(self.set_fault(&mut state, Arc::new(Fault { cause, heard: kind })));
+            return Err(self.set_fault(&mut state, Fault::of_all(error_at(rank, &site, kind))));
         }
+    }
+
+    /// Lays down the post of a rank of another process, or says why no rank would send it.
+    pub(super) fn arrive(&self, rank: usize, post: Post) -> Result<(), String> {
+        let mut state = self.lock();
+        if state.fault_at(state.round).is_some() {
+            return Ok(());
+        }
+        state.accept(rank, post)?;
+        self.judge(&mut state);
+        Ok(())
     }
 
     /// Poisons the group, unless it is; returns the fault that counts.
@@ -123,32 +192,57 @@ impl Board {
     }
 
     /// Poisons the group on behalf of `rank`, outside of any call.
-    pub(super) fn abort(&self, rank: usize, kind: EpErrorKind) {
+    pub(super) fn abort(&self, rank: usize, kind: EpErrorKind) -> Arc<Fault> {
         let mut state = self.lock();
         let site = Site { op: Collective::Abort, step: state.round, label: Arc::from("") };
-        let cause = error_at(rank, &site, kind.clone());
-        self.set_fault(&mut state, Arc::new(Fault { cause, heard: kind }));
+        self.set_fault(&mut state, Fault::of_all(error_at(rank, &site, kind)))
     }
 
-    /// Notes that a rank dropped its handle.
-    pub(super) fn leave(&self, rank: usize, presence: Presence) {
-        if let Some(place) = self.lock().presence.get_mut(rank) {
-            *place = presence;
+    /// Notes that generation `current` has taken this one's place.
+    pub(super) fn succeed(&self, current: u64) {
+        self.lock().successor = Some(current);
+    }
+
+    /// Notes that a rank dropped its handle, or how it was lost. The first news of a rank that is gone counts.
+    pub(super) fn leave(&self, rank: usize, how: Presence) {
+        if let Some(place) = self.lock().presence.get_mut(rank)
+            && *place == Presence::Here
+        {
+            *place = how;
         }
         self.changed.notify_all();
+    }
+
+    /// Waits until every rank but `rank` is gone, at most `patience`.
+    pub(super) fn wait_for_farewells(&self, rank: usize, patience: Duration) {
+        let somebody_is_here = |state: &mut State| {
+            let mut others = state.presence.iter().enumerate().filter(|(other, _)| *other != rank);
+            others.any(|(_, presence)| *presence == Presence::Here)
+        };
+        let state = self.lock();
+        drop(self.changed.wait_timeout_while(state, patience, somebody_is_here));
     }
 
     /// Who still holds a handle, and the fault if there is one.
     pub(super) fn health(&self) -> (Vec<bool>, Option<EpError>) {
         let state = self.lock();
-        let alive = state.presence.iter().map(|&p| p == Presence::Here);
+        let alive = state.presence.iter().map(|p| *p == Presence::Here);
         let cause = state.fault.as_ref().map(|fault| fault.cause.clone());
         (alive.collect(), cause)
     }
 
+    /// An arrival as such wakes nobody: only the last one, or one that disagrees.
+    fn judge(&self, state: &mut State) {
+        if state.finish_round(self.takers) || state.note_disagreement() {
+            self.changed.notify_all();
+        }
+    }
+
     fn set_fault(&self, state: &mut State, fault: Arc<Fault>) -> Arc<Fault> {
         if state.fault.is_none() {
-            state.posts.iter_mut().for_each(|post| *post = None);
+            if fault.since <= state.round {
+                state.posts.iter_mut().chain(&mut state.early).for_each(|post| *post = None);
+            }
             self.changed.notify_all();
         }
         Arc::clone(state.fault.get_or_insert(fault))
@@ -160,14 +254,32 @@ impl Board {
 }
 
 impl State {
+    fn fault_at(&self, step: u64) -> Option<Arc<Fault>> {
+        self.fault.as_ref().filter(|fault| fault.since <= step).map(Arc::clone)
+    }
+
+    /// Takes the post of a rank that may be one call ahead.
+    fn accept(&mut self, rank: usize, post: Post) -> Result<(), String> {
+        let (Some(current), Some(early)) = (self.posts.get_mut(rank), self.early.get_mut(rank)) else {
+            return Err(format!("there is no rank {rank}"));
+        };
+        let due = self.round.wrapping_add(u64::from(current.is_some()));
+        if post.site.step != due || early.is_some() {
+            return Err(format!("it sent its call of step {} when step {due} was due", post.site.step));
+        }
+        *if current.is_none() { current } else { early } = Some(post);
+        Ok(())
+    }
+
     /// Ends the round if every rank posted the same call.
-    fn finish_round(&mut self) -> bool {
+    fn finish_round(&mut self, takers: usize) -> bool {
         if self.posts.iter().any(Option::is_none) || self.disagreeing() {
             return false;
         }
         let posts: Vec<Post> = self.posts.iter_mut().filter_map(Option::take).collect();
-        self.finished = Some(Finished { round: self.round, to_take: posts.len(), posts: Arc::new(posts) });
+        self.finished = Some(Finished { round: self.round, to_take: takers, posts: Arc::new(posts) });
         self.round = self.round.wrapping_add(1);
+        std::mem::swap(&mut self.posts, &mut self.early);
         true
     }
 
@@ -194,7 +306,7 @@ impl State {
     }
 
     /// How much longer to wait for the current round, or why it is lost.
-    fn verdict(&self, deadline: Duration, waited: Duration) -> Result<Duration, EpErrorKind> {
+    fn verdict(&self, deadline: Duration, waited: Duration, news: Duration) -> Result<Duration, EpErrorKind> {
         let mut wait = deadline.checked_sub(waited).unwrap_or_default();
         if let Some(since) = self.disagreement {
             wait = wait.min(GRACE.checked_sub(since.elapsed()).unwrap_or_default());
@@ -207,13 +319,19 @@ impl State {
             match self.presence.get(rank) {
                 Some(Presence::Left) => return Err(EpErrorKind::RankLeft { rank }),
                 Some(Presence::Panicked) => return Err(EpErrorKind::RankPanicked { rank }),
+                Some(Presence::Lost(reason)) => return Err(EpErrorKind::RankLost { rank, reason: reason.clone() }),
                 Some(Presence::Here) | None => {}
             }
         }
-        if wait.is_zero() {
-            return Err(EpErrorKind::Timeout { missing: absent().map(|(rank, _)| rank).collect(), deadline });
+        if !wait.is_zero() {
+            return Ok(wait);
         }
-        Ok(wait)
+        let missing: Vec<usize> = absent().map(|(rank, _)| rank).collect();
+        let late = deadline.saturating_add(news).checked_sub(waited).unwrap_or_default();
+        if missing.len() > 1 && !late.is_zero() {
+            return Ok(late);
+        }
+        Err(EpErrorKind::Timeout { missing, deadline })
     }
 
     /// Who made another call than the largest party; `None` while more posts could tell, unless

@@ -17,10 +17,10 @@ pub(super) struct Site {
 /// The part of the arguments that must be the same on every rank.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub(super) struct Terms {
-    dtype: Option<DType>,
+    pub(super) dtype: Option<DType>,
     /// The shape behind the first dimension, or the whole shape for an all-reduce.
-    shape: Vec<usize>,
-    counts: Vec<usize>,
+    pub(super) shape: Vec<usize>,
+    pub(super) counts: Vec<usize>,
 }
 
 /// What a rank brings along. Tensors are handles on the caller's memory, not copies.
@@ -29,6 +29,8 @@ pub(super) enum Payload {
     Rows(Tensor),
     /// Rows grouped by destination, with the number of rows for each.
     Routed(Tensor, Vec<usize>),
+    /// Of what a rank of another process brings along, the rows that are meant for this one.
+    Part(Tensor),
     Bytes(Vec<u8>),
 }
 

@@ -26,7 +26,8 @@ use std::time::Duration;
 /// [`Poisoned`](super::EpErrorKind::Poisoned) at once. Arguments that are wrong on their own
 /// ([`BadArgument`](super::EpErrorKind::BadArgument)) poison the group too, since that rank cannot take
 /// part: the others get [`Aborted`](super::EpErrorKind::Aborted) naming it. Any method may return any
-/// [`EpErrorKind`](super::EpErrorKind).
+/// [`EpErrorKind`](super::EpErrorKind). A poisoned group can be built anew, as its next
+/// [generation](Communicator::generation).
 pub trait Communicator: Send {
     /// This rank, below [`Communicator::world_size`].
     fn rank(&self) -> usize;
@@ -37,15 +38,34 @@ pub trait Communicator: Send {
     /// Names what the following collectives belong to, such as `layer 3`.
     ///
     /// The label stands in errors, and all ranks must give the same one: it tells a skipped call from
-    /// the next call of the same kind and shape.
+    /// the next call of the same kind and shape. The first 2048 bytes of it count.
     fn set_label(&mut self, label: &str);
 
     /// How long each call of this rank waits for the others, counted from its own arrival.
     fn deadline(&self) -> Duration;
 
-    /// Changes [`Communicator::deadline`] for the calls that follow, such as a long one for warm-up and
-    /// a short one for serving. It concerns this rank only; the shortest wait in the group decides.
+    /// Changes [`Communicator::deadline`] for the calls that follow. It concerns this rank only; the shortest wait in the
+    /// group decides.
     fn set_deadline(&mut self, deadline: Duration);
+
+    /// The deadlines that this rank was built with; without such, the current one for both.
+    fn deadlines(&self) -> Deadlines {
+        self.deadline().into()
+    }
+
+    /// Says that warm-up is over: from now on [`Deadlines::serving`] counts.
+    fn start_serving(&mut self) {
+        let serving = self.deadlines().serving;
+        self.set_deadline(serving);
+    }
+
+    /// Which life of the group this handle belongs to: 0, and one more for every time that it was built anew.
+    ///
+    /// Numbers of generations are never used again, and a handle of an old one is refused with
+    /// [`OldGeneration`](super::EpErrorKind::OldGeneration).
+    fn generation(&self) -> u64 {
+        self.health().generation
+    }
 
     /// Brings the rows of all ranks to all ranks.
     ///
@@ -106,6 +126,24 @@ pub trait Communicator: Send {
     fn health(&self) -> Health;
 }
 
+/// How long a rank waits for the others.
+///
+/// A [`Duration`] stands for two that are equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadlines {
+    /// Counts for the meeting of the ranks, first or anew, and for every call until [`Communicator::start_serving`]: ranks
+    /// read weights and warm up at their own pace.
+    pub warm_up: Duration,
+    /// Counts from then on: how long a step may keep a client waiting before the group is given up.
+    pub serving: Duration,
+}
+
+impl From<Duration> for Deadlines {
+    fn from(both: Duration) -> Self {
+        Self { warm_up: both, serving: both }
+    }
+}
+
 /// Gives a group up from any thread: everybody who waits wakes up with
 /// [`Aborted`](super::EpErrorKind::Aborted), and the group is poisoned.
 ///
@@ -136,6 +174,8 @@ impl fmt::Debug for AbortHandle {
 pub struct Health {
     /// The number of ranks in the group.
     pub world_size: usize,
+    /// Which life of the group this is, see [`Communicator::generation`].
+    pub generation: u64,
     /// The number that this rank's next collective will carry.
     pub next_step: u64,
     /// Per rank: does it still hold its handle?

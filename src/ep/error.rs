@@ -1,10 +1,11 @@
 //! What can go wrong between ranks, and the words for it.
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 
 /// The operation that an [`EpError`] speaks of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Collective {
     /// [`Communicator::all_gather`](super::Communicator::all_gather)
@@ -21,6 +22,8 @@ pub enum Collective {
     Barrier,
     /// Not a collective: somebody used an [`AbortHandle`](super::AbortHandle).
     Abort,
+    /// Not a collective: the ranks meet for the first time, or anew. Its step is 0.
+    Rendezvous,
 }
 
 impl Collective {
@@ -34,6 +37,7 @@ impl Collective {
             Self::AllGatherBytes => "all_gather_bytes",
             Self::Barrier => "barrier",
             Self::Abort => "abort",
+            Self::Rendezvous => "rendezvous",
         }
     }
 }
@@ -50,7 +54,7 @@ impl fmt::Display for Collective {
 /// [`EpErrorKind::Poisoned`] around the first cause. [`EpError::first_cause`] sees through that.
 ///
 /// As a [`candle_core::Error`] it keeps its text only: that type cannot be taken apart again.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EpError {
     /// The rank whose call failed.
     pub rank: usize,
@@ -65,7 +69,7 @@ pub struct EpError {
 }
 
 /// Why a collective failed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum EpErrorKind {
     /// Some ranks did not make the call in time.
@@ -85,6 +89,39 @@ pub enum EpErrorKind {
         /// The rank that panicked.
         rank: usize,
     },
+    /// The process of a rank ended without a farewell, or sent what no rank sends; with ranks as processes.
+    RankLost {
+        /// The rank that is gone.
+        rank: usize,
+        /// How that showed.
+        reason: String,
+    },
+    /// A handle, a message or a rank belongs to a generation of the group that is over.
+    OldGeneration {
+        /// The generation that it belongs to.
+        generation: u64,
+        /// The generation that counts.
+        current: u64,
+    },
+    /// At the rendezvous: two ranks were started for groups that differ.
+    Mismatch {
+        /// The rank that joined with another value than rank 0.
+        rank: usize,
+        /// What rank 0 has, such as `world_size 4`.
+        expected: String,
+        /// What `rank` has.
+        found: String,
+    },
+    /// At the rendezvous: two processes or threads claim the same rank.
+    DuplicateRank {
+        /// The rank that was claimed twice.
+        rank: usize,
+    },
+    /// At the rendezvous: an address that cannot be listened at or reached.
+    Unreachable(
+        /// The address and what the system said.
+        String,
+    ),
     /// A rank made another call than the rest of the group.
     ///
     /// The truth is what the largest number of ranks called; of equally large parties, the one with
@@ -159,6 +196,19 @@ impl fmt::Display for EpErrorKind {
             Self::RankPanicked { rank } => {
                 write!(f, "rank {rank} panicked before this call; look for its panic message")
             }
+            Self::RankLost { rank, reason } => write!(f, "lost rank {rank}: {reason}"),
+            Self::OldGeneration { generation, current } => write!(
+                f,
+                "refused, generation {generation} of the group is over and the current one is {current}; \
+                 join or rebuild with generation {current} or later"
+            ),
+            Self::Mismatch { rank, expected, found } => {
+                write!(f, "rank {rank} joined with {found}, expected {expected} as rank 0 has; start all ranks alike")
+            }
+            Self::DuplicateRank { rank } => {
+                write!(f, "rank {rank} was claimed twice; give every rank a number of its own")
+            }
+            Self::Unreachable(what) => write!(f, "{what}"),
             Self::Desync { rank, expected, found } => write!(
                 f,
                 "rank {rank} made another call than the group: expected {expected}, found {found}; \
@@ -176,6 +226,15 @@ impl fmt::Display for EpErrorKind {
 }
 
 impl std::error::Error for EpError {}
+
+/// What an error says, without the stack that Candle may have added: other ranks have no use for it, and finding its names may
+/// take longer than they should wait.
+pub(crate) fn reason(error: &candle_core::Error) -> String {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => reason(inner),
+        other => other.to_string(),
+    }
+}
 
 impl From<EpError> for candle_core::Error {
     fn from(error: EpError) -> Self {

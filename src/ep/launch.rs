@@ -1,10 +1,10 @@
 //! Running one function on every rank of a group of threads.
 
+use super::communicator::Deadlines;
 use super::threads::Threads;
 use candle_core::Result as CandleResult;
 use std::any::Any;
 use std::thread;
-use std::time::Duration;
 
 /// Runs `body` once per rank, each on its own thread, and returns what the ranks returned, in
 /// rank order.
@@ -16,12 +16,12 @@ use std::time::Duration;
 /// # Errors
 ///
 /// `world_size` is zero or above [`MAX_RANKS`](super::MAX_RANKS).
-pub fn launch<T, F>(world_size: usize, deadline: Duration, body: F) -> CandleResult<Vec<Result<T, String>>>
+pub fn launch<T, F>(world_size: usize, deadlines: impl Into<Deadlines>, body: F) -> CandleResult<Vec<Result<T, String>>>
 where
     T: Send,
     F: Fn(Threads) -> T + Sync,
 {
-    let handles = Threads::group(world_size, deadline)?;
+    let handles = Threads::group(world_size, deadlines)?;
     let body = &body;
     Ok(thread::scope(|scope| {
         let ranks: Vec<_> = handles

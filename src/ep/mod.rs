@@ -3,12 +3,17 @@
 //! * [`Topology`] splits the experts of a layer over the ranks.
 //! * [`Communicator`] is one rank's handle on the group: collectives with per-rank row counts, which
 //!   return within a deadline, name who is missing or out of step, and never hand out a partial
-//!   result. [`Solo`] is the group of one, [`Threads`] has its ranks as threads of one process.
+//!   result. [`Solo`] is the group of one, [`Threads`] has its ranks as threads of one process, [`Procs`] as processes of
+//!   one machine; the three give the same bits and the same errors.
+//! * [`Deadlines`] are how long ranks wait for each other: for warm-up and for serving.
+//! * A group that failed is built anew as the next generation: [`Threads::rebuild`] and [`Procs::rebuild`] for ranks that are
+//!   still there, a [`Lobby`] or [`Procs::join`] for those that take another's place.
+//! * [`Environment`] is what torchrun, Slurm or OpenMPI say of a process that they start as a rank.
 //! * [`Step`] is what the ranks agree on before a forward step; [`dispatch`] and [`combine`] bring tokens to their experts and
 //!   results home, by any [`Strategy`] and [`Reduction`], of which [`Problem::choose`] knows the best.
 //! * [`Placement`] says which rank holds which experts, replicas included: in order, for the load that was measured, or as given.
 //! * [`Fingerprint`] finds the rank that was started with other settings.
-//! * [`launch`] runs a function on every rank of a [`Threads`] group.
+//! * [`launch`] runs a function on every rank of a [`Threads`] group. [`Faulty`] is a rank that fails on purpose, for tests.
 //!
 //! Uneven and zero row counts are ordinary input everywhere.
 //!
@@ -38,13 +43,19 @@ mod call;
 mod choice;
 mod communicator;
 mod dispatch;
+mod environment;
 mod error;
 mod exchange;
+mod faulty;
 mod fingerprint;
 mod gather;
 mod home;
 mod launch;
+mod lobby;
+mod member;
 mod placement;
+mod procs;
+mod rendezvous;
 mod replicated;
 mod rows;
 mod solo;
@@ -52,14 +63,20 @@ mod step;
 mod strategy;
 mod threads;
 mod topology;
+mod wire;
 
 pub use choice::{Choice, Problem, Traffic};
-pub use communicator::{AbortHandle, Communicator, Health};
+pub use communicator::{AbortHandle, Communicator, Deadlines, Health};
 pub use dispatch::{Dispatched, Sharing, combine, dispatch};
+pub use environment::{Environment, Launcher, Overrides};
+pub(crate) use error::reason;
 pub use error::{Collective, EpError, EpErrorKind};
+pub use faulty::{Faulty, Injection, Schedule};
 pub use fingerprint::Fingerprint;
 pub use launch::launch;
+pub use lobby::Lobby;
 pub use placement::Placement;
+pub use procs::{MAX_PROCS, Procs, ProcsConfig};
 pub use solo::Solo;
 pub use step::Step;
 pub use strategy::{Reduction, Strategy};

@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor, bail};
 /// The tensors that the ranks posted, in rank order.
 pub(super) fn posted_rows(posts: &[Post]) -> impl Iterator<Item = &Tensor> {
     posts.iter().filter_map(|post| match &post.payload {
-        Payload::Rows(rows) | Payload::Routed(rows, _) => Some(rows),
+        Payload::Rows(rows) | Payload::Routed(rows, _) | Payload::Part(rows) => Some(rows),
         Payload::Nothing | Payload::Bytes(_) => None,
     })
 }
@@ -58,7 +58,12 @@ pub(super) fn sum(parts: impl IntoIterator<Item = Result<Tensor>>) -> Result<Ten
 /// Rank `rank`'s part of the sum.
 pub(super) fn sum_of_part(posts: &[Post], counts: &[usize], rank: usize) -> Result<Tensor> {
     let (start, len) = part(counts, rank);
-    sum(posted_rows(posts).map(|rows| rows.narrow(0, start, len)))
+    let parts = posts.iter().filter_map(|post| match &post.payload {
+        Payload::Rows(rows) => Some(rows.narrow(0, start, len)),
+        Payload::Part(rows) => Some(Ok(rows.clone())),
+        _ => None,
+    });
+    sum(parts)
 }
 
 /// The rows for rank `rank`, grouped by source, and how many came from each.
@@ -66,11 +71,16 @@ pub(super) fn received(posts: &[Post], rank: usize) -> Result<(Tensor, Vec<usize
     let mut parts = Vec::with_capacity(posts.len());
     let mut counts = Vec::with_capacity(posts.len());
     for post in posts {
-        if let Payload::Routed(rows, send_counts) = &post.payload {
-            let (start, len) = part(send_counts, rank);
-            parts.push(rows.narrow(0, start, len)?);
-            counts.push(len);
-        }
+        let rows = match &post.payload {
+            Payload::Routed(rows, send_counts) => {
+                let (start, len) = part(send_counts, rank);
+                rows.narrow(0, start, len)?
+            }
+            Payload::Part(rows) => rows.clone(),
+            _ => continue,
+        };
+        counts.push(rows.dim(0)?);
+        parts.push(rows);
     }
     Ok((concat(&parts)?, counts))
 }

@@ -1,6 +1,6 @@
 //! What all ranks must know about a forward step before its first layer.
 
-use super::Communicator;
+use super::{Communicator, reason};
 use candle_core::{Result, Tensor, bail};
 
 /// One forward step: how many tokens every rank holds.
@@ -24,8 +24,16 @@ impl Step {
     /// Tells every rank that this one holds `num_tokens` tokens, and learns theirs. A collective: every rank calls it.
     ///
     /// # Errors
-    /// Those of the communicator; counts whose sum overflows.
+    /// Those of the communicator; counts whose sum overflows. An error aborts the group, so that no other rank waits.
     pub fn agree(communicator: &mut dyn Communicator, num_tokens: usize) -> Result<Self> {
+        let step = Self::try_agree(communicator, num_tokens);
+        if let Err(error) = &step {
+            communicator.abort_handle().abort(&reason(error));
+        }
+        step
+    }
+
+    fn try_agree(communicator: &mut dyn Communicator, num_tokens: usize) -> Result<Self> {
         let counts = communicator.all_gather_bytes(&(num_tokens as u64).to_le_bytes())?;
         let mut token_counts = Vec::with_capacity(counts.len());
         let mut total = 0usize;

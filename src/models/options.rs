@@ -13,7 +13,7 @@ pub struct MoeOptions {
     pub dtype: DType,
     /// Where weights and hidden states are: the CPU, or a CUDA device, which has one rank.
     pub device: Device,
-    /// Ranks, each a thread with its own experts.
+    /// Ranks, each a thread or a process with its own experts.
     pub ep_size: usize,
     /// How results are summed.
     pub reduction: Reduction,

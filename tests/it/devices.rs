@@ -63,7 +63,10 @@ pub(crate) fn to_host(tensor: &Tensor) -> Tensor {
 
 /// The first line of an error, without the stack that Candle adds.
 pub(crate) fn line(error: candle_core::Error) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_string()
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => line(*inner),
+        other => other.to_string().lines().next().unwrap_or_default().to_string(),
+    }
 }
 
 /// The same ids, and weights that have the same bits, or differ by `ulps` units in the last place.

@@ -9,10 +9,10 @@ const PATIENT: Duration = Duration::from_secs(20);
 const SLACK: Duration = Duration::from_millis(500);
 
 /// A small generator, so that every rank can work out every other rank's input.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -20,7 +20,7 @@ impl Random {
     }
 
     /// Zero a third of the time.
-    fn count(&mut self) -> usize {
+    pub(crate) fn count(&mut self) -> usize {
         (self.next() % 6).saturating_sub(1) as usize
     }
 
@@ -30,30 +30,30 @@ impl Random {
         (self.next() % 2001) as f32 / 1000. * scale - scale
     }
 
-    fn rows(&mut self, num_rows: usize) -> Vec<Vec<f32>> {
+    pub(crate) fn rows(&mut self, num_rows: usize) -> Vec<Vec<f32>> {
         let row = |_| (0..WIDTH).map(|_| self.value()).collect();
         (0..num_rows).map(row).collect()
     }
 }
 
-const WIDTH: usize = 3;
+pub(crate) const WIDTH: usize = 3;
 
-fn tensor(rows: &[Vec<f32>]) -> Tensor {
+pub(crate) fn tensor(rows: &[Vec<f32>]) -> Tensor {
     Tensor::from_vec(rows.concat(), (rows.len(), WIDTH), &Device::Cpu).unwrap()
 }
 
-fn bits(tensor: &Tensor) -> Vec<u32> {
+pub(crate) fn bits(tensor: &Tensor) -> Vec<u32> {
     assert!(tensor.is_contiguous());
     let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     values.into_iter().map(f32::to_bits).collect()
 }
 
-fn bits_of(rows: &[Vec<f32>]) -> Vec<u32> {
+pub(crate) fn bits_of(rows: &[Vec<f32>]) -> Vec<u32> {
     rows.concat().into_iter().map(f32::to_bits).collect()
 }
 
 /// Adds row tables in the order given.
-fn naive_sum(tables: &[Vec<Vec<f32>>]) -> Vec<Vec<f32>> {
+pub(crate) fn naive_sum(tables: &[Vec<Vec<f32>>]) -> Vec<Vec<f32>> {
     let mut sum = tables[0].clone();
     for table in &tables[1..] {
         for (sum, value) in sum.iter_mut().flatten().zip(table.iter().flatten()) {

@@ -3,7 +3,8 @@
 use crate::checkpoint::Folder;
 use crate::gpt_oss::{goldens, prompt, tiny_folder};
 use crate::gpt_oss_parts::Stored;
-use crate::program::{assert_rejected, json_of, run, run_unread, stdout_of, text};
+use crate::procs::free_port;
+use crate::program::{assert_rejected, json_of, run, run_unread, start, stdout_of, text};
 use candle_core::{DType, Device};
 use serde_json::Value;
 
@@ -29,6 +30,7 @@ fn help_names_every_flag() {
         "device",
         "dtype",
         "ep-size",
+        "launch",
         "reduction",
         "strategy",
         "perfect-router",
@@ -87,6 +89,110 @@ fn json_carries_the_goldens_greedy_tokens_for_every_number_of_ranks() {
 }
 
 #[test]
+fn ranks_as_processes_generate_what_threads_do() {
+    let ids = golden_ids();
+    for ep_size in ["1", "3", "4"] {
+        let report = |launch| {
+            let args = ["--launch", launch, "--input-ids", &ids, "--ep-size", ep_size, "--output", "json"];
+            let mut report = json_of(NAME, &args);
+            assert_eq!(report["launch"], launch);
+            report["launch"] = Value::Null;
+            report["timing"] = Value::Null;
+            report["comparison"]["timing"] = Value::Null;
+            report
+        };
+        let threads = report("threads");
+        assert_eq!(list(&threads["generated_ids"]).len(), 24);
+        assert_eq!(report("procs"), threads);
+    }
+}
+
+/// As torchrun would start them.
+fn start_rank(rank: usize, world_size: usize, port: u16, args: &[&str]) -> std::process::Child {
+    let (rank, world_size, port) = (rank.to_string(), world_size.to_string(), port.to_string());
+    let variables = [
+        ("RANK", rank.as_str()),
+        ("LOCAL_RANK", rank.as_str()),
+        ("WORLD_SIZE", world_size.as_str()),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", port.as_str()),
+    ];
+    start(NAME, args, &variables)
+}
+
+#[test]
+fn ranks_of_a_launcher_join_and_rank_0_reports() {
+    let port = free_port();
+    let ranks: Vec<_> = (0..3).map(|rank| start_rank(rank, 3, port, &["--output", "json"])).collect();
+    let outputs: Vec<_> = ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect();
+    for (rank, output) in outputs.iter().enumerate() {
+        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""));
+        assert_eq!(output.stdout.is_empty(), rank > 0);
+    }
+    let report: Value = serde_json::from_slice(&outputs[0].stdout).unwrap();
+    assert_eq!((&report["ep_size"], &report["launch"]), (&Value::from(3), &Value::from("procs")));
+    let threads = json_of(NAME, &["--ep-size", "3", "--output", "json"]);
+    assert_eq!(report["generated_ids"], threads["generated_ids"]);
+
+    let output = start_rank(0, 3, port, &["--ep-size", "2"]).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("--ep-size 2: expected 3"), "{}", text(&output.stderr));
+    let output = start_rank(0, 3, port, &["--physical-experts", "12"]).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("--physical-experts: expected ranks that are threads"));
+    let output = start(NAME, &[], &[("RANK", "1")]).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("WORLD_SIZE is not set"), "{}", text(&output.stderr));
+    // Explicit configuration wins.
+    let output = start(NAME, &["--launch", "threads"], &[("RANK", "1")]).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+}
+
+#[test]
+fn ranks_of_other_settings_are_named_at_the_start() {
+    for (odd, words) in [
+        (&["--reduction", "rank-partial"], "fingerprint: rank 2 has layer 0 reduction rank-partial"),
+        (&["--strategy", "exchange"], "fingerprint: rank 2 has layer 0 strategy exchange"),
+    ] {
+        let port = free_port();
+        let args = |rank| if rank == 2 { &odd[..] } else { &[] };
+        let ranks: Vec<_> = (0..3).map(|rank| start_rank(rank, 3, port, args(rank))).collect();
+        for rank in ranks {
+            let output = rank.wait_with_output().unwrap();
+            let stderr = text(&output.stderr);
+            assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), ""), "{stderr}");
+            assert!(stderr.contains(words), "{stderr}");
+        }
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_rank_that_dies_is_named_with_its_exit_status() {
+    // Long enough that no rank has ended when one is killed.
+    let args = ["--launch", "procs", "--ep-size", "3", "--max-new-tokens", "100000"];
+    let program = start(NAME, &args, &[]);
+    let children = format!("/proc/{0}/task/{0}/children", program.id());
+    let started = std::time::Instant::now();
+    let victim = loop {
+        let children = std::fs::read_to_string(&children).unwrap();
+        match children.split_whitespace().nth(2) {
+            Some(child) => break child.to_string(),
+            None => assert!(started.elapsed().as_secs() < 20, "no third rank"),
+        }
+    };
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert!(std::process::Command::new("kill").args(["-KILL", &victim]).status().unwrap().success());
+    let killed = std::time::Instant::now();
+    let output = program.wait_with_output().unwrap();
+    assert!(killed.elapsed().as_secs() < 3, "{:?}", killed.elapsed());
+    let stderr = text(&output.stderr);
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), ""), "{stderr}");
+    assert!(stderr.contains("rank 2 ended with signal: 9"), "{stderr}");
+    assert!(stderr.contains("lost rank 2"), "the ranks that live name it too: {stderr}");
+}
+
+#[test]
 fn perfect_routing_is_balanced_in_every_layer_and_warns() {
     for (ids, new_tokens) in [("1", "1"), ("5,6,7", "1"), ("1,2,3,4,5,6,7,8,9", "24")] {
         for ep_size in ["1", "2", "3", "4", "8"] {
@@ -135,13 +241,13 @@ fn experts_are_placed_by_the_load_of_the_run() {
 }
 
 #[test]
-fn every_strategy_generates_the_same_tokens() {
-    let of = |ep_size: &str, strategy: &str| {
-        let args = ["--ep-size", ep_size, "--strategy", strategy, "--no-comparison", "--output", "json"];
-        let report = json_of(NAME, &args);
+fn every_strategy_generates_the_same_tokens_among_threads_and_processes() {
+    let of = |launch: &str, ep_size: &str, strategy: &str| {
+        let args = ["--launch", launch, "--ep-size", ep_size, "--strategy", strategy, "--no-comparison"];
+        let report = json_of(NAME, &[&args[..], &["--output", "json"]].concat());
         (report["strategy"].as_str().unwrap().to_string(), list(&report["generated_ids"]))
     };
-    let expected = of("1", "auto").1;
+    let expected = of("threads", "1", "auto").1;
     for (ep_size, strategy, name) in [
         ("1", "auto", "solo"),
         ("1", "replicated", "replicated"),
@@ -150,7 +256,10 @@ fn every_strategy_generates_the_same_tokens() {
         ("4", "exchange", "exchange"),
         ("5", "gather", "gather"),
     ] {
-        assert_eq!(of(ep_size, strategy), (name.to_string(), expected.clone()), "{ep_size} ranks, {strategy}");
+        for launch in ["threads", "procs"] {
+            let found = of(launch, ep_size, strategy);
+            assert_eq!(found, (name.to_string(), expected.clone()), "{ep_size} {launch}, {strategy}");
+        }
     }
 }
 
@@ -250,6 +359,11 @@ fn bad_arguments_say_what_to_do() {
         (&["--strategy", "replicated"], &["--strategy", "replicated", "each rank holds its own", "leave it out"]),
         (&["--strategy", "solo"], &["--strategy", "solo", "ep_size is 4"]),
         (&["--strategy", "peer"], &["gather", "exchange"]),
+        (&["--launch", "mpi"], &["--launch", "threads", "procs"]),
+        (&["--launch", "procs", "--ep-size", "9"], &["--ep-size 9", "1 to 8"]),
+        (&["--launch", "procs", "--input-ids", "512"], &["512"]),
+        (&["--launch", "procs", "--strategy", "replicated"], &["--strategy", "replicated", "leave it out"]),
+        (&["--launch", "procs", "--physical-experts", "12"], &["--physical-experts", "--launch threads"]),
         (&["--physical-experts", "7"], &["--physical-experts 7", "8 to 32", "4 ranks"]),
         (&["--ep-size", "2", "--physical-experts", "17"], &["--physical-experts 17", "8 to 16"]),
         (

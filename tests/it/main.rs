@@ -4,15 +4,19 @@
 
 mod block;
 mod checkpoint;
+mod collectives;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod deepseek_v3;
 mod devices;
+mod environment;
 mod ep;
 mod examples_bench;
 mod examples_gpt_oss;
 mod examples_perfect_router;
 mod experts;
+mod faults;
+mod faulty_layers;
 mod gpt_oss;
 mod gpt_oss_parts;
 mod no_panic;
@@ -20,6 +24,7 @@ mod oracle;
 mod order;
 mod perfect_router;
 mod placement;
+mod procs;
 mod program;
 mod routing;
 mod strategies;

@@ -1,7 +1,7 @@
 //! Runs the example programs as a user does.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 /// Runs example `name`, which `cargo test` builds, with `args`.
 pub(crate) fn run(name: &str, args: &[&str]) -> Output {
@@ -14,6 +14,13 @@ pub(crate) fn run_unread(name: &str, args: &[&str]) -> Output {
     drop(reader);
     let child = command(name).args(args).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
     child.wait_with_output().unwrap()
+}
+
+/// Starts it with more environment variables.
+pub(crate) fn start(name: &str, args: &[&str], variables: &[(&str, &str)]) -> Child {
+    let mut command = command(name);
+    command.args(args).envs(variables.iter().copied()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().unwrap_or_else(|error| panic!("{}: {error}", path(name).display()))
 }
 
 /// Stdout of a run that must succeed.

@@ -10,7 +10,7 @@
 //!
 //! * [`Config`] is `config.json`.
 //! * [`Decoder`] is everything around the experts, with its [`Cache`].
-//! * [`ShardedMoe`] runs the MoE layers of all ranks, each rank a thread with its own experts.
+//! * [`ShardedMoe`] runs the MoE layers of all ranks, each rank a thread with its own experts, or a process that [`serve`]s.
 //! * [`Model`] puts them together; [`Sampler`] chooses tokens.
 
 mod attention;
@@ -29,5 +29,5 @@ pub use cache::Cache;
 pub use config::{Config, RopeConfig};
 pub use decoder::{Decoder, Logits};
 pub use model::Model;
-pub use moe::{MoeLayers, ShardedMoe, load_moe_block};
+pub use moe::{MoeLayers, ShardedMoe, load_moe_block, serve};
 pub use sampling::{Sampler, SamplingConfig};

@@ -2,6 +2,7 @@
 
 use super::{Cache, Config, Decoder, Logits, ShardedMoe};
 use crate::checkpoint::Checkpoint;
+use crate::ep::{Communicator, reason};
 use crate::models::MoeOptions;
 use candle_core::{Result, Tensor};
 use std::path::Path;
@@ -37,15 +38,44 @@ impl Model {
         options: &MoeOptions,
         progress: &(dyn Fn(usize, usize) + Sync),
     ) -> Result<Self> {
-        let folder = folder.as_ref();
+        Self::with(folder.as_ref(), options, options.ep_size, progress, |checkpoint, config, step| {
+            ShardedMoe::load(checkpoint, config, options, step)
+        })
+    }
+
+    /// Loads `folder` as rank 0 of a group of processes, of which every other one [serves](super::serve) the same folder with
+    /// the same options: see [`ShardedMoe::join`].
+    ///
+    /// # Errors
+    /// As [`Model::load`] and [`ShardedMoe::join`].
+    pub fn join(
+        folder: impl AsRef<Path>,
+        options: &MoeOptions,
+        communicator: Box<dyn Communicator>,
+        progress: &(dyn Fn(usize, usize) + Sync),
+    ) -> Result<Self> {
+        Self::with(folder.as_ref(), options, 1, progress, |checkpoint, config, step| {
+            ShardedMoe::join(checkpoint, config, options, communicator, step)
+        })
+    }
+
+    /// `moe` reads the layers of `num_ranks` ranks.
+    fn with(
+        folder: &Path,
+        options: &MoeOptions,
+        num_ranks: usize,
+        progress: &(dyn Fn(usize, usize) + Sync),
+        moe: impl FnOnce(&Checkpoint, &Config, &(dyn Fn() + Sync)) -> Result<ShardedMoe>,
+    ) -> Result<Self> {
         let config = Config::from_file(folder.join("config.json"))?;
         let checkpoint = Checkpoint::open(folder)?;
-        let total = 1 + config.num_layers.saturating_mul(options.ep_size);
+        let total = 1 + config.num_layers.saturating_mul(num_ranks);
         let done = std::sync::atomic::AtomicUsize::new(0);
         let step = || progress(1 + done.fetch_add(1, std::sync::atomic::Ordering::Relaxed), total);
-        let moe = ShardedMoe::load(&checkpoint, &config, options, &step)?;
+        // Before the experts: when those are read, ranks wait for each other no longer than in serving.
         let decoder = Decoder::load(&checkpoint, &config, options.dtype, &options.device)?;
         step();
+        let moe = moe(&checkpoint, &config, &step)?;
         Ok(Self { decoder, moe })
     }
 
@@ -82,7 +112,7 @@ impl Model {
         self.decoder.check(input_ids, cache)?;
         let output = self.decoder.forward(input_ids, cache, &mut self.moe, logits);
         if let Err(error) = &output {
-            self.moe.abort(&error.to_string());
+            self.moe.abort(&reason(error));
         }
         output
     }

@@ -1,4 +1,4 @@
-//! The MoE layers: read for one rank, and run by all ranks of a process.
+//! The MoE layers: read for one rank, and run by all ranks, threads of a process or processes.
 
 use super::Config;
 use super::layout::{ExpertRole, LayerRole};
@@ -11,8 +11,10 @@ use crate::models::MoeOptions;
 use crate::routing::{Router, RoutingMethod};
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
+use std::fmt;
 use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 const OP: &str = "gpt-oss moe";
 
@@ -113,16 +115,23 @@ impl RankSource<'_> {
     }
 }
 
-/// The MoE layers of all ranks of one process.
+/// The MoE layers of all ranks.
 ///
-/// The caller's thread is rank 0 and holds the sequence; every other rank is a thread of its own, which takes part in each
-/// step with zero tokens of its own.
-#[derive(Debug)]
+/// The caller's thread is rank 0 and holds the sequence; every other rank is a thread of its own, or a process that
+/// [serves](serve), and takes part in each step with zero tokens of its own.
 pub struct ShardedMoe {
     home: Vec<MoeBlock>,
-    communicator: Threads,
+    communicator: Box<dyn Communicator>,
     step: Option<Step>,
-    workers: Vec<Worker>,
+    others: Others,
+}
+
+/// How the other ranks hear what to do.
+#[derive(Debug)]
+enum Others {
+    Threads(Vec<Worker>),
+    /// Through the communicator.
+    Processes,
 }
 
 #[derive(Debug)]
@@ -135,6 +144,39 @@ struct Worker {
 enum Command {
     Step,
     PerfectRouter(bool),
+    End,
+}
+
+impl Command {
+    const CODES: [Self; 4] = [Self::Step, Self::PerfectRouter(false), Self::PerfectRouter(true), Self::End];
+
+    fn code(self) -> u8 {
+        match self {
+            Self::Step => 0,
+            Self::PerfectRouter(enabled) => 1 + u8::from(enabled),
+            Self::End => 3,
+        }
+    }
+
+    /// Tells all ranks, which [hear](Self::hear) it.
+    fn tell(self, communicator: &mut dyn Communicator) -> Result<()> {
+        communicator.set_label("command");
+        communicator.all_gather_bytes(&[self.code()])?;
+        Ok(())
+    }
+
+    /// Waits for what rank 0 tells, for as long as it has nothing to tell.
+    fn hear(communicator: &mut dyn Communicator) -> Result<Self> {
+        communicator.set_label("command");
+        let deadline = communicator.deadline();
+        communicator.set_deadline(Duration::MAX);
+        let told = communicator.all_gather_bytes(&[])?;
+        communicator.set_deadline(deadline);
+        match told.first().map(Vec::as_slice) {
+            Some(&[code]) if usize::from(code) < Self::CODES.len() => Ok(Self::CODES[usize::from(code)]),
+            other => bail!("{OP}: rank 0 told {other:?}, expected a command; run the same program on all ranks"),
+        }
+    }
 }
 
 impl ShardedMoe {
@@ -160,27 +202,48 @@ impl ShardedMoe {
         let mut ranks = ranks.into_iter().zip(Threads::group(options.ep_size, options.deadline)?);
         let Some((home, communicator)) = ranks.next() else { bail!("{OP}: ep_size is 0, expected at least 1") };
         let empty = Tensor::zeros((0, config.hidden_size), options.dtype, &Device::Cpu)?;
-        let mut sharded = Self { home, communicator, step: None, workers: Vec::new() };
+        let mut workers = Vec::new();
         for (blocks, communicator) in ranks {
             let (commands, receiver) = channel();
             let empty = empty.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("rank {}", communicator.rank()))
                 .spawn(move || work(blocks, communicator, &empty, &receiver))?;
-            sharded.workers.push(Worker { commands, thread });
+            workers.push(Worker { commands, thread });
         }
-        agree(&sharded.home, &mut sharded.communicator)?;
+        let mut sharded =
+            Self { home, communicator: Box::new(communicator), step: None, others: Others::Threads(workers) };
+        agree(&sharded.home, sharded.communicator.as_mut())?;
         Ok(sharded)
+    }
+
+    /// Reads the experts of rank 0 and becomes it, where every other rank of `communicator` [serves](serve). Returns when all
+    /// have read theirs and [agree](MoeBlock::agree); from then on [`Deadlines::serving`](crate::ep::Deadlines::serving) counts.
+    /// `progress` hears of every layer.
+    ///
+    /// # Errors
+    /// As [`load_moe_block`] and [`MoeBlock::agree`]; a communicator of another rank or size; failures of other ranks.
+    pub fn join(
+        checkpoint: &Checkpoint,
+        config: &Config,
+        options: &MoeOptions,
+        mut communicator: Box<dyn Communicator>,
+        progress: &(dyn Fn() + Sync),
+    ) -> Result<Self> {
+        if communicator.rank() != 0 {
+            bail!("{OP}: join as rank {}, expected rank 0; the others serve", communicator.rank())
+        }
+        let home = read_and_meet(checkpoint, config, options, communicator.as_mut(), progress)?;
+        Ok(Self { home, communicator, step: None, others: Others::Processes })
     }
 
     /// Switches every rank between learned and balanced routing. **Balanced routing makes the output meaningless.**
     ///
     /// # Errors
-    /// None for balanced routing.
+    /// None for balanced routing among threads; a failed group of processes.
     pub fn set_perfect_router(&mut self, enabled: bool) -> Result<()> {
         self.home.iter_mut().try_for_each(|block| block.set_perfect_router(enabled))?;
-        self.command(Command::PerfectRouter(enabled));
-        Ok(())
+        self.command(Command::PerfectRouter(enabled))
     }
 
     /// The layer, with what it computed on the way.
@@ -193,7 +256,7 @@ impl ShardedMoe {
             bail!("{OP}: layer is {layer}, expected less than {}", self.home.len())
         };
         self.communicator.set_label(&label(layer));
-        block.forward_traced(hidden, &mut self.communicator, step)
+        block.forward_traced(hidden, self.communicator.as_mut(), step)
     }
 
     /// How the ranks of a layer share its work, and why; `None` if there is no such layer.
@@ -228,19 +291,25 @@ impl ShardedMoe {
         self.communicator.abort_handle().abort(reason);
     }
 
-    /// A rank that is gone is found by the next collective, which names it.
-    fn command(&self, command: Command) {
-        for worker in &self.workers {
-            let _ = worker.commands.send(command);
+    fn command(&mut self, command: Command) -> Result<()> {
+        match &self.others {
+            Others::Threads(workers) => {
+                for worker in workers {
+                    // A rank that is gone is found by the next collective, which names it.
+                    let _ = worker.commands.send(command);
+                }
+                Ok(())
+            }
+            Others::Processes => command.tell(self.communicator.as_mut()),
         }
     }
 }
 
 impl MoeLayers for ShardedMoe {
     fn begin(&mut self, first_token: usize, num_tokens: usize) -> Result<()> {
-        self.command(Command::Step);
+        self.command(Command::Step)?;
         self.communicator.set_label("step");
-        self.step = Some(Step::agree(&mut self.communicator, num_tokens)?.starting_at(first_token));
+        self.step = Some(Step::agree(self.communicator.as_mut(), num_tokens)?.starting_at(first_token));
         Ok(())
     }
 
@@ -251,8 +320,12 @@ impl MoeLayers for ShardedMoe {
 
 impl Drop for ShardedMoe {
     fn drop(&mut self) {
+        // In a group that has failed nobody waits for a command.
+        let _ = self.command(Command::End);
+        let Others::Threads(workers) = &mut self.others else { return };
+        let workers = std::mem::take(workers);
         self.abort("the model was dropped");
-        for Worker { commands, thread } in self.workers.drain(..) {
+        for Worker { commands, thread } in workers {
             drop(commands);
             // A panic of that thread was reported to the group when it happened.
             let _ = thread.join();
@@ -260,11 +333,68 @@ impl Drop for ShardedMoe {
     }
 }
 
+impl fmt::Debug for ShardedMoe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShardedMoe")
+            .field("home", &self.home)
+            .field("health", &self.communicator.health())
+            .field("step", &self.step)
+            .field("others", &self.others)
+            .finish()
+    }
+}
+
+/// The life of a process that is a rank other than 0: reads this rank's experts, takes part in the steps of the
+/// [`ShardedMoe`] that rank 0 [joined](ShardedMoe::join), and returns when that one is dropped. `progress` hears of every layer.
+///
+/// # Errors
+/// As [`load_moe_block`] and [`MoeBlock::agree`]; a communicator of another rank or size; failures of other ranks.
+pub fn serve(
+    checkpoint: &Checkpoint,
+    config: &Config,
+    options: &MoeOptions,
+    communicator: &mut dyn Communicator,
+    progress: &(dyn Fn() + Sync),
+) -> Result<()> {
+    if communicator.rank() == 0 {
+        bail!("{OP}: serve as rank 0, expected another; rank 0 joins")
+    }
+    let mut blocks = read_and_meet(checkpoint, config, options, communicator, progress)?;
+    let empty = Tensor::zeros((0, config.hidden_size), options.dtype, &Device::Cpu)?;
+    loop {
+        match Command::hear(communicator)? {
+            Command::End => return Ok(()),
+            command => obey(command, &mut blocks, communicator, &empty)?,
+        }
+    }
+}
+
+/// Reads the experts of this rank of a group of processes, and waits until all have, with the same settings.
+fn read_and_meet(
+    checkpoint: &Checkpoint,
+    config: &Config,
+    options: &MoeOptions,
+    communicator: &mut dyn Communicator,
+    progress: &(dyn Fn() + Sync),
+) -> Result<Vec<MoeBlock>> {
+    check_ranks(&options.device, options.ep_size)?;
+    let world_size = communicator.world_size();
+    if world_size != options.ep_size {
+        bail!("{OP}: the communicator has {world_size} ranks, expected ep_size = {}", options.ep_size)
+    }
+    let blocks = RankSource { checkpoint, config, options, ep_rank: communicator.rank() }.load(progress)?;
+    agree(&blocks, communicator)?;
+    communicator.barrier()?;
+    communicator.start_serving();
+    Ok(blocks)
+}
+
 fn label(layer: usize) -> String {
     format!("layer {layer}")
 }
 
-fn agree(blocks: &[MoeBlock], communicator: &mut Threads) -> Result<()> {
+/// The ranks compare their settings.
+fn agree(blocks: &[MoeBlock], communicator: &mut dyn Communicator) -> Result<()> {
     communicator.set_label("start");
     MoeBlock::agree(blocks, communicator)
 }
@@ -276,20 +406,23 @@ fn work(mut blocks: Vec<MoeBlock>, mut communicator: Threads, empty: &Tensor, co
         return;
     }
     while let Ok(command) = commands.recv() {
-        let outcome = match command {
-            Command::PerfectRouter(enabled) => {
-                blocks.iter_mut().try_for_each(|block| block.set_perfect_router(enabled))
-            }
-            Command::Step => run_step(&blocks, &mut communicator, empty),
-        };
-        if let Err(error) = outcome {
+        if let Err(error) = obey(command, &mut blocks, &mut communicator, empty) {
             tracing::debug!(rank = communicator.rank(), %error, "rank ends");
             return;
         }
     }
 }
 
-fn run_step(blocks: &[MoeBlock], communicator: &mut Threads, empty: &Tensor) -> Result<()> {
+/// What a rank other than 0 does at a command. After the last one comes nothing.
+fn obey(command: Command, blocks: &mut [MoeBlock], communicator: &mut dyn Communicator, empty: &Tensor) -> Result<()> {
+    match command {
+        Command::PerfectRouter(enabled) => blocks.iter_mut().try_for_each(|block| block.set_perfect_router(enabled)),
+        Command::Step => run_step(blocks, communicator, empty),
+        Command::End => Ok(()),
+    }
+}
+
+fn run_step(blocks: &[MoeBlock], communicator: &mut dyn Communicator, empty: &Tensor) -> Result<()> {
     communicator.set_label("step");
     let step = Step::agree(communicator, 0)?;
     for (layer, block) in blocks.iter().enumerate() {
