@@ -1,9 +1,9 @@
-// What only compute capability 9.0 has: barriers that count arrivals in shared memory, and products by a whole warpgroup (four
+// What only compute capability 9.0 has: a copy engine, and products by a whole warpgroup (four
 // warps, the first of them divisible by four) that run beside the threads. One name for an instruction, and what the emulated
 // driver does instead. A kernel's body stands under `#ifdef MOE_HOPPER`; elsewhere it traps.
 #pragma once
 
-#include "common/matrix.cuh"
+#include "common/barriers.cuh"
 
 #if defined(CANDLE_MOE_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define MOE_HOPPER 1
@@ -12,9 +12,6 @@
 namespace moe {
 
 constexpr uint32_t kWarpgroup = 128;
-
-// A barrier in shared memory; its phases, numbered from 0, end one after another, each with the last of its arrivals.
-constexpr uint32_t kBarrierBytes = 8;
 
 // Operands of a warpgroup in shared memory: rows of 64 elements of 16 bits, whose pieces of 16 bytes are exchanged (the
 // "128-byte swizzle"), from a multiple of kSwizzleAlignment bytes on.
@@ -37,19 +34,6 @@ __device__ __forceinline__ SharedAddress aligned_shared() {
 __device__ __forceinline__ void write_16(SharedAddress to, uint4 value) {
     emulator::check_alignment(to, 16);
     *reinterpret_cast<uint4*>(to) = value;
-}
-
-// State of a barrier: arrivals that the phase still needs, arrivals of each phase << 16, number of the phase << 32.
-__device__ __forceinline__ void start_barrier(SharedAddress barrier, uint32_t arrivals) {
-    *reinterpret_cast<uint64_t*>(barrier) = uint64_t(arrivals) << 16 | arrivals;
-}
-__device__ __forceinline__ void arrive(SharedAddress barrier) {
-    uint64_t& state = *reinterpret_cast<uint64_t*>(barrier);
-    const uint64_t arrivals = state >> 16 & 0xffffu, left = (state & 0xffffu) - 1;
-    state = left > 0 ? state - 1 : ((state >> 32) + 1) << 32 | arrivals << 16 | arrivals;
-}
-__device__ __forceinline__ void wait_for_phase(SharedAddress barrier, uint32_t parity) {
-    while ((*reinterpret_cast<volatile uint64_t*>(barrier) >> 32 & 1) == parity) emulator::yield();
 }
 
 __device__ __forceinline__ void show_barriers() {}
@@ -125,31 +109,7 @@ __device__ __forceinline__ void write_16(SharedAddress to, uint4 value) {
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// Barriers
-
-// For `arrivals` in each phase. A barrier of the block stands between this and the first use.
-__device__ __forceinline__ void start_barrier(SharedAddress barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-// What this thread did before is seen by those that have waited for the phase.
-__device__ __forceinline__ void arrive(SharedAddress barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Waits until a phase has ended whose number has this parity; the phase before the first counts as one of parity 1.
-__device__ __forceinline__ void wait_for_phase(SharedAddress barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred ended;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
-        "@ended bra done;\n"
-        "bra again;\n"
-        "done:\n"
-        "}" ::"r"(barrier), "r"(parity)
-        : "memory");
-}
+// The copy engine
 
 // Barriers that were started are known to the copy engine after this.
 __device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }

@@ -104,10 +104,6 @@ __device__ __forceinline__ void commit_copies() {}
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {}
 
-// Barrier `id` of the block for `threads` threads, whole warps: to wait at it, or only to be counted.
-__device__ __forceinline__ void wait_at_barrier(uint32_t id, uint32_t threads) { emulator::barrier(id, threads); }
-__device__ __forceinline__ void pass_barrier(uint32_t id, uint32_t threads) { emulator::barrier_arrive(id, threads); }
-
 #else
 
 // c += a b.
@@ -163,14 +159,6 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-}
-
-// Barrier `id` of the block for `threads` threads, whole warps: to wait at it, or only to be counted.
-__device__ __forceinline__ void wait_at_barrier(uint32_t id, uint32_t threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void pass_barrier(uint32_t id, uint32_t threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 #endif

@@ -17,23 +17,45 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* at) {
 #endif
 }
 
+// A number alone; see_what_was_released() stands behind it.
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* at) {
+#ifdef CANDLE_MOE_EMULATOR
+    return __atomic_load_n(at, __ATOMIC_RELAXED);
+#else
+    uint32_t value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+#endif
+}
+
+// What was written before a number that this thread has loaded was released is seen after it.
+__device__ __forceinline__ void see_what_was_released() {
+#ifdef CANDLE_MOE_EMULATOR
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+#else
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
+}
+
+// Between two looks at a number that another thread changes.
+__device__ __forceinline__ void pause() {
+#ifdef CANDLE_MOE_EMULATOR
+    emulator::yield();
+#else
+    __nanosleep(20);
+#endif
+}
+
+// A number in shared memory that another warp changes.
+__device__ __forceinline__ uint32_t see_shared(const uint32_t* at) { return *static_cast<const volatile uint32_t*>(at); }
+__device__ __forceinline__ void show_shared(uint32_t* at, uint32_t value) { *static_cast<volatile uint32_t*>(at) = value; }
+
 // Adds 1, behind everything that this thread, and those that it has met at a barrier, have written.
 __device__ __forceinline__ void add_release(uint32_t* at) {
 #ifdef CANDLE_MOE_EMULATOR
     __atomic_fetch_add(at, 1u, __ATOMIC_RELEASE);
 #else
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory");
-#endif
-}
-
-// The same, giving the number before; what others have added behind is seen after it.
-__device__ __forceinline__ uint32_t add_and_see(uint32_t* at) {
-#ifdef CANDLE_MOE_EMULATOR
-    return __atomic_fetch_add(at, 1u, __ATOMIC_ACQ_REL);
-#else
-    uint32_t before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
-    return before;
 #endif
 }
 

@@ -37,16 +37,22 @@ struct ProjectionArguments {
     uint32_t activation;
     float alpha;
     float limit;
-    uint32_t warps;                 // experts/resident.cuh: that multiply, in a group
+    uint32_t parts;                 // experts/resident.cuh: of a band
+    uint32_t rooms;                 // experts/resident.cuh: for the tokens of a tile
     uint32_t token_features;        // experts/resident.cuh: room for this many in a token's row
 };
 
 // What a kernel that takes a whole layer is told.
 struct LayerArguments {
     ProjectionArguments gate_up, down;
-    uint32_t* signals;  // what its blocks tell each other, 0 before the first launch: kMeeting numbers, and others behind them
+    uint32_t* signals;  // [2, max_tiles]: what its blocks tell each other; 0 before and after a launch
 };
-constexpr uint32_t kMeeting = 2;
+
+// How many parts of a tile's h are there, and how often whoever waits for all of them has been done with that.
+__device__ __forceinline__ uint32_t* done_of(const LayerArguments& a, uint32_t tile) { return a.signals + tile; }
+__device__ __forceinline__ uint32_t* seen_of(const LayerArguments& a, uint32_t tile) {
+    return a.signals + a.gate_up.max_tiles + tile;
+}
 
 __device__ __forceinline__ void keep(float* to, float value) { *to = value; }
 __device__ __forceinline__ void keep(__half* to, float value) { *to = __float2half_rn(value); }

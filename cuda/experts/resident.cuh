@@ -1,19 +1,21 @@
-// The experts' projections for few tokens of an expert: they stay in shared memory while the weights go past them once.
+// The experts' projections for few tokens of an expert: they stay in shared memory while the weights go past them once, both
+// projections in one launch.
 //
-//     item      one band of 16 rows of one tile's expert; a block takes items side by side, a tile after the other
-//     group     W warps that multiply and one that finishes; the groups of a block take its items in turn
-//     warp w    of those that multiply has the units U w / W .. U (w + 1) / W of its group's items
-//     finisher  adds up what the W warps have for an item, in their order; bias, activation, rounding
+//     band     16 rows of a tile's expert; a block has neighbouring bands, first of gate_up, then of down
+//     part     kMaxParts of a band at most, some units each; warps take the parts of a block's bands in turn
+//     visit    a tile of which the block has bands; the loader, one warp, brings its tokens into a room, visit after visit
 //
 // Made for m16n8k16 with the weights as its rows, so that 8 tokens fill it. Why it is fast: what limits is how fast weights
-// come from memory.
+// come from memory, and every byte of them is read once, side by side and in fragment order (experts/fragments.cuh).
 //
-// 1. Every byte of them is read once, side by side and in fragment order (experts/fragments.cuh), 16 bytes a lane.
-// 2. A warp has pieces of the coming items under way at any time, whatever the others do: sums are handed over through
-//    kSums rooms, so that no warp that multiplies waits for one that finishes. At compute capability 9.0 the copy engine
-//    brings them: a warp that copies by itself stands still while more is under way than its multiprocessor can count.
-// 3. `down` has its first pieces under way before the kernel in front of it has ended.
-// 4. Few instructions for each weight, since at full speed a multiprocessor has 40 cycles for a unit and four schedulers:
+// 1. A warp goes its own way from part to part: it has kSlots pieces of weights under way, of the coming part too, and meets
+//    nobody. Whoever is the last to have a part of a band adds up all of them, in their order.
+// 2. Nothing that a warp needs is looked up in memory while weights are under way, where an answer takes as long as all of them:
+//    tiles are in registers, tokens come by the loader, a bias is asked for before the part that it is added to.
+// 3. No more is under way than memory needs to be busy, so that tokens, which are asked for at the same time, do not queue
+//    behind it; at the start not even that.
+// 4. No block waits for all others: a tile's h is there when its bands are, each of which is told apart from the others'.
+// 5. Few instructions for each weight, since at full speed a multiprocessor has 40 cycles for a unit and four schedulers:
 //    a scale is multiplied in together with the 2^126 that raw operands lack.
 //
 // Wide scales (and half) instead scale the sums of 32 columns in float32, which any power of two allows.
@@ -27,25 +29,20 @@
 
 namespace moe {
 
-// Pieces of weights that a warp has room for, and units of a piece.
-constexpr int kSlots = 3;
-// Pieces that are under way before the first one is taken: where threads copy, the slot of the one that is taken stays out.
-#ifdef MOE_HOPPER
-constexpr int kPrefetched = kSlots;
-#else
-constexpr int kPrefetched = kSlots - 1;
-#endif
-template <typename Format> constexpr uint32_t kPieceUnits = Format::kWords == 1 ? 3 : 1;
+// Warps of a block that multiply, at most; src/experts/cuda/path.rs knows these numbers.
+constexpr uint32_t kMaxWarps = 18;
+// Parts of a band, at most, and bands whose parts have room until they are added up.
+constexpr uint32_t kMaxParts = 4, kSumRooms = 10;
+// Rooms for the tokens of a tile, at most.
+constexpr uint32_t kMaxRooms = 2;
+// Units of a piece, what a warp asks for at once, and pieces that it has room for.
+template <typename Format> constexpr uint32_t kPieceUnits = Format::kWords == 1 ? 5 : 1;
+template <typename Format> constexpr uint32_t kSlots = Format::kWords == 1 ? 2 : 3;
 template <typename Format> constexpr uint32_t kUnitBytes = Format::kWords * 512;
 constexpr uint32_t kScaleBytes = 32;  // of a unit
 // Bytes of a piece: values, then scales.
 template <typename Format>
 constexpr uint32_t kPieceBytes = kPieceUnits<Format> * (kUnitBytes<Format> + (Format::kHasScales ? kScaleBytes : 0));
-
-// Groups of a block, at most, and items of a group whose sums have room.
-constexpr uint32_t kMaxGroups = 2, kSums = 2;
-// Barriers: the sums of an item are there, or no longer needed; the tokens are; the input of `down` is.
-constexpr uint32_t kFull = 1, kEmpty = kFull + kMaxGroups * kSums, kTokens = kEmpty + kMaxGroups * kSums, kInput = kTokens + 1;
 
 // How MXFP4 is scaled: the weights, or the sums of 32 columns.
 template <bool kWide> struct Scaled : MxFp4 {
@@ -66,206 +63,313 @@ template <> __device__ __forceinline__ void raw_operands<__half>(uint32_t word, 
     for (int p = 0; p < 4; ++p) a[p] = (a[p] & 0x80008000u) | (a[p] & 0x01c001c0u) << 3;
 }
 
-template <int kBlocks>
-struct Accumulators {
-    float sums[kBlocks][4] = {};
-};
-
-// What a kernel is made for.
-template <typename Format_, typename T_, Kind kKind_, int kBlocks_>
+// What a kernel is made for: tiles of 8 kBlocks places.
+template <typename Format_, typename T_, int kBlocks_>
 struct Made {
     using Format = Format_;
     using T = T_;
-    static constexpr Kind kKind = kKind_;
     static constexpr int kBlocks = kBlocks_;
+    static constexpr uint32_t kPlaces = 8 * kBlocks;
     static constexpr uint32_t kUnits = kPieceUnits<Format>;
     static constexpr uint32_t kPiece = kPieceBytes<Format>;
+    static constexpr uint32_t kRing = kSlots<Format>;
     static constexpr uint32_t kColumnBytes = kUnitColumns * sizeof(T);
 };
 
-// What a warp is in its block, and the block's shared memory; src/experts/cuda/path.rs reserves it.
-template <typename M>
-struct Place {
-    using T = typename M::T;
-    uint32_t lane, warps, groups;  // warps of a group that multiply
-    uint32_t group, warp;          // `warp` is `warps` for the one that finishes
-    T* tokens;                     // [8 kBlocks, pitch]
-    uint32_t pitch;        // a row is 16 bytes longer than it must be, so that the 8 rows of a matrix lie in different banks
-    float4* sums;          // of this lane, of the group's [kSums, warps, kBlocks, 32 lanes]
-    SharedAddress pieces;  // of this warp, [kSlots] pieces
+// The tiles of the order, the first of them in registers: tile 32 i + lane in register i of a lane.
+struct Tiles {
+    static constexpr uint32_t kRegisters = 4, kHeld = 32 * kRegisters;
+    uint32_t experts[kRegisters], starts[kRegisters];
+    uint32_t count;
 
-    __device__ __forceinline__ Place(unsigned char* memory, const ProjectionArguments& a)
-        : lane(threadIdx.x % 32), warps(a.warps), groups(blockDim.x / 32 / (a.warps + 1)), pitch(a.token_features + 8) {
-        const uint32_t of_block = threadIdx.x / 32, multiplying = groups * warps;
-        group = of_block < multiplying ? of_block / warps : of_block - multiplying;
-        warp = of_block < multiplying ? of_block % warps : warps;
-        tokens = reinterpret_cast<T*>(memory);
-        float4* const all = reinterpret_cast<float4*>(memory + 8 * M::kBlocks * pitch * sizeof(T));
-        sums = all + group * (kSums * sums_of_item()) + lane;
-        pieces = shared_address(all + groups * (kSums * sums_of_item())) + of_block * (kSlots * M::kPiece);
+    __device__ __forceinline__ explicit Tiles(const ProjectionArguments& a) : count(0) {
+        const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+        for (uint32_t i = 0; i < kRegisters; ++i) {
+            const uint32_t tile = 32 * i + lane;
+            const bool is_in = tile < a.max_tiles;
+            experts[i] = is_in ? a.tile_experts[tile] : kNothing, starts[i] = is_in ? a.tile_starts[tile] : 0;
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kRegisters; ++i) count += __popc(__ballot_sync(kAllLanes, experts[i] != kNothing));
+        for (uint32_t first = kHeld; first == count && first < a.max_tiles; first += 32) {
+            const uint32_t tile = first + lane;
+            count += __popc(__ballot_sync(kAllLanes, tile < a.max_tiles && a.tile_experts[tile] != kNothing));
+        }
     }
-    __device__ __forceinline__ uint32_t sums_of_item() const { return warps * M::kBlocks * 32; }
-    // The threads of the group, of which all but the last 32 multiply; those of all groups that multiply.
-    __device__ __forceinline__ uint32_t threads() const { return warps * 32 + 32; }
-    __device__ __forceinline__ uint32_t multiplying() const { return groups * warps * 32; }
-};
-
-// A group's way through its items.
-struct Walk {
-    uint32_t tile, band, bands, step;
-    uint32_t left;  // items of the block from here on
-
-    // Group `group` of `groups` that take `count` items in turn; a tile has no fewer than groups.
-    __device__ __forceinline__ Walk(
-        uint32_t tile, uint32_t band, uint32_t count, uint32_t bands, uint32_t groups, uint32_t group)
-        : tile(tile), band(band), bands(bands), step(groups), left(count) {
-        skip(group);
+    // By all lanes of a warp.
+    __device__ __forceinline__ uint32_t expert(const ProjectionArguments& a, uint32_t tile) const {
+        return tile < kHeld ? held(experts, tile) : a.tile_experts[tile];
     }
-    __device__ __forceinline__ bool ends() const { return left == 0; }
-    __device__ __forceinline__ void next() { skip(step); }
+    __device__ __forceinline__ uint32_t start(const ProjectionArguments& a, uint32_t tile) const {
+        return tile < kHeld ? held(starts, tile) : a.tile_starts[tile];
+    }
+    // The tile, with all of its places.
+    __device__ __forceinline__ Tile whole(const ProjectionArguments& a, uint32_t tile, uint32_t places) const {
+        const uint32_t of = expert(a, tile), first = start(a, tile);
+        // Places stand side by side, so that a tile ends where the next begins; the last one is looked up.
+        const uint32_t end = tile + 1 < count ? start(a, tile + 1) : a.expert_offsets[of + 1];
+        return {of, first, min(places, end - first)};
+    }
 
   private:
-    __device__ __forceinline__ void skip(uint32_t items) {
-        left -= min(left, items);
-        band += items;
-        if (band >= bands) {
-            band -= bands;
-            ++tile;
-        }
+    static constexpr uint32_t kAllLanes = 0xffffffffu;
+
+    static __device__ __forceinline__ uint32_t held(const uint32_t (&of)[kRegisters], uint32_t tile) {
+        const uint32_t mine = tile < 64 ? tile < 32 ? of[0] : of[1] : tile < 96 ? of[2] : of[3];
+        return __shfl_sync(kAllLanes, mine, tile % 32);
     }
 };
 
-// The items of a block. There are fewer than 2^32: 64-bit divisions by every thread would take longer than a small batch.
-struct Span {
-    uint32_t count, bands;  // items; bands of a tile
-    uint32_t tile, band;    // of the first item
-    uint32_t last_tile;
+// Neighbouring bands of a projection.
+struct Bands {
+    uint32_t of_tile;     // bands of a tile
+    uint32_t tile, band;  // the first
+    uint32_t count;
+    uint32_t visits;      // tiles that they are of
 
-    template <typename M>
-    static __device__ __forceinline__ Span of(const ProjectionArguments& a, uint32_t num_tiles) {
-        const uint32_t bands = a.out_features / (M::kKind == kGateUp ? 8 : 16);
-        const uint32_t all = num_tiles * bands, each = all / gridDim.x, longer = all - each * gridDim.x;
+    // Those of this block, of all `num_tiles * of_tile`. There are fewer than 2^32.
+    static __device__ __forceinline__ Bands of_block(uint32_t num_tiles, uint32_t of_tile) {
+        const uint32_t all = num_tiles * of_tile, each = all / gridDim.x, longer = all - each * gridDim.x;
         const uint32_t first = blockIdx.x * each + min(blockIdx.x, longer), count = each + (blockIdx.x < longer);
-        const uint32_t tile = first / bands, band = first - tile * bands;
-        return {count, bands, tile, band, tile + (band + max(count, 1u) - 1) / bands};
-    }
-    template <typename M>
-    __device__ __forceinline__ Walk walk(const Place<M>& place) const {
-        return Walk(tile, band, count, bands, place.groups, place.group);
+        const uint32_t tile = first / of_tile, band = first - tile * of_tile;
+        return {of_tile, tile, band, count, count == 0 ? 0 : (band + count - 1) / of_tile + 1};
     }
 };
 
-// The slots of a warp, which pieces of kPiece bytes go round.
-template <uint32_t kPiece>
-struct Ring {
-    SharedAddress slots;
-    uint32_t filled = 0, taken = 0;  // bytes before the slot that is the next to be filled, or taken
-#ifdef MOE_HOPPER
-    SharedAddress barriers;  // [kSlots], each a phase for every piece
-    uint32_t parity = 0;     // of the pieces that are taken
+// Some units of a band.
+struct Part {
+    uint32_t is_down;
+    uint32_t row_of_sums;         // among the block's bands of several parts
+    uint32_t visit, tile, band;
+    uint32_t number, parts;       // which of the band's
+    uint32_t first_unit, units;
+};
 
-    __device__ __forceinline__ explicit Ring(SharedAddress slots) : slots(slots) {
-        __shared__ uint64_t all[32][kSlots];
-        barriers = shared_address(all[threadIdx.x / 32]);
-        if (threadIdx.x % 32 == 0) {
-            for (int i = 0; i < kSlots; ++i) start_barrier(barriers + i * kBarrierBytes, 1);
-            show_barriers();
+// What a block has to do, in its order.
+struct Work {
+    const LayerArguments& a;
+    const Bands gate_up, down;
+
+    __device__ __forceinline__ Work(const LayerArguments& a, uint32_t num_tiles)
+        : a(a), gate_up(Bands::of_block(num_tiles, a.gate_up.out_features / (kBandRows / 2))),
+          down(Bands::of_block(num_tiles, a.down.out_features / kBandRows)) {}
+
+    __device__ __forceinline__ const ProjectionArguments& of(uint32_t is_down) const { return is_down ? a.down : a.gate_up; }
+    // A copy: which of two is not known before, and only memory has addresses.
+    __device__ __forceinline__ Bands bands(uint32_t is_down) const {
+        return {is_down ? down.of_tile : gate_up.of_tile, is_down ? down.tile : gate_up.tile, is_down ? down.band : gate_up.band,
+                is_down ? down.count : gate_up.count, is_down ? down.visits : gate_up.visits};
+    }
+    __device__ __forceinline__ uint32_t parts() const { return gate_up.count * a.gate_up.parts + down.count * a.down.parts; }
+    __device__ __forceinline__ uint32_t visits() const { return gate_up.visits + down.visits; }
+    __device__ __forceinline__ uint32_t is_down(uint32_t visit) const { return visit >= gate_up.visits; }
+    __device__ __forceinline__ uint32_t tile(uint32_t visit) const {
+        return is_down(visit) ? down.tile + (visit - gate_up.visits) : gate_up.tile + visit;
+    }
+
+    __device__ __forceinline__ Part part(uint32_t number) const {
+        Part part;
+        const uint32_t before = gate_up.count * a.gate_up.parts;
+        part.is_down = number >= before;
+        if (part.is_down) number -= before;
+        const ProjectionArguments& projection = of(part.is_down);
+        const Bands bands = this->bands(part.is_down);
+        part.parts = projection.parts;
+        const uint32_t nth = number / part.parts, at = bands.band + nth, tiles = at / bands.of_tile;
+        part.number = number - nth * part.parts;
+        part.row_of_sums = nth + (part.is_down && a.gate_up.parts > 1 ? gate_up.count : 0);
+        part.visit = tiles + (part.is_down ? gate_up.visits : 0);
+        part.tile = bands.tile + tiles;
+        part.band = at - tiles * bands.of_tile;
+        const uint32_t units = projection.in_features / kUnitColumns;
+        part.first_unit = units * part.number / part.parts;
+        part.units = units * (part.number + 1) / part.parts - part.first_unit;
+        return part;
+    }
+};
+
+// What the warps of a block share.
+template <typename M>
+struct Shared {
+    uint32_t warps, lane, warp;  // warps that multiply; `warp` is `warps` for the loader
+    uint32_t rooms, row_bytes;   // a row is 16 bytes longer than it must be, so that the 8 rows of a matrix lie in different banks
+    SharedAddress tokens;        // [rooms, kPlaces, row_bytes]
+    float4* sums;                // of this lane, [kSumRooms, kMaxParts, kBlocks, 32 lanes]
+    SharedAddress pieces;        // of this warp, [kRing, kPiece]
+    SharedAddress full, empty;   // [rooms] barriers: a visit's tokens are there, or no longer needed
+    SharedAddress arrived;       // of this warp, [kRing] barriers: a piece is there
+    Tile* tiles;                 // [rooms]
+    uint32_t* next_part;         // that nobody has taken
+    uint32_t* added;             // [kSumRooms]: parts that are there
+    uint32_t* rounds;            // [kSumRooms]: bands that were added up
+
+    __device__ __forceinline__ Shared(const ProjectionArguments& a)
+        : warps(blockDim.x / 32 - 1), lane(threadIdx.x % 32), warp(threadIdx.x / 32), rooms(a.rooms),
+          row_bytes((a.token_features + 8) * sizeof(typename M::T)) {
+        MOE_DYNAMIC_SHARED(unsigned char, memory);
+        __shared__ uint64_t of_pieces[kMaxWarps][M::kRing], of_rooms[2][kMaxRooms];
+        __shared__ Tile in_rooms[kMaxRooms];
+        __shared__ uint32_t counters[1 + 2 * kSumRooms];
+        const uint32_t bytes_of_tokens = rooms * M::kPlaces * row_bytes;
+        tokens = shared_address(memory);
+        sums = reinterpret_cast<float4*>(memory + bytes_of_tokens) + lane;
+        pieces = tokens + bytes_of_tokens + kSumRooms * kMaxParts * M::kBlocks * 512 + warp * (M::kRing * M::kPiece);
+        full = shared_address(of_rooms[0]), empty = shared_address(of_rooms[1]);
+        arrived = shared_address(of_pieces[warp < warps ? warp : 0]);
+        tiles = in_rooms, next_part = counters, added = counters + 1, rounds = added + kSumRooms;
+        if (threadIdx.x == 0) {
+            // Each lane of the loader when its copies are there, and one when it knows the tile; a lane of those that multiply.
+            for (uint32_t i = 0; i < rooms; ++i) start_barrier(full_of(i), 33), start_barrier(empty_of(i), warps);
+            *next_part = warps;
         }
-        __syncwarp();
-    }
-    __device__ __forceinline__ SharedAddress barrier_of(uint32_t bytes) const {
-        return barriers + bytes / kPiece * kBarrierBytes;
-    }
-    // All lanes may look at the piece.
-    __device__ __forceinline__ void wait() const { wait_for_phase(barrier_of(taken), parity); }
-#else
-    __device__ __forceinline__ explicit Ring(SharedAddress slots) : slots(slots) {}
-    __device__ __forceinline__ void wait() const {
-        wait_for_copies<kSlots - 2>();
-        __syncwarp();  // scales were copied by other lanes
-    }
-#endif
-    // No lane needs the piece any more.
-    __device__ __forceinline__ void take() {
-        __syncwarp();
-        const bool last = taken == (kSlots - 1) * kPiece;
-        taken = last ? 0 : taken + kPiece;
+        if (threadIdx.x < 2 * kSumRooms) added[threadIdx.x] = 0;
+        if (warp < warps && lane < M::kRing) start_barrier(arrived + lane * kBarrierBytes, 1);
 #ifdef MOE_HOPPER
-        parity ^= last;
+        show_barriers();
 #endif
+        __syncthreads();
     }
-    __device__ __forceinline__ void fill() { filled = filled == (kSlots - 1) * kPiece ? 0 : filled + kPiece; }
+    __device__ __forceinline__ SharedAddress full_of(uint32_t room) const { return full + room * kBarrierBytes; }
+    __device__ __forceinline__ SharedAddress empty_of(uint32_t room) const { return empty + room * kBarrierBytes; }
+    __device__ __forceinline__ SharedAddress tokens_of(uint32_t room, uint32_t place) const {
+        return tokens + (room * M::kPlaces + place) * row_bytes;
+    }
 };
 
-// The pieces of weights of a warp, item after item. Whole: every warp has kPieceUnits of each item, one piece.
-template <typename M, bool kWhole>
+// ------------------------------------------------------------------------------------------------------------------
+// The loader
+
+// Brings the tokens of visit after visit.
+template <typename M>
+__device__ __forceinline__ void load_tokens(const Work& work, const Tiles& tiles, const Shared<M>& shared) {
+    const LayerArguments& a = work.a;
+    const uint32_t visits = work.visits(), lane = shared.lane;
+    for (uint32_t visit = 0; visit < visits; ++visit) {
+        const uint32_t room = visit % shared.rooms, turn = visit / shared.rooms, is_down = work.is_down(visit);
+        const ProjectionArguments& projection = work.of(is_down);
+        const Tile tile = tiles.whole(a.gate_up, work.tile(visit), M::kPlaces);
+        uint32_t row = tile.first + lane;  // of the input, for the place of this lane
+        if (!is_down) row = lane < tile.count ? a.gate_up.sorted_slots[row] / a.gate_up.top_k : 0;
+        if (turn > 0) wait_for_phase(shared.empty_of(room), (turn - 1) % 2);
+        if (is_down) {
+            while (load_relaxed(done_of(a, work.tile(visit))) < work.gate_up.of_tile) pause();
+            see_what_was_released();
+        }
+        const uint32_t words = projection.in_features / 8;  // of 16 bytes
+        for (uint32_t place = 0; place < tile.count; ++place) {
+            const uint64_t from = __shfl_sync(0xffffffffu, row, place);
+            const uint4* const source = static_cast<const uint4*>(projection.input) + from * words;
+            const SharedAddress to = shared.tokens_of(room, place);
+#pragma unroll 4
+            for (uint32_t word = lane; word < words; word += 32) copy_16(to + word * 16, source + word);
+        }
+        if (lane == 0) {
+            shared.tiles[room] = tile;
+            arrive(shared.full_of(room));
+        }
+        arrive_behind_copies(shared.full_of(room));
+    }
+    commit_copies();
+    wait_for_copies<0>();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Those that multiply
+
+// The pieces of weights of a warp, part after part.
+template <typename M>
 struct Stream {
     using Format = typename M::Format;
 
-    const ProjectionArguments& a;
-    Walk walk;             // of the next piece
-    uint32_t units;        // of a band
-    uint32_t first, mine;  // of the warp's units in a band, and their number
-    uint32_t tile;         // whose expert `values` points into
-    uint32_t done = 0;     // units of the item before the next piece
+    const Work& work;
+    const Tiles& tiles;
+    const Shared<M>& shared;
+    const uint32_t all;      // parts
+    uint32_t taken = 0;      // parts that this warp has taken
+    uint32_t numbers = 0;    // of these, that of part 32 i + lane
+    uint32_t left = 0;       // units of the last one that are still to be fetched
+    bool is_dry = false;     // nothing is left to take
     const unsigned char *values, *scales;  // of the next piece
-    Ring<M::kPiece>& ring;
+    uint32_t filled = 0, emptied = 0, parity = 0;  // slots; parity of the pieces that are emptied
 
-    __device__ __forceinline__ Stream(
-        const ProjectionArguments& a, Walk walk, uint32_t units, uint32_t first, uint32_t mine, Ring<M::kPiece>& ring)
-        : a(a), walk(walk), units(units), first(first), mine(mine), ring(ring) {
-        if (mine == 0) this->walk.left = 0;
-        if (!this->walk.ends()) enter_tile();
-    }
+    __device__ __forceinline__ Stream(const Work& work, const Tiles& tiles, const Shared<M>& shared)
+        : work(work), tiles(tiles), shared(shared), all(work.parts()) {}
 
-    __device__ __forceinline__ void enter_tile() {
-        tile = walk.tile;
-        const uint64_t unit = (uint64_t(a.tile_experts[tile]) * walk.bands + walk.band) * units + first;
-        values = static_cast<const unsigned char*>(a.weights) + unit * kUnitBytes<Format>;
-        scales = static_cast<const unsigned char*>(a.scales) + unit * kScaleBytes;
-    }
+    // The number of the warp's nth part, or one that there is not.
+    __device__ __forceinline__ uint32_t number(uint32_t n) const { return __shfl_sync(0xffffffffu, numbers, n % 32); }
 
-    __device__ __forceinline__ void advance(uint32_t count) {
-        values += uint64_t(count) * kUnitBytes<Format>;
-        if (Format::kHasScales) scales += uint64_t(count) * kScaleBytes;
-    }
-
-    // Brings the next `count` units.
-    __device__ __forceinline__ void bring_units(uint32_t count) {
-        const SharedAddress to = ring.slots + ring.filled, to_scales = to + M::kUnits * kUnitBytes<Format>;
-#ifdef MOE_HOPPER
-        if (threadIdx.x % 32 == 0) {
-            const uint32_t scale_bytes = Format::kHasScales ? count * kScaleBytes : 0;
-            bring(to, values, count * kUnitBytes<Format>, to_scales, scales, scale_bytes, ring.barrier_of(ring.filled));
+    // Puts the next piece under way, if there is one.
+    __device__ __forceinline__ void fetch() {
+        if (left == 0 && !is_dry) take_part();
+        if (left > 0) {
+            const uint32_t count = min(M::kUnits, left);
+            bring_units(count);
+            values += count * kUnitBytes<Format>;
+            if (Format::kHasScales) scales += count * kScaleBytes;
+            left -= count;
+            filled = filled + 1 == M::kRing ? 0 : filled + 1;
         }
-#else
-        const uint32_t part = threadIdx.x % 32 * 16;
-#pragma unroll
-        for (uint32_t i = 0; i < M::kUnits * Format::kWords; ++i) {
-            if (kWhole || i < count * Format::kWords) copy_16(to + i * 512 + part, values + i * 512 + part);
-        }
-        if (Format::kHasScales && part < count * kScaleBytes) copy_16(to_scales + part, scales + part);
+#ifndef MOE_HOPPER
+        commit_copies();  // an empty group too, so that groups can be counted
 #endif
     }
 
-    // Puts the next piece under way, or an empty group, so that groups can be counted.
-    __device__ __forceinline__ void fetch() {
-        if (!walk.ends()) {
-            const uint32_t count = kWhole ? M::kUnits : min(M::kUnits, mine - done);
-            bring_units(count);
-            ring.fill();
-            if (kWhole || (done += count) == mine) {
-                done = 0;
-                // To the same units of the group's next item.
-                advance(walk.step * units - (kWhole ? 0 : mine - count));
-                walk.next();
-                if (walk.tile != tile && !walk.ends()) enter_tile();
-            } else {
-                advance(count);
-            }
+    // Waits for the oldest piece, and says where it is.
+    __device__ __forceinline__ SharedAddress wait() const {
+#ifdef MOE_HOPPER
+        wait_for_phase(shared.arrived + emptied * kBarrierBytes, parity);
+#else
+        wait_for_copies<M::kRing - 1>();
+        __syncwarp();  // scales were copied by other lanes
+#endif
+        return shared.pieces + emptied * M::kPiece;
+    }
+    // No lane needs the oldest piece any more.
+    __device__ __forceinline__ void pass() {
+        __syncwarp();
+        emptied = emptied + 1 == M::kRing ? 0 : emptied + 1;
+        parity ^= emptied == 0;
+        fetch();
+    }
+
+  private:
+    // The first part of a warp is the one of its number, the others are whichever comes next.
+    __device__ __forceinline__ void take_part() {
+        uint32_t number = shared.warp;
+        if (taken > 0) {
+            if (shared.lane == 0) number = atomicAdd(shared.next_part, 1u);
+            number = __shfl_sync(0xffffffffu, number, 0);
         }
-#ifndef MOE_HOPPER
-        commit_copies();
+        if (shared.lane == taken % 32) numbers = number;
+        ++taken;
+        is_dry = number >= all;
+        if (is_dry) return;
+        const Part part = work.part(number);
+        const ProjectionArguments& a = work.of(part.is_down);
+        const Bands bands = work.bands(part.is_down);
+        const uint64_t band = uint64_t(tiles.expert(work.a.gate_up, part.tile)) * bands.of_tile + part.band;
+        const uint64_t unit = band * (a.in_features / kUnitColumns) + part.first_unit;
+        values = static_cast<const unsigned char*>(a.weights) + unit * kUnitBytes<Format>;
+        scales = static_cast<const unsigned char*>(a.scales) + unit * kScaleBytes;
+        left = part.units;
+    }
+
+    __device__ __forceinline__ void bring_units(uint32_t count) const {
+        const SharedAddress to = shared.pieces + filled * M::kPiece, to_scales = to + M::kUnits * kUnitBytes<Format>;
+#ifdef MOE_HOPPER
+        if (shared.lane == 0) {
+            const uint32_t scale_bytes = Format::kHasScales ? count * kScaleBytes : 0;
+            const SharedAddress barrier = shared.arrived + filled * kBarrierBytes;
+            bring(to, values, count * kUnitBytes<Format>, to_scales, scales, scale_bytes, barrier);
+        }
+#else
+        const uint32_t part = shared.lane * 16;
+#pragma unroll
+        for (uint32_t i = 0; i < M::kUnits * Format::kWords; ++i) {
+            if (i < count * Format::kWords) copy_16(to + i * 512 + part, values + i * 512 + part);
+        }
+        if (Format::kHasScales && part < count * kScaleBytes) copy_16(to_scales + part, scales + part);
 #endif
     }
 };
@@ -320,6 +424,19 @@ struct Columns {
     }
 };
 
+// Sums of a band: for one block of tokens two of them, so that not every product waits for the one before it.
+template <int kBlocks>
+struct Accumulators {
+    static constexpr int kChains = kBlocks == 1 ? 2 : 1;
+    float sums[kBlocks][kChains][4] = {};
+
+    __device__ __forceinline__ float4 of(int block) const {
+        const float(&a)[4] = sums[block][0], (&b)[4] = sums[block][kChains - 1];
+        if (kChains == 1) return make_float4(a[0], a[1], a[2], a[3]);
+        return make_float4(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]);
+    }
+};
+
 // Adds the products of a unit.
 template <typename Format, typename T, int kBlocks>
 __device__ __forceinline__ void add_unit(
@@ -340,268 +457,192 @@ __device__ __forceinline__ void add_unit(
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const float power = power_of_scale(unit.scale >> (i / 4 * 16 + i % 4 / 2 * 8) & 0xffu);
-                c.sums[block][i % 4] = fmaf(power, parts[i / 4][i % 4] * kLacking, c.sums[block][i % 4]);
+                float& sum = c.sums[block][0][i % 4];
+                sum = fmaf(power, parts[i / 4][i % 4] * kLacking, sum);
             }
         } else {
 #pragma unroll
-            for (int s = 0; s < kSteps; ++s) multiply(s, c.sums[block]);
+            for (int s = 0; s < kSteps; ++s) multiply(s, c.sums[block][s % Accumulators<kBlocks>::kChains]);
         }
     }
 }
 
-// The tokens of a tile: which rows of the input they are is looked up one tile ahead, since each look-up waits for the one
-// before it.
-template <typename M>
-struct Sources {
-    uint32_t (&rows)[2][8 * M::kBlocks];
-    uint32_t (&counts)[2];
-
-    // By the lanes of one warp, for a tile that is there or behind the last.
-    __device__ __forceinline__ void look_up(const ProjectionArguments& a, uint32_t tile, uint32_t last_tile) const {
-        const Tile of = tile <= last_tile ? tile_of(a, tile, 8 * M::kBlocks) : Tile{};
-        const uint32_t lane = threadIdx.x % 32, place = of.first + lane;
-        if (lane < of.count) rows[tile % 2][lane] = M::kKind == kGateUp ? a.sorted_slots[place] / a.top_k : place;
-        if (lane == 0) counts[tile % 2] = of.count;
-    }
-
-    // Copies the rows, by all warps that multiply. Columns of tokens that the tile lacks are never looked at.
-    __device__ __forceinline__ void load(
-        const ProjectionArguments& a, uint32_t tile, typename M::T* tokens, uint32_t pitch, uint32_t threads) const {
-        const uint32_t words = a.in_features / 8;  // of 16 bytes
-        const uint32_t all = counts[tile % 2] * words;
-#pragma unroll 8
-        for (uint32_t i = threadIdx.x; i < all; i += threads) {
-            const uint32_t row = i / words, word = i - row * words;
-            const uint64_t from = rows[tile % 2][row];
-            const uint4* const source = static_cast<const uint4*>(a.input) + from * words;
-            *reinterpret_cast<uint4*>(tokens + row * pitch + word * 8) = source[word];
-        }
-    }
-};
-
-// A warp that multiplies; `wait_for_input` stands in front of the first read of tokens.
-template <bool kWhole, typename M, typename WaitForInput>
-__device__ __forceinline__ void multiply_items(
-    const ProjectionArguments& a, const Place<M>& place, const Span& span, Ring<M::kPiece>& ring, WaitForInput wait_for_input) {
-    using T = typename M::T;
-    using Format = typename M::Format;
-    Walk walk = span.walk(place);
-    const uint32_t units = a.in_features / kUnitColumns;
-    const uint32_t first = units * place.warp / place.warps, mine = units * (place.warp + 1) / place.warps - first;
-    __shared__ uint32_t rows[2][8 * M::kBlocks], counts[2];
-    const Sources<M> sources{rows, counts};
-    const bool looks_up = threadIdx.x < 32;
-    if (looks_up) sources.look_up(a, span.tile, span.last_tile);
-    Stream<M, kWhole> stream(a, walk, units, first, mine, ring);
-    // Of gate_up one piece: what is looked up, each time with an answer to wait for, comes behind what is under way.
-    constexpr int kEarly = M::kKind == kGateUp ? 1 : kPrefetched;
-#pragma unroll
-    for (int i = 0; i < kEarly; ++i) stream.fetch();
-    wait_for_input();
-
-    const uint32_t row_bytes = place.pitch * sizeof(T), block_bytes = 8 * row_bytes;
-    const SharedAddress tokens =
-        shared_address(place.tokens) + place.lane % 8 * row_bytes + place.lane / 8 * 16 + first * M::kColumnBytes;
-    const SharedAddress values = place.pieces + place.lane * 16;
-    const SharedAddress scales = place.pieces + M::kUnits * kUnitBytes<Format> + place.lane / 4 * 4;
-    uint32_t room = 0, items = 0;
-    for (uint32_t tile = span.tile; tile <= span.last_tile; ++tile) {
-        wait_at_barrier(kTokens, place.multiplying());  // nobody needs the tile before any more
-        sources.load(a, tile, place.tokens, place.pitch, place.multiplying());
-        if (tile == span.tile) {
-#pragma unroll
-            for (int i = kEarly; i < kPrefetched; ++i) stream.fetch();
-        }
-        if (looks_up) sources.look_up(a, tile + 1, span.last_tile);
-        wait_at_barrier(kTokens, place.multiplying());
-        for (; !walk.ends() && walk.tile == tile; walk.next(), ++items) {
-            Accumulators<M::kBlocks> c;
-            for (uint32_t done = 0; done < mine; done += M::kUnits) {
-                ring.wait();
-                const auto add = [&](uint32_t i) {
-                    Unit<Format> unit;
-                    unit.load(values + ring.taken + i * kUnitBytes<Format>, scales + ring.taken + i * kScaleBytes);
-                    const Columns<M::kBlocks> columns(tokens + (done + i) * M::kColumnBytes, block_bytes);
-                    add_unit<Format, T>(unit, columns, c);
-                };
-                if (kWhole || mine - done >= M::kUnits) {
-#pragma unroll
-                    for (uint32_t i = 0; i < M::kUnits; ++i) add(i);
-                } else {
-#pragma unroll 1
-                    for (uint32_t i = 0; i < mine - done; ++i) add(i);
-                }
-                ring.take();
-                stream.fetch();
-                if (kWhole) break;
-            }
-            const uint32_t barrier = place.group * kSums + room;
-            if (items >= kSums) wait_at_barrier(kEmpty + barrier, place.threads());
-            float4* const sums = place.sums + room * place.sums_of_item() + place.warp * (M::kBlocks * 32);
-#pragma unroll
-            for (int i = 0; i < M::kBlocks; ++i) {
-                sums[i * 32] = make_float4(c.sums[i][0], c.sums[i][1], c.sums[i][2], c.sums[i][3]);
-            }
-            pass_barrier(kFull + barrier, place.threads());
-            room = room + 1 == kSums ? 0 : room + 1;
-        }
-    }
-}
-
-// Writes the results of rows g and g + 8 of a band for tokens 2t and 2t + 1 of a block of 8.
-template <typename T, Kind kKind>
-__device__ __forceinline__ void write_results(
-    const ProjectionArguments& a, const Tile& tile, uint32_t band, uint32_t block, const float (&c)[4]) {
-    const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const uint32_t token = block * 8 + 2 * t + i;
-        if (token >= tile.count) break;
-        const uint64_t to = uint64_t(tile.first + token) * a.out_features;
-        if constexpr (kKind == kGateUp) {
-            keep(static_cast<T*>(a.output) + to + band * 8 + g, activate(a, c[i], c[2 + i]));
-        } else {
-            keep_both(static_cast<float*>(a.output) + to + band * kBandRows + 2 * g, c[i], c[2 + i]);
-        }
-    }
-}
-
-// The bias of rows g and g + 8 of a band.
-template <Kind kKind>
+// The bias of rows g and g + 8 of a band, which counts with the first of its parts.
 struct Bias {
     float of[2] = {};
 
-    __device__ __forceinline__ Bias(const ProjectionArguments& a, uint32_t expert, uint32_t band) {
-        if (a.bias == nullptr) return;
-        const uint32_t rows = kKind == kGateUp ? 2 * a.out_features : a.out_features;
+    __device__ __forceinline__ Bias(const ProjectionArguments& a, const Part& part, uint32_t expert) {
+        if (a.bias == nullptr || part.number > 0) return;
+        const Kind kind = part.is_down ? kDown : kGateUp;
+        const uint32_t rows = part.is_down ? a.out_features : 2 * a.out_features;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const uint32_t row = published_row(kKind, a.gate_up_rows, rows, band, threadIdx.x % 32 / 4 + 8 * i);
+            const uint32_t row = published_row(kind, a.gate_up_rows, rows, part.band, threadIdx.x % 32 / 4 + 8 * i);
             of[i] = a.bias[uint64_t(expert) * rows + row];
         }
     }
 };
 
-// A warp that finishes.
-template <typename M>
-__device__ __forceinline__ void finish_items(const ProjectionArguments& a, const Place<M>& place, const Span& span) {
-    Walk walk = span.walk(place);
-    if (walk.ends()) return;
-    Tile tile = tile_of(a, walk.tile, 8 * M::kBlocks);
-    Bias<M::kKind> bias(a, tile.expert, walk.band);
-    for (uint32_t room = 0; !walk.ends();) {
-        // What the next item needs is on its way before this one is waited for.
-        Walk next = walk;
-        next.next();
-        const Tile next_tile = next.ends() || next.tile == walk.tile ? tile : tile_of(a, next.tile, 8 * M::kBlocks);
-        const Bias<M::kKind> next_bias = next.ends() ? bias : Bias<M::kKind>(a, next_tile.expert, next.band);
-        const uint32_t barrier = place.group * kSums + room;
-        wait_at_barrier(kFull + barrier, place.threads());
-        float4 c[M::kBlocks] = {};
-        const float4* const sums = place.sums + room * place.sums_of_item();
-#pragma unroll 4
-        for (uint32_t w = 0; w < place.warps; ++w) {
+// Writes the results of rows g and g + 8 of a band for tokens 2t and 2t + 1 of a block of 8.
+template <typename T>
+__device__ __forceinline__ void write_results(
+    const ProjectionArguments& a, const Tile& tile, uint32_t is_down, uint32_t band, uint32_t block, const float4& sums) {
+    const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const float first[2] = {sums.x, sums.y}, second[2] = {sums.z, sums.w};
 #pragma unroll
-            for (int i = 0; i < M::kBlocks; ++i) {
-                const float4 more = sums[(w * M::kBlocks + i) * 32];
-                c[i].x += more.x, c[i].y += more.y, c[i].z += more.z, c[i].w += more.w;
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t token = block * 8 + 2 * t + i;
+        if (token >= tile.count) break;
+        const uint64_t to = uint64_t(tile.first + token) * a.out_features;
+        if (is_down) {
+            keep_both(static_cast<float*>(a.output) + to + band * kBandRows + 2 * g, first[i], second[i]);
+        } else {
+            keep(static_cast<T*>(a.output) + to + band * 8 + g, activate(a, first[i], second[i]));
+        }
+    }
+}
+
+// A warp that multiplies.
+template <typename M>
+struct Worker {
+    using T = typename M::T;
+    using Format = typename M::Format;
+    static constexpr int kBlocks = M::kBlocks;
+
+    const Work& work;
+    const Tiles& tiles;
+    const Shared<M>& shared;
+    uint32_t visit = 0;
+    uint32_t seen_tile = kNothing, seen_before = 0;  // of the last band of down that this warp has finished
+
+    __device__ __forceinline__ void run() {
+        Stream<M> stream(work, tiles, shared);
+        stream.fetch();
+        bool is_first = true;
+        for (uint32_t n = 0, number; (number = stream.number(n)) < stream.all; ++n) {
+            const Part part = work.part(number);
+            go_to(part.visit);
+            // Asked for before the part, since an answer takes as long as the weights that are under way.
+            const Bias bias(work.of(part.is_down), part, tiles.expert(work.a.gate_up, part.tile));
+            wait_for_tokens();
+            const uint32_t room = visit % shared.rooms;
+            if (is_first) {
+                // Only now, so that the first tokens did not have to queue behind.
+#pragma unroll 1
+                for (uint32_t i = 1; i < M::kRing; ++i) stream.fetch();
+                is_first = false;
             }
-        }
-        if (walk.left > kSums * walk.step) pass_barrier(kEmpty + barrier, place.threads());
+            Accumulators<kBlocks> c;
+            multiply_part(stream, part, room, c);
+            float4 sums[kBlocks];
 #pragma unroll
-        for (int i = 0; i < M::kBlocks; ++i) {
-            const float results[4] = {c[i].x + bias.of[0], c[i].y + bias.of[0], c[i].z + bias.of[1], c[i].w + bias.of[1]};
-            write_results<typename M::T, M::kKind>(a, tile, walk.band, i, results);
+            for (int i = 0; i < kBlocks; ++i) {
+                const float4 sum = c.of(i);
+                sums[i] = {sum.x + bias.of[0], sum.y + bias.of[0], sum.z + bias.of[1], sum.w + bias.of[1]};
+            }
+            if (part.parts == 1 || add_up(part, sums)) finish(part, shared.tiles[room], sums);
         }
-        room = room + 1 == kSums ? 0 : room + 1;
-        walk = next;
-        tile = next_tile;
-        bias = next_bias;
+        go_to(work.visits());
+        if (shared.lane == 0) settle();
     }
-}
 
-// A warp's part of a projection.
-template <typename M, typename WaitForInput>
-__device__ __forceinline__ void project_span(
-    const ProjectionArguments& a, const Place<M>& place, const Span& span, Ring<M::kPiece>& ring, WaitForInput wait_for_input) {
-    if (place.warp == place.warps) {
-        finish_items(a, place, span);
-    } else if (a.in_features == place.warps * M::kUnits * kUnitColumns) {
-        multiply_items<true>(a, place, span, ring, wait_for_input);
-    } else {
-        multiply_items<false>(a, place, span, ring, wait_for_input);
+  private:
+    // Tells the loader of the visits that this warp is done with. Those that it has nothing of are waited for too: a phase can
+    // only be told from the next one.
+    __device__ __forceinline__ void go_to(uint32_t next) {
+        for (; visit < next; ++visit) {
+            wait_for_tokens();
+            if (shared.lane == 0) arrive(shared.empty_of(visit % shared.rooms));
+        }
     }
-}
+    __device__ __forceinline__ void wait_for_tokens() const {
+        wait_for_phase(shared.full_of(visit % shared.rooms), visit / shared.rooms % 2);
+    }
 
-template <typename M>
-__device__ __forceinline__ void project_resident(const ProjectionArguments& a) {
-    MOE_DYNAMIC_SHARED(unsigned char, memory);
-    // `down` may begin when gate_up allows it, and the order is there then: gate_up has waited for it before.
-    if (M::kKind == kGateUp) wait_for_previous_kernel();
-    allow_next_kernel();
-    const Span span = Span::of<M>(a, count_tiles(a));
-    if (span.count == 0) return;
-    const Place<M> place(memory, a);
-    Ring<M::kPiece> ring(place.pieces);
-    project_span(a, place, span, ring, [] {
-        if (M::kKind == kDown) wait_for_previous_kernel();
-    });
-}
-
-// ------------------------------------------------------------------------------------------------------------------
-// Both projections in one launch, for a handful of tokens: what a launch costs, `down` has instead under way from the first
-// pieces of its weights on.
-
-// Where all finishing warps of the grid meet, whose blocks are all there (a cooperative launch): what they wrote before is
-// seen by all blocks after.
-struct Meeting {
-    uint32_t* come;   // warps that have
-    uint32_t* times;  // how often all have
-    uint32_t before;  // how often all had met when this warp came to the kernel
-
-    __device__ __forceinline__ explicit Meeting(uint32_t* at) : come(at), times(at + 1), before(load_acquire(times)) {}
-
-    __device__ __forceinline__ void wait(uint32_t num_warps) const {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-            if (add_and_see(come) + 1 == num_warps) {
-                *come = 0;
-                add_release(times);
+    __device__ __forceinline__ void multiply_part(
+        Stream<M>& stream, const Part& part, uint32_t room, Accumulators<kBlocks>& c) const {
+        SharedAddress tokens = shared.tokens_of(room, shared.lane % 8) + shared.lane / 8 * 16 + part.first_unit * M::kColumnBytes;
+        for (uint32_t left = part.units; left > 0; left -= min(left, M::kUnits), tokens += M::kUnits * M::kColumnBytes) {
+            const SharedAddress values = stream.wait() + shared.lane * 16;
+            const SharedAddress scales = values - shared.lane * 16 + M::kUnits * kUnitBytes<Format> + shared.lane / 4 * 4;
+            const auto add = [&](uint32_t i) {
+                Unit<Format> unit;
+                unit.load(values + i * kUnitBytes<Format>, scales + i * kScaleBytes);
+                add_unit<Format, T>(unit, Columns<kBlocks>(tokens + i * M::kColumnBytes, 8 * shared.row_bytes), c);
+            };
+            if (left >= M::kUnits) {
+#pragma unroll
+                for (uint32_t i = 0; i < M::kUnits; ++i) add(i);
             } else {
-                while (load_acquire(times) == before) {
-                }
+#pragma unroll 1
+                for (uint32_t i = 0; i < left; ++i) add(i);
+            }
+            stream.pass();
+        }
+    }
+
+    // Leaves the sums of a part; whoever is the last of its band has those of all of them then.
+    __device__ __forceinline__ bool add_up(const Part& part, float4 (&sums)[kBlocks]) const {
+        const uint32_t room = part.row_of_sums % kSumRooms, round = part.row_of_sums / kSumRooms, lane = shared.lane;
+        while (see_shared(shared.rounds + room) != round) pause();
+        float4* const parts = shared.sums + room * (kMaxParts * kBlocks * 32);
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) parts[(part.number * kBlocks + i) * 32] = sums[i];
+        __threadfence_block();
+        __syncwarp();
+        uint32_t before = 0;
+        if (lane == 0) before = atomicAdd(shared.added + room, 1u);
+        if (__shfl_sync(0xffffffffu, before, 0) + 1 < part.parts) return false;
+        __threadfence_block();
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+            sums[i] = parts[i * 32];
+            for (uint32_t p = 1; p < part.parts; ++p) {
+                const float4 more = parts[(p * kBlocks + i) * 32];
+                sums[i].x += more.x, sums[i].y += more.y, sums[i].z += more.z, sums[i].w += more.w;
             }
         }
+        __threadfence_block();
         __syncwarp();
+        if (lane == 0) {
+            shared.added[room] = 0;
+            __threadfence_block();
+            show_shared(shared.rounds + room, round + 1);
+        }
+        return true;
+    }
+
+    __device__ __forceinline__ void finish(const Part& part, const Tile& tile, const float4 (&sums)[kBlocks]) {
+        const ProjectionArguments& a = work.of(part.is_down);
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) write_results<T>(a, tile, part.is_down, part.band, i, sums[i]);
+        __syncwarp();
+        if (shared.lane > 0) return;
+        if (!part.is_down) return add_release(done_of(work.a, part.tile));
+        settle();
+        seen_tile = part.tile;
+        seen_before = atomicAdd(seen_of(work.a, part.tile), 1u);
+    }
+
+    // Whoever finished a tile's last band of down leaves the tile's numbers as they were: nobody looks at them any more. What
+    // came before is looked at one band later, when the answer is there.
+    __device__ __forceinline__ void settle() {
+        if (seen_tile == kNothing || seen_before + 1 < work.down.of_tile) return;
+        *done_of(work.a, seen_tile) = *seen_of(work.a, seen_tile) = 0;
     }
 };
 
-template <typename Format, typename T, int kBlocks>
+template <typename M>
 __device__ __forceinline__ void run_layer(const LayerArguments& a) {
-    using GateUp = Made<Format, T, kGateUp, kBlocks>;
-    using Down = Made<Format, T, kDown, kBlocks>;
-    MOE_DYNAMIC_SHARED(unsigned char, memory);
-    const Place<GateUp> of_gate_up(memory, a.gate_up);
-    const Place<Down> of_down(memory, a.down);
-    Ring<Down::kPiece> ring(of_down.pieces);
+    const Shared<M> shared(a.gate_up);
     allow_next_kernel();
     wait_for_previous_kernel();
-    const uint32_t num_tiles = count_tiles(a.gate_up);
-    const Span gate_up = Span::of<GateUp>(a.gate_up, num_tiles), down = Span::of<Down>(a.down, num_tiles);
-    if (of_down.warp == of_down.warps) {
-        const Meeting meeting(a.signals);
-        if (gate_up.count > 0) finish_items(a.gate_up, of_gate_up, gate_up);
-        meeting.wait(gridDim.x * of_down.groups);
-        pass_barrier(kInput, blockDim.x);
-        if (down.count > 0) finish_items(a.down, of_down, down);
+    const Tiles tiles(a.gate_up);
+    const Work work(a, tiles.count);
+    if (shared.warp == shared.warps) {
+        load_tokens(work, tiles, shared);
     } else {
-        if (gate_up.count > 0) project_span(a.gate_up, of_gate_up, gate_up, ring, [] {});
-        const auto wait_for_input = [] { wait_at_barrier(kInput, blockDim.x); };
-        if (down.count > 0) {
-            project_span(a.down, of_down, down, ring, wait_for_input);
-        } else {
-            wait_for_input();
-        }
+        Worker<M>{work, tiles, shared}.run();
     }
 }
 

@@ -151,10 +151,6 @@ struct TiledItem {
     __device__ __forceinline__ const ProjectionArguments& of(const LayerArguments& a) const {
         return is_down ? a.down : a.gate_up;
     }
-    // How many warps have kept their part of the tile's h, and how many items of `down` have seen that all have; both are 0
-    // before and after a launch.
-    __device__ __forceinline__ uint32_t* done(const LayerArguments& a) const { return a.signals + kMeeting + tile; }
-    __device__ __forceinline__ uint32_t* seen(const LayerArguments& a) const { return done(a) + a.gate_up.max_tiles; }
 };
 
 // The shared memory of a block: a ring of stages of tokens, with the item whose first stage it is, and a ring of pieces of
@@ -320,9 +316,9 @@ struct TokensProducer {
     // Waits for the h of the item's tile. The last item of the tile that does leaves the numbers as they were.
     __device__ __forceinline__ void wait_for_tile() const {
         const uint32_t all = TiledShape(a.gate_up, false).row_blocks * kBlockBands;
-        while (load_acquire(item.done(a)) < all) {
+        while (load_acquire(done_of(a, item.tile)) < all) {
         }
-        if (atomicAdd(item.seen(a), 1u) + 1 == TiledShape(a.down, true).row_blocks) *item.done(a) = *item.seen(a) = 0;
+        if (atomicAdd(seen_of(a, item.tile), 1u) + 1 == TiledShape(a.down, true).row_blocks) *done_of(a, item.tile) = *seen_of(a, item.tile) = 0;
         show_to_engine();
     }
 
@@ -499,7 +495,7 @@ struct Worker {
             if (is_in) keep_activated(item, band, bias, sums);
             show_to_engine();
             __syncwarp();
-            if (lane == 0) add_release(item.done(a));
+            if (lane == 0) add_release(done_of(a, item.tile));
         } else if (is_in) {
             keep_rows(item, band, bias, sums);
         }

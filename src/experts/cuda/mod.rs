@@ -42,7 +42,8 @@ struct Arguments {
     activation: u32,
     alpha: f32,
     limit: f32,
-    warps: u32,
+    parts: u32,
+    rooms: u32,
     token_features: u32,
 }
 
@@ -56,8 +57,12 @@ struct LayerArguments {
 }
 
 impl Kernel {
-    fn with(&self, arguments: Arguments) -> Arguments {
-        Arguments { warps: self.warps as u32, token_features: self.token_features as u32, ..arguments }
+    /// With the shape of the kernel's blocks, for the first or the second projection.
+    fn tell(&self, arguments: Arguments, projection: usize) -> Arguments {
+        let Some(shape) = self.shape else { return arguments };
+        let [parts, rooms, token_features] =
+            [shape.parts[projection], shape.rooms, shape.token_features].map(|number| number as u32);
+        Arguments { parts, rooms, token_features, ..arguments }
     }
 }
 
@@ -208,9 +213,8 @@ impl<'a> Call<'a> {
             gate_up.input = between.gathered;
         }
         if let Some(kernel) = self.path.layer_kernel(experts, self.max_tiles, self.dtype, rows_dtype, device) {
-            let (gate_up, down) = (kernel.with(gate_up), kernel.with(down));
             let signals = signals(self.device, OP, self.path.num_signals(self.max_tiles))?;
-            let arguments = LayerArguments { gate_up, down, signals };
+            let arguments = LayerArguments { gate_up: kernel.tell(gate_up, 0), down: kernel.tell(down, 1), signals };
             // SAFETY: `LayerArguments` is the kernel's parameter, and the rest is as below.
             return unsafe { launch(self.device, self.path.binary(), &kernel.name, kernel.launch, arguments) };
         }
@@ -218,11 +222,11 @@ impl<'a> Call<'a> {
             if arguments.out_features == 0 {
                 continue;
             }
-            let kernel = self.path.kernel(kind, &projection.weights, self.max_tiles, self.dtype, device);
+            let kernel = Path::general_kernel(kind, &projection.weights, self.max_tiles, self.dtype);
             // SAFETY: `Arguments` is the kernel's parameter; `Experts::new` has checked that the weights fit the features, the
             // order's tiles name its places, input and output have a row for each of them, and what is freed is freed in the
             // stream's order. Kernels that start early wait for what they read.
-            unsafe { launch(self.device, self.path.binary(), &kernel.name, kernel.launch, kernel.with(arguments))? };
+            unsafe { launch(self.device, self.path.binary(), &kernel.name, kernel.launch, arguments)? };
         }
         Ok(())
     }

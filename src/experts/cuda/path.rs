@@ -11,14 +11,18 @@ use candle_core::DType;
 const GENERAL_TILE_ROWS: usize = 16;
 const GENERAL_BAND: usize = 32;
 const GENERAL_THREADS: u32 = 256;
-/// Of `cuda/experts/resident.cuh`: pieces that a warp has room for, items of a group whose sums have room, warps of a group
-/// that multiply and groups of a block, at most.
-const RESIDENT_SLOTS: usize = 3;
-const RESIDENT_SUMS: usize = 2;
-const RESIDENT_MAX_WARPS: usize = 16;
-const RESIDENT_MAX_GROUPS: usize = 2;
-/// Warps of a block whose tokens are one block of 8, or two.
-const MAX_WARPS: [usize; 2] = [32, 17];
+/// Of `cuda/experts/resident.cuh`: warps of a block that multiply, parts of a band, bands whose parts have room until they are
+/// added up, rooms for the tokens of a tile, at most.
+const RESIDENT_MAX_WARPS: usize = 18;
+const RESIDENT_MAX_PARTS: usize = 4;
+const RESIDENT_SUM_ROOMS: usize = 10;
+const RESIDENT_MAX_ROOMS: usize = 2;
+/// Fewer warps than these are no faster than `cuda/experts/general.cu`.
+const RESIDENT_MIN_WARPS: usize = 4;
+/// Bytes of a part's values, about: enough for a warp to come to speed, few enough for the last ones to end together.
+const PART_BYTES: usize = 7680;
+/// Bytes of a lane's sums.
+const SUM_BYTES: usize = 16;
 /// Shared memory that its kernels have beside that of the launch.
 const RESIDENT_STATIC_SHARED: usize = 2048;
 /// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
@@ -31,8 +35,8 @@ const TILED_THREADS: u32 = 512;
 /// Of `cuda/experts/gather.cu`: threads and places of a block.
 const GATHER_THREADS: u32 = 256;
 const GATHER_ROWS: usize = 8;
-/// Of `cuda/experts/projection.cuh`: numbers by which all blocks meet.
-const MEETING: usize = 2;
+/// Of `cuda/experts/projection.cuh`: numbers of a tile by which blocks tell each other how far they are.
+const SIGNALS: usize = 2;
 
 /// The kernels of a call, both projections'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,12 +79,8 @@ impl TileSize {
 impl Path {
     /// The fastest that takes `num_slots` slots of hidden states in `dtype`.
     pub(super) fn choose(experts: &Experts, num_slots: usize, dtype: DType, device: Properties) -> Self {
-        let weights = [experts.gate_up.weights(), experts.down.weights()];
-        let fits = |path: &Self| weights.iter().all(|weights| path.takes(weights, num_slots, dtype, device));
+        let fits = |path: &Self| path.takes(experts, num_slots, dtype, device);
         let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
-        // A kernel for the whole layer takes both projections in one format.
-        let fits =
-            |path: &Self| fits(path) && (!matches!(path, Self::Tiled(_)) || format_of_both(experts, dtype).is_some());
         let (few, more) = (Self::Resident { blocks: 1 }, Self::Resident { blocks: 2 });
         let tiled = Self::Tiled(if per_expert <= SOME_SLOTS { TileSize::Few } else { TileSize::Many });
         let by_speed: &[Self] = if per_expert <= FEW_SLOTS { &[few] } else { &[tiled, more, few] };
@@ -105,14 +105,15 @@ impl Path {
         }
     }
 
-    fn takes(self, weights: &ExpertWeights, num_slots: usize, dtype: DType, device: Properties) -> bool {
-        let max_tiles = (num_slots / self.tile_rows()).saturating_add(weights.num_experts());
-        let max_items = max_tiles.saturating_mul(weights.out_features() / BAND_ROWS);
-        match (self, fragments(weights, dtype)) {
+    fn takes(self, experts: &Experts, num_slots: usize, dtype: DType, device: Properties) -> bool {
+        let max_tiles = (num_slots / self.tile_rows()).saturating_add(experts.num_experts());
+        let widest = experts.gate_up.weights().out_features().max(experts.down.weights().out_features());
+        let max_items = max_tiles.saturating_mul(2 * widest / BAND_ROWS);
+        match (self, format_of_both(experts, dtype)) {
             (Self::General, _) => true,
             (_, None) => false,
             (Self::Resident { blocks }, Some(format)) => {
-                u32::try_from(max_items).is_ok() && Resident::new(format, &[weights], blocks, device).is_some()
+                u32::try_from(max_items).is_ok() && Resident::new(format, experts, blocks, device).is_some()
             }
             (Self::Tiled(size), Some(format)) => {
                 let is_exact = match format {
@@ -124,27 +125,14 @@ impl Path {
         }
     }
 
-    /// The kernel for a projection over `max_tiles` tiles.
-    pub(super) fn kernel(
-        self,
-        kind: &str,
-        weights: &ExpertWeights,
-        max_tiles: usize,
-        dtype: DType,
-        device: Properties,
-    ) -> Kernel {
-        if let (Self::Resident { blocks }, Some(format)) = (self, fragments(weights, dtype))
-            && let Some(resident) = Resident::new(format, &[weights], blocks, device)
-        {
-            let name = format!("resident_{kind}_{}_{}_{blocks}", weights_name(format, dtype), dtype.as_str());
-            return resident.kernel(name, max_tiles * weights.out_features() / BAND_ROWS, device);
-        }
+    /// The general kernel for a projection over `max_tiles` tiles.
+    pub(super) fn general_kernel(kind: &str, weights: &ExpertWeights, max_tiles: usize, dtype: DType) -> Kernel {
         let features = weights.out_features() / if kind == "gate_up" { 2 } else { 1 };
         let name = format!("{kind}_{}_{}", general_format(weights), dtype.as_str());
-        Kernel { name, launch: general_launch(max_tiles, features), warps: 0, token_features: 0 }
+        Kernel { name, launch: general_launch(max_tiles, features), shape: None }
     }
 
-    /// One kernel for both projections, where there is one, which gives rows in `rows`; the other kernels give f32.
+    /// The kernel for both projections, which gives rows in `rows`, where it is not the general ones.
     pub(super) fn layer_kernel(
         self,
         experts: &Experts,
@@ -155,19 +143,10 @@ impl Path {
     ) -> Option<Kernel> {
         let format = format_of_both(experts, dtype)?;
         match self {
-            Self::Resident { blocks: 1 } if device.has_clusters => {
-                let weights = [experts.gate_up.weights(), experts.down.weights()];
-                let weights_name = weights_name(format, dtype);
-                if weights_name == "mxfp4_wide" || (weights_name, dtype) == ("mxfp4", DType::F16) {
-                    return None;
-                }
-                let resident = Resident::new(format, &weights, 1, device)?;
-                let name = format!("resident_layer_{weights_name}_{}_1", dtype.as_str());
-                let mut kernel = resident.kernel(name, max_tiles * weights[1].out_features() / BAND_ROWS, device);
-                // Blocks wait for each other, so one to a multiprocessor.
-                kernel.launch.blocks = kernel.launch.blocks.min(device.num_multiprocessors);
-                kernel.launch.cooperative = true;
-                Some(kernel)
+            Self::General => None,
+            Self::Resident { blocks } => {
+                let name = format!("resident_{}_{}_{blocks}", weights_name(format, dtype), dtype.as_str());
+                Some(Resident::new(format, experts, blocks, device)?.kernel(name, experts, max_tiles, device))
             }
             Self::Tiled(size) => {
                 let places = size.places();
@@ -175,12 +154,9 @@ impl Path {
                 let row_blocks =
                     |projection: &ExpertProjection| projection.weights().out_features().div_ceil(TILED_FEATURES);
                 let max_items = max_tiles.saturating_mul(row_blocks(&experts.gate_up) + row_blocks(&experts.down));
-                let blocks = device.num_multiprocessors.min(max_items);
-                let launch = Launch::new(blocks, TILED_THREADS, size.shared(format));
-                let launch = Launch { starts_early: true, cooperative: true, ..launch };
-                Some(Kernel { name, launch, warps: 0, token_features: 0 })
+                let launch = layer_launch(max_items, TILED_THREADS, size.shared(format), device);
+                Some(Kernel { name, launch, shape: None })
             }
-            _ => None,
         }
     }
 
@@ -191,7 +167,7 @@ impl Path {
         let places = size.places();
         let blocks = max_tiles.saturating_mul(places / GATHER_ROWS);
         let launch = Launch { starts_early: true, ..Launch::new(blocks, GATHER_THREADS, 0) };
-        Some(Kernel { name: format!("gather_{places}"), launch, warps: 0, token_features: 0 })
+        Some(Kernel { name: format!("gather_{places}"), launch, shape: None })
     }
 
     /// The dtype of rows on their way to sums in `sums`: whether the kernels round them, as who adds them up may.
@@ -202,23 +178,35 @@ impl Path {
 
     /// How many numbers the blocks of its layer kernel tell each other.
     pub(super) fn num_signals(self, max_tiles: usize) -> usize {
-        if matches!(self, Self::Tiled(_)) { MEETING + 2 * max_tiles } else { MEETING }
+        if self == Self::General { 0 } else { SIGNALS * max_tiles }
     }
 }
 
-/// The format of both projections, if it is the same.
+/// The launch of a kernel for both projections. Its blocks wait for each other, so all of them must be there: one to a
+/// multiprocessor.
+fn layer_launch(max_items: usize, threads: u32, shared: usize, device: Properties) -> Launch {
+    let blocks = device.num_multiprocessors.min(max_items).max(1);
+    Launch { starts_early: true, cooperative: true, ..Launch::new(blocks, threads, shared) }
+}
+
+/// The format of both projections, if it is the same; scales count as small if those of both are.
 fn format_of_both(experts: &Experts, dtype: DType) -> Option<Format> {
-    let format = fragments(experts.gate_up.weights(), dtype)?;
-    fragments(experts.down.weights(), dtype).filter(|down| *down == format)
+    let gate_up = fragments(experts.gate_up.weights(), dtype)?;
+    let down = fragments(experts.down.weights(), dtype)?;
+    match (gate_up, down) {
+        (Format::Mxfp4 { has_small_scales: first }, Format::Mxfp4 { has_small_scales: second }) => {
+            Some(Format::Mxfp4 { has_small_scales: first && second })
+        }
+        _ => (gate_up == down).then_some(gate_up),
+    }
 }
 
 /// A kernel and how it is launched.
 pub(super) struct Kernel {
     pub(super) name: String,
     pub(super) launch: Launch,
-    /// Of `cuda/experts/resident.cuh`: warps of a group that multiply, and features that a token has room for.
-    pub(super) warps: usize,
-    pub(super) token_features: usize,
+    /// Of the blocks of `cuda/experts/resident.cuh`.
+    pub(super) shape: Option<Resident>,
 }
 
 /// The format in the names of kernels; scales that cannot be multiplied into bfloat16 weights have kernels of their own.
@@ -256,42 +244,44 @@ fn fragments(weights: &ExpertWeights, dtype: DType) -> Option<Format> {
 }
 
 /// The shape of a block of `cuda/experts/resident.cuh`.
-#[derive(Debug, Clone, Copy)]
-struct Resident {
-    /// Of a group, that multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Resident {
+    /// Of a band, of `gate_up` and of `down`.
+    pub(super) parts: [usize; 2],
+    /// For the tokens of a tile.
+    pub(super) rooms: usize,
+    /// That a token has room for.
+    pub(super) token_features: usize,
+    /// That multiply.
     warps: usize,
-    groups: usize,
-    token_features: usize,
     shared: usize,
 }
 
 impl Resident {
-    /// For all of `weights`: as many warps as share the units of the longest row best, in as many groups as have room.
-    fn new(format: Format, weights: &[&ExpertWeights], blocks: usize, device: Properties) -> Option<Self> {
-        let token_features = weights.iter().map(|weights| weights.in_features()).max()?;
-        // A group has a band of its own.
-        let min_bands = weights.iter().map(|weights| weights.out_features() / BAND_ROWS).min()?;
-        let units = token_features / UNIT_COLUMNS;
-        let tokens = 8 * blocks * (token_features + 8) * size_of::<u16>();
+    /// As many warps and rooms as fit.
+    fn new(format: Format, experts: &Experts, blocks: usize, device: Properties) -> Option<Self> {
+        let features = [experts.hidden_size(), experts.intermediate_size()];
+        let token_features = features[0].max(features[1]);
         let (values, scales) = format.unit_bytes();
-        let piece = (values + scales) * if scales > 0 { 3 } else { 1 };
-        let of_warp = RESIDENT_SUMS * blocks * 512 + RESIDENT_SLOTS * piece;
+        let parts = features.map(|features| {
+            (features / UNIT_COLUMNS * values / PART_BYTES).clamp(1, RESIDENT_MAX_PARTS).min(features / UNIT_COLUMNS)
+        });
+        let room = 8 * blocks * (token_features + 8) * size_of::<u16>();
+        let sums = RESIDENT_SUM_ROOMS * RESIDENT_MAX_PARTS * blocks * 32 * SUM_BYTES;
+        // Units of a piece, and pieces that a warp has room for.
+        let (units, slots) = if scales > 0 { (5, 2) } else { (1, 3) };
+        let of_warp = slots * units * (values + scales);
         let max_shared = device.max_shared.saturating_sub(RESIDENT_STATIC_SHARED);
-        let fits = |warps: usize, groups: usize| tokens + groups * warps * of_warp <= max_shared;
-        // Units that each step of the slowest warp brings forward.
-        let at_once = |warps: usize| units as f64 / units.div_ceil(warps) as f64;
-        let fitting = (1..=RESIDENT_MAX_WARPS.min(units)).filter(|&warps| fits(warps, 1));
-        let warps = fitting.reduce(|best, warps| if at_once(warps) > at_once(best) { warps } else { best })?;
-        let has_room = |groups: &usize| fits(warps, *groups) && groups * (warps + 1) <= MAX_WARPS[blocks - 1];
-        let groups = (1..=RESIDENT_MAX_GROUPS.min(min_bands)).rev().find(has_room)?;
-        Some(Self { warps, groups, token_features, shared: tokens + groups * warps * of_warp })
+        let warps = |rooms: usize| (max_shared.saturating_sub(rooms * room + sums) / of_warp).min(RESIDENT_MAX_WARPS);
+        let rooms = if warps(RESIDENT_MAX_ROOMS) == RESIDENT_MAX_WARPS { RESIDENT_MAX_ROOMS } else { 1 };
+        let warps = warps(rooms);
+        let shared = rooms * room + sums + warps * of_warp;
+        (warps >= RESIDENT_MIN_WARPS).then_some(Self { parts, rooms, token_features, warps, shared })
     }
 
-    fn kernel(self, name: String, max_items: usize, device: Properties) -> Kernel {
-        let warps = self.groups * (self.warps + 1);
-        let per_multiprocessor = (device.max_shared / self.shared).clamp(1, (MAX_WARPS[0] / warps).max(1));
-        let blocks = (device.num_multiprocessors * per_multiprocessor).min(max_items).max(1);
-        let launch = Launch { starts_early: true, ..Launch::new(blocks, 32 * warps as u32, self.shared) };
-        Kernel { name, launch, warps: self.warps, token_features: self.token_features }
+    fn kernel(self, name: String, experts: &Experts, max_tiles: usize, device: Properties) -> Kernel {
+        let bands = (experts.gate_up.weights().out_features() + experts.down.weights().out_features()) / BAND_ROWS;
+        let launch = layer_launch(max_tiles.saturating_mul(bands), 32 * (self.warps as u32 + 1), self.shared, device);
+        Kernel { name, launch, shape: Some(self) }
     }
 }
