@@ -35,6 +35,8 @@ constexpr uint32_t kMaxWarps = 18;
 constexpr uint32_t kMaxParts = 4, kSumRooms = 10;
 // Rooms for the tokens of a tile, at most.
 constexpr uint32_t kMaxRooms = 2;
+// Parts that a warp has taken and is not done with, at most: pieces of as many are under way.
+constexpr uint32_t kPartsAhead = 4;
 // Units of a piece, what a warp asks for at once, and pieces that it has room for.
 template <typename Format> constexpr uint32_t kPieceUnits = Format::kWords == 1 ? 5 : 1;
 template <typename Format> constexpr uint32_t kSlots = Format::kWords == 1 ? 2 : 3;
@@ -121,46 +123,74 @@ struct Tiles {
     }
 };
 
+// Divides by the same number again and again, which the device does in twenty instructions otherwise.
+struct Divisor {
+    uint32_t by, inverse;
+
+    __device__ __forceinline__ explicit Divisor(uint32_t by) : by(by), inverse(0xffffffffu / by) {}
+    __device__ __forceinline__ uint32_t divide(uint32_t number, uint32_t& rest) const {
+        uint32_t quotient = __umulhi(number, inverse);  // or one less than it should be
+        rest = number - quotient * by;
+        if (rest >= by) rest -= by, ++quotient;
+        return quotient;
+    }
+    __device__ __forceinline__ uint32_t divide(uint32_t number) const {
+        uint32_t rest;
+        return divide(number, rest);
+    }
+};
+
+// How a projection is cut up, whatever the order is.
+struct Cut {
+    Divisor bands;   // of a tile
+    Divisor parts;   // of a band
+    uint32_t units;  // of a band
+};
+
 // Neighbouring bands of a projection.
 struct Bands {
-    uint32_t of_tile;     // bands of a tile
     uint32_t tile, band;  // the first
     uint32_t count;
     uint32_t visits;      // tiles that they are of
 
-    // Those of this block, of all `num_tiles * of_tile`. There are fewer than 2^32.
-    static __device__ __forceinline__ Bands of_block(uint32_t num_tiles, uint32_t of_tile) {
-        const uint32_t all = num_tiles * of_tile, each = all / gridDim.x, longer = all - each * gridDim.x;
+    // Those of this block, of those of all tiles, which are fewer than 2^32.
+    static __device__ __forceinline__ Bands of_block(uint32_t num_tiles, const Divisor& of_tile) {
+        const uint32_t all = num_tiles * of_tile.by, each = all / gridDim.x, longer = all - each * gridDim.x;
         const uint32_t first = blockIdx.x * each + min(blockIdx.x, longer), count = each + (blockIdx.x < longer);
-        const uint32_t tile = first / of_tile, band = first - tile * of_tile;
-        return {of_tile, tile, band, count, count == 0 ? 0 : (band + count - 1) / of_tile + 1};
+        uint32_t band;
+        const uint32_t tile = of_tile.divide(first, band);
+        return {tile, band, count, count == 0 ? 0 : of_tile.divide(band + count - 1) + 1};
     }
 };
 
 // Some units of a band.
-struct Part {
+struct alignas(16) Part {
     uint32_t is_down;
-    uint32_t row_of_sums;         // among the block's bands of several parts
-    uint32_t visit, tile, band;
+    uint32_t tile, band, visit;
     uint32_t number, parts;       // which of the band's
     uint32_t first_unit, units;
+    uint32_t row_of_sums;         // which of the block's bands of several parts
 };
 
 // What a block has to do, in its order.
 struct Work {
     const LayerArguments& a;
-    const Bands gate_up, down;
+    Cut gate_up_cut, down_cut;
+    Bands gate_up, down;
 
-    __device__ __forceinline__ Work(const LayerArguments& a, uint32_t num_tiles)
-        : a(a), gate_up(Bands::of_block(num_tiles, a.gate_up.out_features / (kBandRows / 2))),
-          down(Bands::of_block(num_tiles, a.down.out_features / kBandRows)) {}
+    // Before the order is there.
+    __device__ __forceinline__ explicit Work(const LayerArguments& a)
+        : a(a), gate_up_cut(cut(a.gate_up, kBandRows / 2)), down_cut(cut(a.down, kBandRows)), gate_up{}, down{} {}
+    static __device__ __forceinline__ Cut cut(const ProjectionArguments& a, uint32_t features_of_band) {
+        return {Divisor(a.out_features / features_of_band), Divisor(a.parts), a.in_features / kUnitColumns};
+    }
+
+    __device__ __forceinline__ void share(uint32_t num_tiles) {
+        gate_up = Bands::of_block(num_tiles, gate_up_cut.bands);
+        down = Bands::of_block(num_tiles, down_cut.bands);
+    }
 
     __device__ __forceinline__ const ProjectionArguments& of(uint32_t is_down) const { return is_down ? a.down : a.gate_up; }
-    // A copy: which of two is not known before, and only memory has addresses.
-    __device__ __forceinline__ Bands bands(uint32_t is_down) const {
-        return {is_down ? down.of_tile : gate_up.of_tile, is_down ? down.tile : gate_up.tile, is_down ? down.band : gate_up.band,
-                is_down ? down.count : gate_up.count, is_down ? down.visits : gate_up.visits};
-    }
     __device__ __forceinline__ uint32_t parts() const { return gate_up.count * a.gate_up.parts + down.count * a.down.parts; }
     __device__ __forceinline__ uint32_t visits() const { return gate_up.visits + down.visits; }
     __device__ __forceinline__ uint32_t is_down(uint32_t visit) const { return visit >= gate_up.visits; }
@@ -169,22 +199,23 @@ struct Work {
     }
 
     __device__ __forceinline__ Part part(uint32_t number) const {
-        Part part;
         const uint32_t before = gate_up.count * a.gate_up.parts;
-        part.is_down = number >= before;
-        if (part.is_down) number -= before;
-        const ProjectionArguments& projection = of(part.is_down);
-        const Bands bands = this->bands(part.is_down);
-        part.parts = projection.parts;
-        const uint32_t nth = number / part.parts, at = bands.band + nth, tiles = at / bands.of_tile;
-        part.number = number - nth * part.parts;
-        part.row_of_sums = nth + (part.is_down && a.gate_up.parts > 1 ? gate_up.count : 0);
-        part.visit = tiles + (part.is_down ? gate_up.visits : 0);
+        if (number < before) return part_of(number, 0, gate_up_cut, gate_up, 0, 0);
+        return part_of(number - before, 1, down_cut, down, gate_up.visits, a.gate_up.parts > 1 ? gate_up.count : 0);
+    }
+
+  private:
+    static __device__ __forceinline__ Part part_of(
+        uint32_t number, uint32_t is_down, const Cut& cut, const Bands& bands, uint32_t visits_before, uint32_t rows_before) {
+        Part part;
+        const uint32_t nth = cut.parts.divide(number, part.number), tiles = cut.bands.divide(bands.band + nth, part.band);
+        part.is_down = is_down;
         part.tile = bands.tile + tiles;
-        part.band = at - tiles * bands.of_tile;
-        const uint32_t units = projection.in_features / kUnitColumns;
-        part.first_unit = units * part.number / part.parts;
-        part.units = units * (part.number + 1) / part.parts - part.first_unit;
+        part.visit = visits_before + tiles;
+        part.parts = cut.parts.by;
+        part.first_unit = cut.parts.divide(cut.units * part.number);
+        part.units = cut.parts.divide(cut.units * (part.number + 1)) - part.first_unit;
+        part.row_of_sums = rows_before + nth;
         return part;
     }
 };
@@ -193,13 +224,14 @@ struct Work {
 template <typename M>
 struct Shared {
     uint32_t warps, lane, warp;  // warps that multiply; `warp` is `warps` for the loader
-    uint32_t rooms, row_bytes;   // a row is 16 bytes longer than it must be, so that the 8 rows of a matrix lie in different banks
+    uint32_t rooms, row_bytes;   // 1 or 2; a row is 16 bytes longer than it must be, so that the 8 rows of a matrix lie in different banks
     SharedAddress tokens;        // [rooms, kPlaces, row_bytes]
     float4* sums;                // of this lane, [kSumRooms, kMaxParts, kBlocks, 32 lanes]
     SharedAddress pieces;        // of this warp, [kRing, kPiece]
     SharedAddress full, empty;   // [rooms] barriers: a visit's tokens are there, or no longer needed
     SharedAddress arrived;       // of this warp, [kRing] barriers: a piece is there
     Tile* tiles;                 // [rooms]
+    Part* parts;                 // of this warp, [kPartsAhead]: those that it has taken last
     uint32_t* next_part;         // that nobody has taken
     uint32_t* added;             // [kSumRooms]: parts that are there
     uint32_t* rounds;            // [kSumRooms]: bands that were added up
@@ -210,6 +242,7 @@ struct Shared {
         MOE_DYNAMIC_SHARED(unsigned char, memory);
         __shared__ uint64_t of_pieces[kMaxWarps][M::kRing], of_rooms[2][kMaxRooms];
         __shared__ Tile in_rooms[kMaxRooms];
+        __shared__ Part of_warps[kMaxWarps][kPartsAhead];
         __shared__ uint32_t counters[1 + 2 * kSumRooms];
         const uint32_t bytes_of_tokens = rooms * M::kPlaces * row_bytes;
         tokens = shared_address(memory);
@@ -217,6 +250,7 @@ struct Shared {
         pieces = tokens + bytes_of_tokens + kSumRooms * kMaxParts * M::kBlocks * 512 + warp * (M::kRing * M::kPiece);
         full = shared_address(of_rooms[0]), empty = shared_address(of_rooms[1]);
         arrived = shared_address(of_pieces[warp < warps ? warp : 0]);
+        parts = of_warps[warp < warps ? warp : 0];
         tiles = in_rooms, next_part = counters, added = counters + 1, rounds = added + kSumRooms;
         if (threadIdx.x == 0) {
             // Each lane of the loader when its copies are there, and one when it knows the tile; a lane of those that multiply.
@@ -230,6 +264,9 @@ struct Shared {
 #endif
         __syncthreads();
     }
+    // Where the tokens of a visit are, and which of those there it is.
+    __device__ __forceinline__ uint32_t room(uint32_t visit) const { return visit & (rooms - 1); }
+    __device__ __forceinline__ uint32_t turn(uint32_t visit) const { return visit >> (rooms - 1); }
     __device__ __forceinline__ SharedAddress full_of(uint32_t room) const { return full + room * kBarrierBytes; }
     __device__ __forceinline__ SharedAddress empty_of(uint32_t room) const { return empty + room * kBarrierBytes; }
     __device__ __forceinline__ SharedAddress tokens_of(uint32_t room, uint32_t place) const {
@@ -246,14 +283,14 @@ __device__ __forceinline__ void load_tokens(const Work& work, const Tiles& tiles
     const LayerArguments& a = work.a;
     const uint32_t visits = work.visits(), lane = shared.lane;
     for (uint32_t visit = 0; visit < visits; ++visit) {
-        const uint32_t room = visit % shared.rooms, turn = visit / shared.rooms, is_down = work.is_down(visit);
+        const uint32_t room = shared.room(visit), turn = shared.turn(visit), is_down = work.is_down(visit);
         const ProjectionArguments& projection = work.of(is_down);
         const Tile tile = tiles.whole(a.gate_up, work.tile(visit), M::kPlaces);
         uint32_t row = tile.first + lane;  // of the input, for the place of this lane
         if (!is_down) row = lane < tile.count ? a.gate_up.sorted_slots[row] / a.gate_up.top_k : 0;
         if (turn > 0) wait_for_phase(shared.empty_of(room), (turn - 1) % 2);
         if (is_down) {
-            while (load_relaxed(done_of(a, work.tile(visit))) < work.gate_up.of_tile) pause();
+            while (load_relaxed(done_of(a, work.tile(visit))) < work.gate_up_cut.bands.by) pause();
             see_what_was_released();
         }
         const uint32_t words = projection.in_features / 8;  // of 16 bytes
@@ -285,9 +322,8 @@ struct Stream {
     const Work& work;
     const Tiles& tiles;
     const Shared<M>& shared;
-    const uint32_t all;      // parts
+    const uint32_t all;      // parts of the block
     uint32_t taken = 0;      // parts that this warp has taken
-    uint32_t numbers = 0;    // of these, that of part 32 i + lane
     uint32_t left = 0;       // units of the last one that are still to be fetched
     bool is_dry = false;     // nothing is left to take
     const unsigned char *values, *scales;  // of the next piece
@@ -296,8 +332,8 @@ struct Stream {
     __device__ __forceinline__ Stream(const Work& work, const Tiles& tiles, const Shared<M>& shared)
         : work(work), tiles(tiles), shared(shared), all(work.parts()) {}
 
-    // The number of the warp's nth part, or one that there is not.
-    __device__ __forceinline__ uint32_t number(uint32_t n) const { return __shfl_sync(0xffffffffu, numbers, n % 32); }
+    // Whether the warp has an nth part; it has taken the next one before it is done with one.
+    __device__ __forceinline__ bool has(uint32_t n) const { return n < taken; }
 
     // Puts the next piece under way, if there is one.
     __device__ __forceinline__ void fetch() {
@@ -341,15 +377,16 @@ struct Stream {
             if (shared.lane == 0) number = atomicAdd(shared.next_part, 1u);
             number = __shfl_sync(0xffffffffu, number, 0);
         }
-        if (shared.lane == taken % 32) numbers = number;
-        ++taken;
         is_dry = number >= all;
         if (is_dry) return;
         const Part part = work.part(number);
+        if (shared.lane == 0) shared.parts[taken % kPartsAhead] = part;
+        ++taken;
         const ProjectionArguments& a = work.of(part.is_down);
-        const Bands bands = work.bands(part.is_down);
-        const uint64_t band = uint64_t(tiles.expert(work.a.gate_up, part.tile)) * bands.of_tile + part.band;
-        const uint64_t unit = band * (a.in_features / kUnitColumns) + part.first_unit;
+        const uint32_t bands = part.is_down ? work.down_cut.bands.by : work.gate_up_cut.bands.by;
+        const uint32_t units = part.is_down ? work.down_cut.units : work.gate_up_cut.units;
+        const uint64_t band = uint64_t(tiles.expert(work.a.gate_up, part.tile)) * bands + part.band;
+        const uint64_t unit = band * units + part.first_unit;
         values = static_cast<const unsigned char*>(a.weights) + unit * kUnitBytes<Format>;
         scales = static_cast<const unsigned char*>(a.scales) + unit * kScaleBytes;
         left = part.units;
@@ -513,19 +550,22 @@ struct Worker {
     const Tiles& tiles;
     const Shared<M>& shared;
     uint32_t visit = 0;
-    uint32_t seen_tile = kNothing, seen_before = 0;  // of the last band of down that this warp has finished
+    uint32_t kept_tile = kNothing;                   // of the last band of gate_up that this warp has finished, until it tells
+    uint32_t seen_tile = kNothing, seen_before = 0;  // of the last band of down that it has finished
 
     __device__ __forceinline__ void run() {
         Stream<M> stream(work, tiles, shared);
         stream.fetch();
         bool is_first = true;
-        for (uint32_t n = 0, number; (number = stream.number(n)) < stream.all; ++n) {
-            const Part part = work.part(number);
+        for (uint32_t n = 0; stream.has(n); ++n) {
+            __syncwarp();
+            const Part part = shared.parts[n % kPartsAhead];
+            if (part.is_down) tell();
             go_to(part.visit);
             // Asked for before the part, since an answer takes as long as the weights that are under way.
             const Bias bias(work.of(part.is_down), part, tiles.expert(work.a.gate_up, part.tile));
             wait_for_tokens();
-            const uint32_t room = visit % shared.rooms;
+            const uint32_t room = shared.room(visit);
             if (is_first) {
                 // Only now, so that the first tokens did not have to queue behind.
 #pragma unroll 1
@@ -542,6 +582,7 @@ struct Worker {
             }
             if (part.parts == 1 || add_up(part, sums)) finish(part, shared.tiles[room], sums);
         }
+        tell();
         go_to(work.visits());
         if (shared.lane == 0) settle();
     }
@@ -552,11 +593,11 @@ struct Worker {
     __device__ __forceinline__ void go_to(uint32_t next) {
         for (; visit < next; ++visit) {
             wait_for_tokens();
-            if (shared.lane == 0) arrive(shared.empty_of(visit % shared.rooms));
+            if (shared.lane == 0) arrive(shared.empty_of(shared.room(visit)));
         }
     }
     __device__ __forceinline__ void wait_for_tokens() const {
-        wait_for_phase(shared.full_of(visit % shared.rooms), visit / shared.rooms % 2);
+        wait_for_phase(shared.full_of(shared.room(visit)), shared.turn(visit) % 2);
     }
 
     __device__ __forceinline__ void multiply_part(
@@ -602,7 +643,6 @@ struct Worker {
                 sums[i].x += more.x, sums[i].y += more.y, sums[i].z += more.z, sums[i].w += more.w;
             }
         }
-        __threadfence_block();
         __syncwarp();
         if (lane == 0) {
             shared.added[room] = 0;
@@ -614,20 +654,30 @@ struct Worker {
 
     __device__ __forceinline__ void finish(const Part& part, const Tile& tile, const float4 (&sums)[kBlocks]) {
         const ProjectionArguments& a = work.of(part.is_down);
+        tell();
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) write_results<T>(a, tile, part.is_down, part.band, i, sums[i]);
+        if (!part.is_down) {
+            kept_tile = part.tile;
+        } else if (shared.lane == 0) {
+            settle();
+            seen_tile = part.tile;
+            seen_before = atomicAdd(seen_of(work.a, part.tile), 1u);
+        }
+    }
+
+    // Tells the other blocks of a finished band of gate_up: one such band later, when what was written of it has long arrived and
+    // is not waited for, or when nothing but down is left.
+    __device__ __forceinline__ void tell() {
         __syncwarp();
-        if (shared.lane > 0) return;
-        if (!part.is_down) return add_release(done_of(work.a, part.tile));
-        settle();
-        seen_tile = part.tile;
-        seen_before = atomicAdd(seen_of(work.a, part.tile), 1u);
+        if (kept_tile != kNothing && shared.lane == 0) add_release(done_of(work.a, kept_tile));
+        kept_tile = kNothing;
     }
 
     // Whoever finished a tile's last band of down leaves the tile's numbers as they were: nobody looks at them any more. What
     // came before is looked at one band later, when the answer is there.
     __device__ __forceinline__ void settle() {
-        if (seen_tile == kNothing || seen_before + 1 < work.down.of_tile) return;
+        if (seen_tile == kNothing || seen_before + 1 < work.down_cut.bands.by) return;
         *done_of(work.a, seen_tile) = *seen_of(work.a, seen_tile) = 0;
     }
 };
@@ -635,10 +685,11 @@ struct Worker {
 template <typename M>
 __device__ __forceinline__ void run_layer(const LayerArguments& a) {
     const Shared<M> shared(a.gate_up);
+    Work work(a);
     allow_next_kernel();
     wait_for_previous_kernel();
     const Tiles tiles(a.gate_up);
-    const Work work(a, tiles.count);
+    work.share(tiles.count);
     if (shared.warp == shared.warps) {
         load_tokens(work, tiles, shared);
     } else {

@@ -24,9 +24,11 @@ const PART_BYTES: usize = 7680;
 /// Bytes of a lane's sums.
 const SUM_BYTES: usize = 16;
 /// Shared memory that its kernels have beside that of the launch.
-const RESIDENT_STATIC_SHARED: usize = 2048;
+const RESIDENT_STATIC_SHARED: usize = 5120;
 /// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
 const FEW_SLOTS: usize = 6;
+/// Slots per expert up to which they do so in tiles of 16 places.
+const MORE_SLOTS: usize = 9;
 /// Slots per expert up to which tiles are the smaller ones of `cuda/experts/tiled.cuh`.
 const SOME_SLOTS: usize = 80;
 /// Of `cuda/experts/tiled.cuh`: rows of a matrix that an item has, and threads of a block.
@@ -83,7 +85,11 @@ impl Path {
         let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
         let (few, more) = (Self::Resident { blocks: 1 }, Self::Resident { blocks: 2 });
         let tiled = Self::Tiled(if per_expert <= SOME_SLOTS { TileSize::Few } else { TileSize::Many });
-        let by_speed: &[Self] = if per_expert <= FEW_SLOTS { &[few] } else { &[tiled, more, few] };
+        let by_speed: &[Self] = match per_expert {
+            0..=FEW_SLOTS => &[few],
+            ..=MORE_SLOTS => &[more, tiled, few],
+            _ => &[tiled, more, few],
+        };
         by_speed.iter().copied().find(fits).unwrap_or(Self::General)
     }
 
@@ -261,11 +267,13 @@ impl Resident {
     /// As many warps and rooms as fit.
     fn new(format: Format, experts: &Experts, blocks: usize, device: Properties) -> Option<Self> {
         let features = [experts.hidden_size(), experts.intermediate_size()];
+        if features.contains(&0) {
+            return None;
+        }
         let token_features = features[0].max(features[1]);
         let (values, scales) = format.unit_bytes();
-        let parts = features.map(|features| {
-            (features / UNIT_COLUMNS * values / PART_BYTES).clamp(1, RESIDENT_MAX_PARTS).min(features / UNIT_COLUMNS)
-        });
+        let parts =
+            features.map(|features| (features / UNIT_COLUMNS * values / PART_BYTES).clamp(1, RESIDENT_MAX_PARTS));
         let room = 8 * blocks * (token_features + 8) * size_of::<u16>();
         let sums = RESIDENT_SUM_ROOMS * RESIDENT_MAX_PARTS * blocks * 32 * SUM_BYTES;
         // Units of a piece, and pieces that a warp has room for.
