@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 /// How long ranks may take to end by themselves once one of them has failed.
 const GRACE: Duration = Duration::from_secs(5);
 const ADDRESS: &str = "127.0.0.1";
+/// Variables that must not contradict those that ranks are given.
+const OPEN_MPI: [&str; 3] = ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"];
 
 /// The rank that a launcher wants this process to be, if one started it. `advice` says how to do without.
 pub(crate) fn launched(advice: &str) -> Result<Option<Environment>> {
@@ -59,6 +61,10 @@ impl Ranks {
             command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
             command.env("WORLD_SIZE", num_ranks.to_string());
             command.env("MASTER_ADDR", ADDRESS).env("MASTER_PORT", port.to_string());
+            // What a launcher said of this process is not true of its ranks.
+            for name in OPEN_MPI {
+                command.env_remove(name);
+            }
             command.stdout(if rank == 0 { stdout() } else { Stdio::null() });
             let child = command.spawn().with_context(|| format!("cannot start rank {rank} as a process"))?;
             ranks.0.push((child, None));

@@ -229,6 +229,9 @@ fn perfect_routing_gives_every_rank_as_many_rows() {
             }
         }
     }
+    let by_variable = start(BENCH, &short(&[]), &[("ENABLE_PERFECT_ROUTER", "1")]).wait_with_output().unwrap();
+    let report: Value = serde_json::from_slice(&by_variable.stdout).unwrap();
+    assert_eq!(report["benchmark_metadata"]["perfect_router"], true);
     let table = stdout_of(BENCH, &["--perfect-router", "--iters", "2", "-e", "2", "--hidden-size", "64"]);
     assert!(table.contains("for measuring") && table.contains("equal within one"), "{table}");
     let table = stdout_of(BENCH, &["--perfect-router", "--iters", "2", "-e", "2", "--workload", "hot-rank"]);
@@ -353,6 +356,13 @@ fn ranks_of_a_launcher_join_and_rank_0_reports() {
     };
     rejected(&["--ep-size", "2"], "--ep-size 2: expected 3");
     rejected(&["--backend", "threads,procs"], "expected procs only");
+    // mpirun with one process leaves it to that one what its ranks are.
+    let open_mpi = ["RANK", "SIZE", "LOCAL_RANK"].map(|name| format!("OMPI_COMM_WORLD_{name}"));
+    let variables = [(&*open_mpi[0], "0"), (&open_mpi[1], "1"), (&open_mpi[2], "0"), ("MASTER_ADDR", "127.0.0.1")];
+    let port = free_port().to_string();
+    let variables = [&variables[..], &[("MASTER_PORT", port.as_str())]].concat();
+    let output = start(BENCH, &short(&["--backend", "all", "--ep-size", "2"]), &variables).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     // Explicit configuration wins.
     let output = start_rank(1, free_port(), &short(&["--backend", "threads"])).wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
