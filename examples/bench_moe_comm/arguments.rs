@@ -107,6 +107,9 @@ pub(crate) struct Arguments {
     /// Also write the JSON report into this file
     #[arg(long, value_name = "FILE")]
     pub(crate) output_file: Option<PathBuf>,
+    /// Also draw the report into this file, a web page of its own
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
     /// This process is a rank of a run that another process reports: measure these backends and print what that one needs
     #[arg(long, value_name = "NAMES", hide = true)]
     pub(crate) measure_for_report: Option<Wishes>,

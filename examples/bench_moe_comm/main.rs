@@ -11,11 +11,13 @@
 
 mod arguments;
 mod backends;
+mod chart;
 mod check;
 mod clock;
 #[allow(dead_code, reason = "each example uses its part")]
 #[path = "../common/mod.rs"]
 mod common;
+mod html;
 mod measure;
 mod measurement;
 mod profiles;
@@ -133,7 +135,11 @@ fn report(
     let report = Report::new(settings, backends, arguments.iter_stats, measurements);
     if let Some(file) = &arguments.output_file {
         let json = serde_json::to_string_pretty(&report)?;
-        std::fs::write(file, json + "\n").with_context(|| format!("cannot write {}", file.display()))?;
+        std::fs::write(file, json + "\n")
+            .with_context(|| format!("cannot write {}; choose another --output-file", file.display()))?;
+    }
+    if let Some(file) = &arguments.html {
+        html::write(file, &report)?;
     }
     match arguments.output {
         OutputFormat::Json => print_json(&report)?,

@@ -121,6 +121,11 @@ impl Measurement {
         })
     }
 
+    /// How late the rank enters dispatch that is last, most of the time.
+    pub(crate) fn skew_us(&self) -> f64 {
+        self.ranks.iter().map(|rank| rank.arrival_skew_us.median).fold(0.0, f64::max)
+    }
+
     /// The sum over ranks.
     pub(crate) fn total(&self, of: impl Fn(&Volume) -> usize) -> usize {
         self.ranks.iter().map(|rank| of(&rank.volume)).sum()

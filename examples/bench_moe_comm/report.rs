@@ -261,7 +261,6 @@ impl Report {
         for measurement in &self.measurements {
             let Measurement { slowest_dispatch_us: dispatch, slowest_combine_us: combine, .. } = measurement;
             let sizes = AllRanks::new(measurement, false);
-            let skew = measurement.ranks.iter().map(|rank| rank.arrival_skew_us.median).fold(0.0, f64::max);
             table.add_row(row([
                 measurement.backend.clone(),
                 least_and_most(measurement.token_counts.iter().copied()),
@@ -274,7 +273,7 @@ impl Report {
                 digits(sizes.combine_wire_gb_per_s),
                 digits(sizes.combine_logical_gb_per_s),
                 least_and_most(measurement.ranks.iter().map(|rank| rank.volume.expert_rows)),
-                digits(skew),
+                digits(measurement.skew_us()),
             ]));
         }
         table.trim_fmt()

@@ -1,6 +1,7 @@
 //! The example `bench_moe_comm` as a user runs it.
 
 use crate::checkpoint::Folder;
+use crate::examples_perfect_router::elements;
 use crate::procs::free_port;
 use crate::program::{assert_rejected, json_of, run, run_unread, start, stdout_of, text};
 use candle_core::{Device, Tensor};
@@ -67,6 +68,7 @@ fn help_names_every_flag() {
         "no-cuda-graph",
         "output",
         "output-file",
+        "html",
     ] {
         assert!(help.contains(&format!("--{flag}")), "--{flag} is missing in\n{help}");
     }
@@ -311,6 +313,47 @@ fn the_report_goes_into_a_file_too() {
     let output = run(BENCH, &short(&["--output-file", "/nowhere/at/all/report.json"]));
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()));
     assert!(text(&output.stderr).contains("cannot write /nowhere/at/all/report.json"));
+}
+
+#[test]
+fn the_page_is_whole_and_draws_every_backend() {
+    let folder = Folder::new();
+    let file = folder.path().join("report.html");
+    let page = |more: &[&str]| {
+        let report = json_of(BENCH, &[&short(&["--html", file.to_str().unwrap()]), more].concat());
+        (std::fs::read_to_string(&file).unwrap(), report)
+    };
+    for (more, backends, sizes) in [
+        (&["--backend", "all", "--ep-size", "3"][..], 6, 3),
+        // One point for each line.
+        (&["--backend", "all", "--ep-size", "1", "-b", "4"], 8, 1),
+        (&["--ep-size", "70", "--workload", "hot-rank", "--hot-fraction", "1", "-b", "4"], 1, 1),
+    ] {
+        let (page, report) = page(more);
+        let elements = elements(&page);
+        let count = |name: &str| elements.iter().filter(|element| *element == name).count();
+        assert_eq!((count("svg"), count("h1"), count("table"), count("caption")), (5, 1, 1, 1));
+        assert_eq!((count("script"), count("link"), count("img")), (0, 0, 0));
+        assert_eq!(page.matches("role=\"img\" aria-label=\"").count(), 5);
+        assert!(page.contains("lang=\"en\"") && page.contains("prefers-color-scheme: dark"));
+        for wrong in ["http", "NaN", "inf"] {
+            assert!(!page.contains(wrong), "{wrong} in {page}");
+        }
+        let rows = results(&report);
+        assert_eq!(rows.len(), backends * sizes);
+        for row in rows {
+            assert!(page.contains(&format!("<th scope=\"row\">{}</th>", row["backend"].as_str().unwrap())));
+        }
+        let ranks = by_rank(&rows[0], "dispatch_us").len();
+        assert_eq!(page.contains("more ranks"), ranks > 64);
+        let last = format!("rank 0: {} rows", counts(&rows[sizes - 1], "expert_rows")[0]);
+        assert!(page.contains(&last), "{last} in {page}");
+    }
+    let (page, _) = page(&["--perfect-router"]);
+    assert!(page.contains("meaningless"));
+    let output = run(BENCH, &short(&["--html", "/nowhere/at/all/report.html"]));
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()));
+    assert!(text(&output.stderr).contains("cannot write /nowhere/at/all/report.html; choose another --html"));
 }
 
 /// As torchrun would start them.
