@@ -28,7 +28,9 @@ use candle_moe::order::ExpertOrder;
 use candle_moe::perfect_router::{PerfectRouterKey, PerfectRouterStore, Plan, Schedule};
 use candle_moe::routing::{Router, Routing, RoutingMethod};
 use clap::{Parser, ValueEnum};
+use common::machine;
 use common::progress;
+use common::random::Random;
 use common::report::{BadArguments, OutputFormat, Verdict, finish, plain, print, print_json};
 use common::stats::{Budget, Meter, Summary, measure};
 use indicatif::ProgressBar;
@@ -42,7 +44,7 @@ use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 use workload::{
-    Choice, DEEPSEEK_V3, GPT_OSS_20B, GPT_OSS_120B, Inputs, Layer, Profile, QWEN3_30B_A3B, Random, TINY, WeightFormat,
+    Choice, DEEPSEEK_V3, GPT_OSS_20B, GPT_OSS_120B, Inputs, Layer, Profile, QWEN3_30B_A3B, TINY, WeightFormat,
     planned_experts,
 };
 
@@ -349,7 +351,7 @@ impl Bench {
         let per_token = if needs_inputs(parts) { 4 * profile.hidden_size * rows * self.ep_size } else { 0 };
         let layer = if parts.contains(&Part::Layer) { self.weights.layer_bytes(profile) } else { 0 };
         let needed = most.saturating_mul(per_token).saturating_add(layer);
-        match memory::available().unwrap_or(isize::MAX as usize / 2) {
+        match machine::available_memory().unwrap_or(isize::MAX as usize / 2) {
             available if needed > available => Err(BadArguments(format!(
                 "profile {name} with {most} tokens needs about {:.1} GB of memory and {:.1} GB are available; choose fewer \
                  --num-tokens or a smaller --profile",
@@ -395,7 +397,8 @@ impl Bench {
         let gate = random.floats(&[profile.num_experts, profile.hidden_size], scale, self.dtype)?;
         let gate = Linear::new(gate, None)?;
         // Where the layer is not measured, routing and order need a gate only.
-        let roomy = memory::available().is_some_and(|available| available / 4 > self.weights.layer_bytes(profile));
+        let roomy =
+            machine::available_memory().is_some_and(|available| available / 4 > self.weights.layer_bytes(profile));
         (0..if measured && roomy { 2 } else { 1 })
             .map(|_| Ok(Layer::random(profile, self.weights, gate.clone(), self.ep_size, measured, &mut random)?))
             .collect()
@@ -406,7 +409,7 @@ impl Bench {
             bench: "bench_moe",
             crate_version: env!("CARGO_PKG_VERSION"),
             device: "cpu",
-            cpu_model: memory::cpu_model(),
+            cpu_model: machine::cpu_model(),
             threads: rayon::current_num_threads(),
             dtype: self.precision,
             weights: self.weights.name(),

@@ -1,10 +1,9 @@
-//! The machine's memory: how fast it is, and how much of it is free.
+//! The machine's memory: how fast it is.
 
 use super::common::stats::{Budget, Summary, measure};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::convert::Infallible;
-use std::fs::read_to_string;
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -43,21 +42,4 @@ impl Bandwidth {
         let (Ok(copy), Ok(read)) = (copy, read);
         Self { copy_gb_per_s: rate(2 * BUFFER_BYTES, copy), read_gb_per_s: rate(BUFFER_BYTES, read) }
     }
-}
-
-/// Bytes that a program may take without pushing others out, where the system says so.
-pub(crate) fn available() -> Option<usize> {
-    let kilobytes = field("/proc/meminfo", "MemAvailable")?;
-    kilobytes.strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1024)
-}
-
-/// The name of the processor, where the system says so.
-pub(crate) fn cpu_model() -> Option<String> {
-    field("/proc/cpuinfo", "model name")
-}
-
-fn field(path: &str, name: &str) -> Option<String> {
-    let text = read_to_string(path).ok()?;
-    let mut fields = text.lines().filter_map(|line| line.split_once(':'));
-    fields.find(|(key, _)| key.trim() == name).map(|(_, value)| value.trim().to_string())
 }

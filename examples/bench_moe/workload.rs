@@ -1,5 +1,6 @@
 //! What is measured: layers with random weights, and inputs that keep the weights out of the cache.
 
+use crate::common::random::Random;
 use candle_core::{DType, Device, Result, Shape, Tensor, WithDType};
 use candle_moe::block::MoeBlock;
 use candle_moe::ep::Topology;
@@ -115,41 +116,19 @@ impl WeightFormat {
     }
 }
 
-/// A small seeded generator (SplitMix64).
-#[derive(Debug, Clone)]
-pub(crate) struct Random(u64);
-
 impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
     /// `len` values in parallel, eight from each number drawn: `make` turns a byte of it into a value.
     fn fill<T: Copy + Default + Send>(&mut self, len: usize, make: impl Fn(u8) -> T + Sync) -> Vec<T> {
         const PIECE: usize = 1 << 16;
         let seed = self.next();
         let mut values = vec![T::default(); len];
         values.par_chunks_mut(PIECE).enumerate().for_each(|(i, piece)| {
-            let mut random = Self(seed.wrapping_add(i as u64).wrapping_mul(0xd134_2543_de82_ef95));
+            let mut random = Self::new(seed.wrapping_add(i as u64).wrapping_mul(0xd134_2543_de82_ef95));
             for eight in piece.chunks_mut(8) {
                 eight.iter_mut().zip(random.next().to_le_bytes()).for_each(|(value, byte)| *value = make(byte));
             }
         });
         values
-    }
-
-    /// Uniform in `-scale..scale`.
-    pub(crate) fn floats(&mut self, shape: &[usize], scale: f32, dtype: DType) -> Result<Tensor> {
-        let uniform = |_| ((self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0) * scale;
-        let values: Vec<_> = (0..shape.iter().product()).map(uniform).collect();
-        Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)
     }
 
     /// As [`floats`](Self::floats), in float32, from few different numbers: fast.

@@ -1,6 +1,6 @@
 //! Repeated measurements and what they say.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
 /// Samples that a [`Meter`] takes at the very least.
@@ -71,7 +71,7 @@ pub(crate) fn measure<E>(budget: Budget, mut call: impl FnMut(usize) -> Result<(
 }
 
 /// The median of some samples and how far they spread, in the unit of the samples.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Summary {
     pub(crate) count: usize,
     pub(crate) median: f64,

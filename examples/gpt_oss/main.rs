@@ -36,7 +36,10 @@ fn run(arguments: &Arguments) -> Result<Verdict> {
     let plan = arguments.plan(&config, &text, launched.as_ref().map(|environment| environment.world_size))?;
     match (launched, arguments.launch) {
         (Some(environment), _) => take_part(&environment, arguments, &config, &text, &plan),
-        (None, Some(LaunchName::Procs)) => processes::start(plan.options.ep_size),
+        (None, Some(LaunchName::Procs)) => {
+            common::processes::run(plan.options.ep_size)?;
+            Ok(Verdict::Passed)
+        }
         (None, _) => generate(None, arguments, &config, &text, &plan),
     }
 }

@@ -13,7 +13,8 @@
 //!   results home, by any [`Strategy`] and [`Reduction`], of which [`Problem::choose`] knows the best.
 //! * [`Placement`] says which rank holds which experts, replicas included: in order, for the load that was measured, or as given.
 //! * [`Fingerprint`] finds the rank that was started with other settings.
-//! * [`launch`] runs a function on every rank of a [`Threads`] group. [`Faulty`] is a rank that fails on purpose, for tests.
+//! * [`launch`] runs a function on every rank of a [`Threads`] group. [`Faulty`] is a rank that fails on purpose, for tests;
+//!   [`Metered`] is one that keeps count of what it sends.
 //!
 //! Uneven and zero row counts are ordinary input everywhere.
 //!
@@ -53,6 +54,7 @@ mod home;
 mod launch;
 mod lobby;
 mod member;
+mod metered;
 mod placement;
 mod procs;
 mod rendezvous;
@@ -75,6 +77,7 @@ pub use faulty::{Faulty, Injection, Schedule};
 pub use fingerprint::Fingerprint;
 pub use launch::launch;
 pub use lobby::Lobby;
+pub use metered::{Metered, Transfer};
 pub use placement::Placement;
 pub use procs::{MAX_PROCS, Procs, ProcsConfig};
 pub use solo::Solo;

@@ -195,7 +195,7 @@ fn nobody_reading_is_no_error() {
 // The page
 
 /// The names of the elements in document order, after checking that every tag is closed in order.
-fn elements(page: &str) -> Vec<String> {
+pub(crate) fn elements(page: &str) -> Vec<String> {
     let (mut open, mut all) = (Vec::new(), Vec::new());
     let mut rest = page.strip_prefix("<!DOCTYPE html>").expect("a document type");
     while let Some(start) = rest.find('<') {

@@ -7,9 +7,10 @@
 
 use super::report::{Breakdown, LayerRow, Metadata};
 use super::{Bench, cuda};
+use crate::common::random::Random;
 use crate::common::report::BadArguments;
 use crate::common::stats::Summary;
-use crate::workload::{Choice, Profile, Random, WeightFormat};
+use crate::workload::{Choice, Profile, WeightFormat};
 use crate::{Args, PROFILES, Part, ProfileName};
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};

@@ -10,9 +10,9 @@ mod plot;
 mod report;
 
 use crate::common::progress;
+use crate::common::random::Random;
 use crate::common::report::{BadArguments, OutputFormat, Verdict, plain, print, print_json};
 use crate::common::stats::{Budget, Summary, measure};
-use crate::workload::Random;
 use crate::{Args, Part, Precision, Shape, part_name};
 use anyhow::{Context, Result, anyhow};
 use candle_core::{CudaDevice, D, DType, Device, Tensor};

@@ -1,0 +1,149 @@
+//! Times dispatch and combine of an expert-parallel MoE layer alone, without experts, for ranks that are threads or
+//! processes.
+//!
+//! ```text
+//! cargo run --release --example bench_moe_comm -- --ep-size 8 --profile deepseek_v3 --backend all -b 1 -e 128 -f 2
+//! ```
+//!
+//! Flags and JSON keys are those of TensorRT-LLM's `bench_moe_comm.py`, with more of both. A rank's part of the
+//! measurement knows nothing of its transport, and results come together over the communicator that is measured, so all
+//! transports are measured alike.
+
+mod arguments;
+mod backends;
+mod chart;
+mod check;
+mod clock;
+#[allow(dead_code, reason = "each example uses its part")]
+#[path = "../common/mod.rs"]
+mod common;
+mod html;
+mod measure;
+mod measurement;
+mod profiles;
+mod report;
+mod settings;
+mod workload;
+
+use anyhow::{Context, Result, anyhow};
+use arguments::Arguments;
+use backends::{Backend, Transport};
+use candle_moe::ep::{Communicator, Environment, Procs, ProcsConfig, launch};
+use common::report::{OutputFormat, Verdict, finish, print, print_json};
+use common::{processes, progress};
+use measure::measure;
+use measurement::Measurement;
+use report::Report;
+use settings::Settings;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Ranks wait for each other no longer than this.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+fn main() -> ExitCode {
+    finish(run(&Arguments::read()))
+}
+
+fn run(arguments: &Arguments) -> Result<Verdict> {
+    let launched = launched(arguments)?;
+    let settings = arguments.settings(launched.as_ref().map(|environment| environment.world_size))?;
+    let backends = arguments.backends(&settings, launched.is_some())?;
+    if let Some(environment) = launched {
+        return take_part(&environment, arguments, &settings, &backends);
+    }
+    let mut measurements = Vec::new();
+    for transport in Transport::ALL {
+        let of_transport: Vec<_> = backends.iter().filter(|backend| backend.transport == transport).cloned().collect();
+        if !of_transport.is_empty() {
+            measurements.extend(match transport {
+                Transport::Threads => with_threads(&settings, &of_transport)?,
+                Transport::Procs => with_processes(&settings, &of_transport)?,
+            });
+        }
+    }
+    report(arguments, &settings, &backends, measurements)
+}
+
+/// The rank that a launcher wants this process to be; `None` if it is to have all ranks itself, or to start them.
+fn launched(arguments: &Arguments) -> Result<Option<Environment>> {
+    let names = |transport| arguments.wishes().is_some_and(|wishes| wishes.name(transport));
+    if names(Transport::Threads) && !names(Transport::Procs) {
+        return Ok(None);
+    }
+    let environment = processes::launched("or use --backend threads")?;
+    // A launcher that started one process leaves it to this one what its ranks are.
+    Ok(environment.filter(|environment| environment.world_size > 1 || names(Transport::Procs)))
+}
+
+/// Becomes the rank that a launcher wants this process to be. Only rank 0 reports.
+fn take_part(
+    environment: &Environment,
+    arguments: &Arguments,
+    settings: &Settings,
+    backends: &[Backend],
+) -> Result<Verdict> {
+    let mut ranks = Procs::join(ProcsConfig::from(environment), DEADLINE)?;
+    let measurements = measure_with_progress(&mut ranks, settings, backends)?;
+    if ranks.rank() > 0 {
+        return Ok(Verdict::Passed);
+    }
+    if arguments.measure_for_report.is_some() {
+        print_json(&measurements)?;
+        return Ok(Verdict::Passed);
+    }
+    report(arguments, settings, backends, measurements)
+}
+
+/// All ranks as threads of this process.
+fn with_threads(settings: &Settings, backends: &[Backend]) -> Result<Vec<Measurement>> {
+    let ranks = launch(settings.ep_size, DEADLINE, |mut ranks| measure_with_progress(&mut ranks, settings, backends))?;
+    let measurements = ranks.into_iter().map(|rank| rank.map_err(|panic| anyhow!(panic))?);
+    measurements.collect::<Result<Vec<_>>>()?.into_iter().next().context("no rank")
+}
+
+/// All ranks as processes of this program.
+fn with_processes(settings: &Settings, backends: &[Backend]) -> Result<Vec<Measurement>> {
+    let stdout = processes::stdout_of(settings.ep_size, &Arguments::for_ranks(backends))?;
+    serde_json::from_slice(&stdout).context("rank 0 did not print what it measured")
+}
+
+/// One rank's part; rank 0 shows where it is.
+fn measure_with_progress(
+    communicator: &mut dyn Communicator,
+    settings: &Settings,
+    backends: &[Backend],
+) -> Result<Vec<Measurement>> {
+    if communicator.rank() > 0 {
+        return measure(communicator, settings, backends, &|_, _| ());
+    }
+    let bar = progress::bar(backends.len() * settings.local_batch_sizes.len());
+    let measurements = measure(communicator, settings, backends, &|title, done| {
+        bar.set_position(done as u64);
+        bar.set_message(title);
+    });
+    bar.finish_and_clear();
+    measurements
+}
+
+fn report(
+    arguments: &Arguments,
+    settings: &Settings,
+    backends: &[Backend],
+    measurements: Vec<Measurement>,
+) -> Result<Verdict> {
+    let report = Report::new(settings, backends, arguments.iter_stats, measurements);
+    if let Some(file) = &arguments.output_file {
+        let json = serde_json::to_string_pretty(&report)?;
+        std::fs::write(file, json + "\n")
+            .with_context(|| format!("cannot write {}; choose another --output-file", file.display()))?;
+    }
+    if let Some(file) = &arguments.html {
+        html::write(file, &report)?;
+    }
+    match arguments.output {
+        OutputFormat::Json => print_json(&report)?,
+        OutputFormat::Table => print(report.text(arguments.iter_stats))?,
+    }
+    Ok(if report.passed() { Verdict::Passed } else { Verdict::Failed })
+}

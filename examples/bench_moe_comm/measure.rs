@@ -1,0 +1,194 @@
+//! One rank's part in measuring, whatever carries its rows.
+//!
+//! ```text
+//! for every backend and batch size:
+//!     check       dispatch, hand back what was received, combine: is it what it should be on every rank?
+//!     warm up and time, again and again:
+//!         barrier, dispatch    timed from leaving the barrier
+//!         barrier, combine     timed from leaving the barrier
+//!     tell all ranks the samples
+//! ```
+//!
+//! 1. What the experts make of the tokens is worked out once, by the check, so that nothing but communication stands between
+//!    two barriers.
+//! 2. No backend may be at an advantage by its place in the order, so the allocator is settled before the first.
+//! 3. Ranks leave a barrier one after the other, and whoever leaves first waits for the others in dispatch. So every rank
+//!    notes when it entered, on a clock that all share, and the report says how late each of them was.
+
+use crate::backends::Backend;
+use crate::check::first_mismatch;
+use crate::clock::{Clock, nanoseconds};
+use crate::measurement::{Measurement, Samples, Volume};
+use crate::settings::Settings;
+use crate::workload::Tokens;
+use anyhow::{Result, bail};
+use candle_core::{DType, Device, Tensor};
+use candle_moe::ep::{Communicator, Dispatched, Metered, Sharing, Step, Strategy, Transfer, combine, dispatch};
+use candle_moe::order::ExpertOrder;
+use std::hint::black_box;
+use std::time::Instant;
+
+/// A little less than the largest block that glibc keeps.
+const SETTLING_BYTES: usize = (32 << 20) - (64 << 10);
+
+/// Measures all batch sizes with all backends; a collective, and every rank gets the same result. `begin` hears
+/// what comes, and how much is done.
+pub(crate) fn measure(
+    communicator: &mut dyn Communicator,
+    settings: &Settings,
+    backends: &[Backend],
+    begin: &dyn Fn(String, usize),
+) -> Result<Vec<Measurement>> {
+    settings.agree(communicator, backends)?;
+    settle_allocator();
+    let clock = Clock::new();
+    let mut measurements = Vec::new();
+    for backend in backends {
+        for &local_batch_size in &settings.local_batch_sizes {
+            let title = format!("{backend}, {local_batch_size} tokens per rank");
+            communicator.set_label(&title);
+            begin(title, measurements.len());
+            let layer = Layer::new(communicator, settings, backend, local_batch_size)?;
+            let (round, volume) = layer.check(communicator)?;
+            let samples = layer.time(communicator, &round, clock, volume)?;
+            let ranks = all_samples(communicator, &samples)?;
+            measurements.push(Measurement::new(settings, backend, local_batch_size, ranks)?);
+        }
+    }
+    Ok(measurements)
+}
+
+/// Brings the allocator into the state of a program that has run for a while.
+///
+/// The one of glibc maps a block that is larger than any freed before anew each time, up to 32 MiB, and its pages are cleared
+/// again. So whatever is measured first would pay for what comes later, several times over.
+fn settle_allocator() {
+    drop(black_box(vec![0u8; SETTLING_BYTES]));
+}
+
+/// Everybody's samples, in rank order.
+fn all_samples(communicator: &mut dyn Communicator, samples: &Samples) -> Result<Vec<Samples>> {
+    let ranks = communicator.all_gather_bytes(&serde_json::to_vec(samples)?)?;
+    Ok(ranks.iter().map(|bytes| serde_json::from_slice(bytes)).collect::<Result<_, _>>()?)
+}
+
+/// What this rank sends, and to whom.
+struct Layer<'a> {
+    settings: &'a Settings,
+    sharing: Sharing<'a>,
+    step: Step,
+    tokens: Tokens,
+    title: String,
+}
+
+/// What the experts of this rank were given and hand back.
+struct Round {
+    order: ExpertOrder,
+    rows: Tensor,
+}
+
+impl<'a> Layer<'a> {
+    fn new(
+        communicator: &mut dyn Communicator,
+        settings: &'a Settings,
+        backend: &Backend,
+        local_batch_size: usize,
+    ) -> Result<Self> {
+        let tokens = match backend.strategy {
+            Strategy::Replicated => Tokens::of_all_ranks(settings, local_batch_size)?,
+            _ => Tokens::of_rank(settings, local_batch_size, communicator.rank())?,
+        };
+        let step = Step::agree(communicator, tokens.hidden.dim(0)?)?;
+        let Settings { reduction, placement, .. } = settings;
+        let sharing = Sharing { strategy: backend.strategy, reduction: *reduction, placement };
+        Ok(Self { settings, sharing, step, tokens, title: format!("{backend}, {local_batch_size} tokens per rank") })
+    }
+
+    fn dispatch(&self, communicator: &mut dyn Communicator) -> candle_core::Result<Dispatched> {
+        dispatch(communicator, &self.step, &self.sharing, &self.tokens.hidden, &self.tokens.routing)
+    }
+
+    /// One round; an error on every rank if the result of one is wrong.
+    fn check(&self, communicator: &mut dyn Communicator) -> Result<(Round, Volume)> {
+        let mut metered = Metered::new(communicator);
+        let dispatched = self.dispatch(&mut metered)?;
+        let sent = metered.take_transfers();
+        let round = self.hand_back(metered.rank(), &dispatched)?;
+        let combined = combine(&mut metered, &dispatched, &round.rows, &round.order)?;
+        let volume = Volume::new(round.rows.dim(0)?, &sent, &metered.take_transfers());
+        let Tokens { hidden, routing } = &self.tokens;
+        let mismatch = first_mismatch(hidden, &routing.topk_weights, &combined)?.unwrap_or_default();
+        let mismatches = communicator.all_gather_bytes(mismatch.as_bytes())?;
+        match mismatches.iter().enumerate().find(|(_, mismatch)| !mismatch.is_empty()) {
+            Some((rank, mismatch)) => {
+                bail!("check failed: {}: rank {rank}, {}", self.title, String::from_utf8_lossy(mismatch))
+            }
+            None => Ok((round, volume)),
+        }
+    }
+
+    /// Experts that return what they are given.
+    fn hand_back(&self, rank: usize, dispatched: &Dispatched) -> Result<Round> {
+        let local_experts = self.sharing.placement.local(rank)?;
+        let order = ExpertOrder::new(dispatched.topk_ids(), self.settings.num_experts, local_experts)?;
+        let num_rows = order.expert_counts.to_vec1::<u32>()?.iter().sum::<u32>() as usize;
+        let rows = match num_rows {
+            0 => Tensor::zeros((0, self.settings.hidden_size), DType::F32, &Device::Cpu)?,
+            _ => {
+                let slots = order.sorted_slots.narrow(0, 0, num_rows)?.to_vec1::<u32>()?;
+                let tokens: Vec<_> = slots.iter().map(|slot| slot / self.settings.top_k as u32).collect();
+                let tokens = Tensor::from_vec(tokens, num_rows, &Device::Cpu)?;
+                dispatched.hidden().contiguous()?.index_select(&tokens, 0)?.to_dtype(DType::F32)?
+            }
+        };
+        Ok(Round { order, rows })
+    }
+
+    fn time(
+        &self,
+        communicator: &mut dyn Communicator,
+        round: &Round,
+        clock: Clock,
+        volume: Volume,
+    ) -> Result<Samples> {
+        let mut samples = Samples::new(volume);
+        for iteration in 0..self.settings.warmup.saturating_add(self.settings.iters) {
+            communicator.barrier()?;
+            let arrived = Instant::now();
+            let dispatched = self.dispatch(communicator)?;
+            let dispatch_time = arrived.elapsed();
+            communicator.barrier()?;
+            let started = Instant::now();
+            let combined = combine(communicator, &dispatched, &round.rows, &round.order)?;
+            let combine_time = started.elapsed();
+            black_box(combined);
+            if iteration >= self.settings.warmup {
+                samples.dispatch_ns.push(nanoseconds(dispatch_time));
+                samples.combine_ns.push(nanoseconds(combine_time));
+                samples.arrival_ns.push(clock.read(arrived));
+            }
+        }
+        Ok(samples)
+    }
+}
+
+impl Volume {
+    /// `expert_rows`: slots of this rank's experts; and what dispatch and combine moved.
+    fn new(expert_rows: usize, dispatched: &[Transfer], combined: &[Transfer]) -> Self {
+        // Hidden states, ids and weights travel in as many rows.
+        let rows = |transfers: &[Transfer], of: fn(&Transfer) -> usize| transfers.iter().map(of).max().unwrap_or(0);
+        let bytes = |transfers: &[Transfer], of: fn(&Transfer) -> usize| transfers.iter().map(of).sum();
+        Self {
+            expert_rows,
+            rows_sent: rows(dispatched, |transfer| transfer.rows_sent),
+            rows_received: rows(dispatched, |transfer| transfer.rows_received),
+            rows_kept: rows(dispatched, |transfer| transfer.rows_kept),
+            combine_rows_sent: rows(combined, |transfer| transfer.rows_sent),
+            combine_rows_received: rows(combined, |transfer| transfer.rows_received),
+            dispatch_bytes_sent: bytes(dispatched, Transfer::bytes_sent),
+            dispatch_bytes_kept: bytes(dispatched, Transfer::bytes_kept),
+            combine_bytes_sent: bytes(combined, Transfer::bytes_sent),
+            combine_bytes_kept: bytes(combined, Transfer::bytes_kept),
+        }
+    }
+}
