@@ -15,6 +15,7 @@
 mod common;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod html;
 mod memory;
 mod report;
 mod workload;
@@ -115,6 +116,9 @@ struct Args {
     /// On CUDA: draw the time of layers against the number of tokens
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
+    /// Also draw the report as a web page
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// What to print
     #[arg(long, value_enum, default_value_t = OutputFormat::Table)]
     output: OutputFormat,
@@ -281,6 +285,9 @@ fn run_on_cpu(args: &Args) -> Result<Verdict> {
     }
     let bench = Bench::new(args)?;
     let report = bench.run()?;
+    if let Some(file) = &args.html {
+        html::write(file, &report.heading(), &report.timed())?;
+    }
     match args.output {
         OutputFormat::Json => print_json(&report)?,
         OutputFormat::Table => print(report.text())?,

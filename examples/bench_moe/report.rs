@@ -1,6 +1,7 @@
 //! What was measured, for people and for programs.
 
 use crate::common::report::{Column, digits, row, table};
+use crate::html::Timed;
 use crate::memory::Bandwidth;
 use crate::{Part, Precision, part_name};
 use clap::ValueEnum;
@@ -79,14 +80,8 @@ pub(crate) struct Lines {
 impl Report {
     /// For people.
     pub(crate) fn text(&self) -> String {
-        let Metadata { cpu_model, threads, dtype, weights, ep_size, bandwidth, .. } = &self.metadata;
-        let dtype = dtype.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
-        let mut sections = vec![format!(
-            "MoE on the CPU ({}, {threads} threads): {dtype} hidden states, {weights} weights, {ep_size} rank{}.\n\
-             Perfect routing is for measuring: the output of a model that runs with it is meaningless.",
-            cpu_model.as_deref().unwrap_or("unknown model"),
-            if *ep_size == 1 { "" } else { "s" }
-        )];
+        let Metadata { weights, bandwidth, .. } = &self.metadata;
+        let mut sections = vec![self.heading()];
         sections.push(self.rows_table());
         sections.extend(self.lines_table());
         sections.push(format!(
@@ -107,6 +102,32 @@ impl Report {
         sections.push(single.collect::<String>().trim_end().to_string());
         sections.retain(|section| !section.is_empty());
         sections.join("\n\n")
+    }
+
+    /// What was measured on.
+    pub(crate) fn heading(&self) -> String {
+        let Metadata { cpu_model, threads, dtype, weights, ep_size, .. } = &self.metadata;
+        let dtype = dtype.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
+        format!(
+            "MoE on the CPU ({}, {threads} threads): {dtype} hidden states, {weights} weights, {ep_size} rank{}.\n\
+             Perfect routing is for measuring: the output of a model that runs with it is meaningless.",
+            cpu_model.as_deref().unwrap_or("unknown model"),
+            if *ep_size == 1 { "" } else { "s" }
+        )
+    }
+
+    /// The rows, for charts of each part of each profile.
+    pub(crate) fn timed(&self) -> Vec<Timed> {
+        let timed = |row: &Row| Timed {
+            chart: format!("{}, {}", row.profile, part_name(row.part)),
+            line: row.routing.into(),
+            num_tokens: row.num_tokens,
+            median_us: row.median_us,
+            p10_us: row.p10_us,
+            p90_us: row.p90_us,
+            floor_us: row.floor_us,
+        };
+        self.rows.iter().map(timed).collect()
     }
 
     fn rows_table(&self) -> String {

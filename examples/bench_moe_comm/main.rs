@@ -11,7 +11,6 @@
 
 mod arguments;
 mod backends;
-mod chart;
 mod check;
 mod clock;
 #[allow(dead_code, reason = "each example uses its part")]

@@ -1,9 +1,11 @@
-//! What the example programs share: arguments, ranks as processes, reports, progress, statistics.
+//! What the example programs share: arguments, ranks as processes, reports, charts and pages, progress, statistics.
 //!
 //! Data goes to stdout, progress and errors to stderr. Exit codes: 0 fine, 1 failed check or failed run, 2 bad arguments.
 
 pub(crate) mod arguments;
+pub(crate) mod chart;
 pub(crate) mod machine;
+pub(crate) mod page;
 pub(crate) mod processes;
 pub(crate) mod progress;
 pub(crate) mod random;

@@ -1,15 +1,15 @@
 //! The example `bench_moe` as a user runs it.
 
-#[cfg(feature = "cuda")]
-use crate::program::run;
-use crate::program::{assert_rejected, json_of, run_unread, stdout_of, text};
+use crate::checkpoint::Folder;
+use crate::examples_perfect_router::elements;
+use crate::program::{assert_rejected, json_of, run, run_unread, stdout_of, text};
 use serde_json::{Value, json};
 
 const BENCH: &str = "bench_moe";
 /// Arguments that make the benchmark short.
 const SHORT: [&str; 8] = ["--profile", "tiny", "--num-tokens", "1,5", "--iters", "3", "--seconds", "0"];
 
-fn short(more: &[&'static str]) -> Vec<&'static str> {
+fn short<'a>(more: &[&'a str]) -> Vec<&'a str> {
     [&SHORT[..], more].concat()
 }
 
@@ -32,6 +32,7 @@ fn help_names_every_flag() {
         "skew",
         "only",
         "plot",
+        "html",
         "output",
     ];
     let help = stdout_of(BENCH, &["--help"]);
@@ -39,6 +40,55 @@ fn help_names_every_flag() {
         assert!(help.contains(&format!("--{flag} ")), "--{flag} is missing in\n{help}");
     }
     assert!(help.contains("meaningless"), "{help}");
+}
+
+#[test]
+fn without_arguments_it_measures_every_profile() {
+    let table = stdout_of(BENCH, &[]);
+    let words = [
+        "MoE on the CPU",
+        "tiny",
+        "gpt-oss-20b",
+        "qwen3-30b-a3b",
+        "layer",
+        "plan",
+        "perfect",
+        "Copy bandwidth",
+        "meaningless",
+    ];
+    for words in words {
+        assert!(table.contains(words), "{words:?} is missing in\n{table}");
+    }
+    assert!(!table.contains("NaN"), "{table}");
+}
+
+#[test]
+fn the_page_is_whole_and_draws_every_part() {
+    let folder = Folder::new();
+    let file = folder.path().join("report.html");
+    let all = ["tiny, routing", "tiny, order", "tiny, plan", "tiny, layer"];
+    for (only, charts) in [(&[][..], &all[..]), (&["--only", "layer"], &all[3..]), (&["--only", "plan"], &all[2..3])] {
+        let report = json_of(BENCH, &[&short(&["--output", "json", "--html", file.to_str().unwrap()]), only].concat());
+        let page = std::fs::read_to_string(&file).unwrap();
+        let elements = elements(&page);
+        let count = |name: &str| elements.iter().filter(|element| *element == name).count();
+        assert_eq!((count("svg"), count("h2"), count("table")), (charts.len(), charts.len(), charts.len()));
+        assert_eq!((count("h1"), count("script"), count("link"), count("img")), (1, 0, 0, 0));
+        for chart in charts {
+            assert!(page.contains(&format!("<h2>{chart}</h2>")), "{chart} in {page}");
+        }
+        for wrong in ["http", "NaN", "inf"] {
+            assert!(!page.contains(wrong), "{wrong} in {page}");
+        }
+        let rows = report["rows"].as_array().unwrap();
+        assert_eq!(count("tr"), rows.len() + charts.len(), "a row for each measurement, and the headings");
+        // A line and its floor for each routing of a part.
+        assert_eq!(count("polyline"), 2 * rows.len() / 2);
+        assert!(page.contains("meaningless"));
+    }
+    let output = run(BENCH, &short(&["--html", "/nowhere/at/all/report.html"]));
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()));
+    assert!(text(&output.stderr).contains("cannot write /nowhere/at/all/report.html; choose another --html"));
 }
 
 #[test]

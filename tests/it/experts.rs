@@ -499,7 +499,8 @@ fn the_kernels_follow_the_number_of_tokens() {
     let experts = model.experts.to_device(device).unwrap();
     let tile_rows = |num_tokens, dtype| experts.tile_rows(num_tokens, 4, dtype, device).unwrap();
     assert_eq!([1, 6].map(|num_tokens| tile_rows(num_tokens, DType::BF16)), [Some(8); 2]);
-    let many = [7, 80, 81, 8192].map(|num_tokens| tile_rows(num_tokens, DType::BF16));
+    assert_eq!([7, 9].map(|num_tokens| tile_rows(num_tokens, DType::BF16)), [Some(16); 2]);
+    let many = [10, 80, 81, 8192].map(|num_tokens| tile_rows(num_tokens, DType::BF16));
     // Of compute capability 9.0, and others.
     assert!(many == [96, 96, 160, 160].map(Some) || many == [Some(16); 4], "{many:?}");
     // Float32 goes through the general kernels.
@@ -981,14 +982,15 @@ fn the_bytes_of_an_expert_are_those_of_the_published_model() {
     assert_eq!(experts.bytes_per_expert(), 12_441_600 + 777_600 + 4 * 8640);
 }
 
-/// A row may be off by a whole 2^-8 of itself when it is rounded to bfloat16, just above a power of two.
+/// A row may be off by a whole 2^-8 of itself when it is rounded to bfloat16, just above a power of two; so that some are, there
+/// are many rows, of so many tokens that tiles round them.
 #[test]
-fn rows_that_lose_most_when_they_are_rounded_stay_within_the_bound() {
-    let mut random = Random(9326777062000160423);
-    let case = Case { bias: Some(DType::F32), ..gpt_oss(2, 64, 64) };
-    let top_k = 1 + random.below(case.num_experts);
-    let model = Model::new(&mut random, case);
-    let ids: Vec<u32> = (0..8).flat_map(|_| random.distinct(2, top_k)).collect();
-    let ids = ids.into_iter().map(|id| if random.below(8) == 0 { NO_EXPERT } else { id }).collect();
-    model.check(&hidden_states(&mut random, 8, 64, 1.0, DType::BF16), &order_of(ids, top_k, 2));
+fn rows_that_are_rounded_stay_within_the_bound() {
+    for seed in 0..12 {
+        let mut random = Random(seed);
+        let model = Model::new(&mut random, Case { bias: Some(DType::F32), ..gpt_oss(2, 64, 64) });
+        let ids: Vec<u32> = (0..24).flat_map(|_| random.distinct(2, 2)).collect();
+        let ids = ids.into_iter().map(|id| if random.below(8) == 0 { NO_EXPERT } else { id }).collect();
+        model.check(&hidden_states(&mut random, 24, 64, 1.0, DType::BF16), &order_of(ids, 2, 2));
+    }
 }

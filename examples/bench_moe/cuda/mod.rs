@@ -13,7 +13,7 @@ use crate::common::progress;
 use crate::common::random::Random;
 use crate::common::report::{BadArguments, OutputFormat, Verdict, plain, print, print_json};
 use crate::common::stats::{Budget, Summary, measure};
-use crate::{Args, Part, Precision, Shape, part_name};
+use crate::{Args, Part, Precision, Shape, html, part_name};
 use anyhow::{Context, Result, anyhow};
 use candle_core::{CudaDevice, D, DType, Device, Tensor};
 use candle_moe::order::{ExpertOrder, OrderOptions, RoutedOrder};
@@ -62,6 +62,9 @@ pub(crate) fn run(args: &Args, ordinal: usize) -> Result<Verdict> {
     let report = bench.run()?;
     if let Some(file) = &bench.plot {
         std::fs::write(file, plot::svg(&report)).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    if let Some(file) = &args.html {
+        html::write(file, &format!("{}\n{}", report.heading(), report.floors_text()), &report.timed())?;
     }
     match args.output {
         OutputFormat::Json => print_json(&report)?,

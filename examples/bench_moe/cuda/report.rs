@@ -1,6 +1,7 @@
 //! What was measured on a device, for people and for programs.
 
 use crate::common::report::{Column, digits, row, table};
+use crate::html::Timed;
 use crate::workload::Choice;
 use crate::{Part, Precision, part_name};
 use clap::ValueEnum;
@@ -139,12 +140,7 @@ pub(super) enum Timing {
 impl Report {
     /// For people.
     pub(super) fn text(&self) -> String {
-        let Metadata { device_name, compute_capability, dtype, .. } = &self.metadata;
-        let dtype = dtype.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
-        let mut sections = vec![format!(
-            "MoE on {device_name} (compute capability {compute_capability}), {dtype} logits and hidden states; one call inside \
-             a replayed graph."
-        )];
+        let mut sections = vec![self.heading()];
         if !self.rows.is_empty() {
             sections.push(self.rows_table());
         }
@@ -155,7 +151,41 @@ impl Report {
         sections.join("\n\n")
     }
 
-    fn floors_text(&self) -> String {
+    /// What was measured on.
+    pub(super) fn heading(&self) -> String {
+        let Metadata { device_name, compute_capability, dtype, .. } = &self.metadata;
+        let dtype = dtype.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
+        format!(
+            "MoE on {device_name} (compute capability {compute_capability}), {dtype} logits and hidden states; one call inside \
+             a replayed graph."
+        )
+    }
+
+    /// Rows and layers, for charts of each part and of each layer.
+    pub(super) fn timed(&self) -> Vec<Timed> {
+        let of_row = |row: &Row| Timed {
+            chart: format!("{}, {}", part_name(row.part), row.method),
+            line: format!("{} experts, top-{}", row.num_experts, row.top_k),
+            num_tokens: row.num_tokens,
+            median_us: row.median_us,
+            p10_us: row.p10_us,
+            p90_us: row.p90_us,
+            floor_us: row.floor_us,
+        };
+        let of_layer = |row: &LayerRow| Timed {
+            chart: format!("Layer of {}, busiest of {} ranks", row.profile, row.ep_size),
+            line: row.routing.into(),
+            num_tokens: row.num_tokens,
+            median_us: row.median_us,
+            p10_us: row.p10_us,
+            p90_us: row.p90_us,
+            floor_us: row.floor_us,
+        };
+        self.rows.iter().map(of_row).chain(self.layers.iter().map(of_layer)).collect()
+    }
+
+    /// What stands below the tables.
+    pub(super) fn floors_text(&self) -> String {
         let Metadata { copy_gb_per_s, matmul_tflop_per_s, empty_kernel_us, allocation_us, .. } = &self.metadata;
         let or_unknown = |us: &Option<f64>| us.map_or("unknown".into(), |us| format!("{} us", digits(us)));
         let mut text = format!(

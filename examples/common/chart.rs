@@ -1,5 +1,6 @@
-//! Lines over batch sizes, both axes logarithmic, in SVG.
+//! Lines over numbers of tokens, both axes logarithmic, in SVG.
 
+use super::page::escaped;
 use std::fmt::Write;
 
 const WIDTH: f64 = 640.0;
@@ -7,16 +8,16 @@ const HEIGHT: f64 = 260.0;
 const LEFT: f64 = 60.0;
 const TOP: f64 = 12.0;
 /// For names of lines.
-const RIGHT: f64 = 170.0;
+const RIGHT: f64 = 230.0;
 
 /// Colours that stay apart for colour-blind eyes (after Tol), on light and on dark paper.
 pub(crate) const COLOURS: [&str; 8] =
     ["#4477aa", "#ee6677", "#228833", "#aa3377", "#66aacc", "#bb9922", "#888888", "#cc7744"];
 
-/// A value for one batch size, and what it spreads over.
+/// A value for one number of tokens, and what it spreads over.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Point {
-    pub(crate) local_batch_size: usize,
+    pub(crate) num_tokens: usize,
     pub(crate) value: f64,
     pub(crate) low: f64,
     pub(crate) high: f64,
@@ -46,7 +47,7 @@ impl Axes {
             if least > most { (0.5, 2.0) } else { (least / 1.1, most * 1.1) }
         };
         Self {
-            x: around(&mut points.iter().map(|point| point.local_batch_size as f64)),
+            x: around(&mut points.iter().map(|point| point.num_tokens as f64)),
             y: around(&mut points.iter().flat_map(|point| [point.low, point.high])),
         }
     }
@@ -76,16 +77,25 @@ fn place(value: f64, (least, most): (f64, f64)) -> f64 {
     (value / least).ln() / (most / least).ln()
 }
 
-/// Draws `lines`; `unit` stands at the axis, `label` is for those who do not see it.
-pub(crate) fn draw(lines: &[Line], unit: &str, label: &str) -> String {
+/// What stands at the axes, and for those who do not see them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Labels<'a> {
+    pub(crate) tokens: &'a str,
+    pub(crate) unit: &'a str,
+    pub(crate) drawing: &'a str,
+}
+
+/// Draws `lines`, whose names and the labels are plain text.
+pub(crate) fn draw(lines: &[Line], labels: Labels) -> String {
     let lines: Vec<_> = lines.iter().map(positive).filter(|line| !line.points.is_empty()).collect();
     let points: Vec<_> = lines.iter().flat_map(|line| line.points.iter().copied()).collect();
     let axes = Axes::new(&points);
-    let (width, height) = (LEFT + WIDTH + RIGHT, TOP + HEIGHT + 40.0);
+    let (width, height) = (LEFT + WIDTH + RIGHT, TOP + (HEIGHT + 40.0).max(20.0 * (lines.len() as f64 + 1.0)));
+    let label = escaped(labels.drawing);
     let mut svg = format!(
         "<svg viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\" role=\"img\" aria-label=\"{label}\">\n"
     );
-    draw_axes(&mut svg, &axes, &points, unit);
+    draw_axes(&mut svg, &axes, &points, labels);
     for (i, line) in lines.iter().enumerate() {
         draw_line(&mut svg, &axes, line);
         draw_name(&mut svg, i, line);
@@ -99,7 +109,8 @@ fn positive(line: &Line) -> Line {
     Line { points, ..line.clone() }
 }
 
-fn draw_axes(svg: &mut String, axes: &Axes, points: &[Point], unit: &str) {
+fn draw_axes(svg: &mut String, axes: &Axes, points: &[Point], labels: Labels) {
+    let (tokens, unit) = (escaped(labels.tokens), escaped(labels.unit));
     let (left, right, bottom) = (LEFT, LEFT + WIDTH, TOP + HEIGHT);
     for mark in axes.marks() {
         let y = axes.y(mark);
@@ -111,7 +122,7 @@ fn draw_axes(svg: &mut String, axes: &Axes, points: &[Point], unit: &str) {
             y + 4.0
         );
     }
-    let mut sizes: Vec<_> = points.iter().map(|point| point.local_batch_size).collect();
+    let mut sizes: Vec<_> = points.iter().map(|point| point.num_tokens).collect();
     sizes.sort_unstable();
     sizes.dedup();
     // Twelve names find room.
@@ -121,7 +132,7 @@ fn draw_axes(svg: &mut String, axes: &Axes, points: &[Point], unit: &str) {
     }
     let _ = writeln!(
         svg,
-        "<text class=\"faint middle\" x=\"{:.1}\" y=\"{:.1}\">tokens per rank</text>\
+        "<text class=\"faint middle\" x=\"{:.1}\" y=\"{:.1}\">{tokens}</text>\
          <text class=\"faint\" x=\"0\" y=\"{TOP}\">{unit}</text>",
         (left + right) / 2.0,
         bottom + 36.0
@@ -130,8 +141,7 @@ fn draw_axes(svg: &mut String, axes: &Axes, points: &[Point], unit: &str) {
 
 /// The values, and the area that they spread over.
 fn draw_line(svg: &mut String, axes: &Axes, line: &Line) {
-    let corner =
-        |point: &Point, value: f64| format!("{:.1},{:.1}", axes.x(point.local_batch_size as f64), axes.y(value));
+    let corner = |point: &Point, value: f64| format!("{:.1},{:.1}", axes.x(point.num_tokens as f64), axes.y(value));
     let join = |corners: Vec<String>| corners.join(" ");
     let values = join(line.points.iter().map(|point| corner(point, point.value)).collect());
     let above = line.points.iter().map(|point| corner(point, point.high));
@@ -147,11 +157,11 @@ fn draw_line(svg: &mut String, axes: &Axes, line: &Line) {
     for point in &line.points {
         let _ = writeln!(
             svg,
-            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\" fill=\"{colour}\"><title>{}, {} tokens per rank: {:.2}</title></circle>",
-            axes.x(point.local_batch_size as f64),
+            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\" fill=\"{colour}\"><title>{}, {} tokens: {:.2}</title></circle>",
+            axes.x(point.num_tokens as f64),
             axes.y(point.value),
-            line.name,
-            point.local_batch_size,
+            escaped(&line.name),
+            point.num_tokens,
             point.value
         );
     }
@@ -161,7 +171,7 @@ fn draw_name(svg: &mut String, i: usize, line: &Line) {
     let (x, y) = (LEFT + WIDTH + 16.0, TOP + 14.0 + 20.0 * i as f64);
     let dashes = if line.is_dashed { " stroke-dasharray=\"6 4\"" } else { "" };
     let (end, middle, text) = (x + 24.0, y - 4.0, x + 30.0);
-    let (colour, name) = (COLOURS[line.colour % COLOURS.len()], &line.name);
+    let (colour, name) = (COLOURS[line.colour % COLOURS.len()], escaped(&line.name));
     let _ = writeln!(
         svg,
         "<line x1=\"{x}\" x2=\"{end}\" y1=\"{middle}\" y2=\"{middle}\" stroke=\"{colour}\" stroke-width=\"2\"{dashes}/>\
