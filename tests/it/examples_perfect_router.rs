@@ -249,8 +249,7 @@ fn the_page_is_whole_and_says_what_the_report_says() {
         for (rank, count) in ranks["counts"].as_array().unwrap().iter().enumerate() {
             assert!(page.contains(&format!("<title>rank {rank}: {count} slots</title>")), "rank {rank}");
         }
-        let row =
-            format!("<td>{}</td><td>{}</td>", ranks["max"], ranks["max_minus_min"]);
+        let row = format!("<td>{}</td><td>{}</td>", ranks["max"], ranks["max_minus_min"]);
         assert!(page.contains(&row), "{row}");
         let drawn = count("g");
         let slots =
