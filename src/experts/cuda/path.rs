@@ -85,10 +85,12 @@ impl Path {
         let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
         let (few, more) = (Self::Resident { blocks: 1 }, Self::Resident { blocks: 2 });
         let tiled = Self::Tiled(if per_expert <= SOME_SLOTS { TileSize::Few } else { TileSize::Many });
-        let by_speed: &[Self] = match per_expert {
-            0..=FEW_SLOTS => &[few],
-            ..=MORE_SLOTS => &[more, tiled, few],
-            _ => &[tiled, more, few],
+        let by_speed: &[Self] = if per_expert <= FEW_SLOTS {
+            &[few]
+        } else if per_expert <= MORE_SLOTS {
+            &[more, tiled, few]
+        } else {
+            &[tiled, more, few]
         };
         by_speed.iter().copied().find(fits).unwrap_or(Self::General)
     }
