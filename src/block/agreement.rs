@@ -21,13 +21,14 @@ impl MoeBlock {
         all.agree(communicator)
     }
 
-    /// What must be the same on every rank: shapes, formats and dtypes, routing, strategy, reduction, placement, perfect routing,
+    /// What must be the same on every rank: the label, shapes, formats and dtypes, routing, strategy, reduction, placement, perfect routing,
     /// and whether slots are counted. Weights themselves are not compared.
     pub fn fingerprint(&self) -> Fingerprint {
         let perfect = &self.perfect_config;
         let shared = self.shared_experts.as_ref().map_or("none".into(), shared_experts);
         let imbalance = perfect.imbalance.map_or("none".into(), |imbalance| format!("{imbalance:?}"));
         Fingerprint::new()
+            .with("label", self.label().unwrap_or("none"))
             .with("num_experts", self.placement.num_experts())
             .with("top_k", self.router.top_k())
             .with("hidden_size", self.experts.hidden_size())

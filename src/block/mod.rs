@@ -57,6 +57,7 @@ const OP: &str = "moe block";
 /// ```
 #[derive(Debug)]
 pub struct MoeBlock {
+    label: Option<String>,
     gate: Linear,
     router: Router,
     experts: Experts,
@@ -80,6 +81,7 @@ pub struct MoeBlock {
 #[derive(Debug)]
 #[must_use]
 pub struct MoeBlockBuilder {
+    label: Option<String>,
     gate: Linear,
     router: Router,
     experts: Experts,
@@ -113,6 +115,14 @@ impl Shards {
 }
 
 impl MoeBlockBuilder {
+    /// What the block is called, such as `layer 3`, among the blocks that use one communicator, the same on every rank.
+    ///
+    /// [`MoeBlock::forward`] gives it to the communicator as the [label](Communicator::set_label): it stands in errors, and tells a
+    /// block that a rank has left out from the next one of the same shape. Without it the caller sets labels.
+    pub fn label(self, label: impl Into<String>) -> Self {
+        Self { label: Some(label.into()), ..self }
+    }
+
     /// The group's size and this rank; one rank when not called. `experts` then holds this rank's
     /// [`local_experts`](crate::ep::Topology::local_experts) only.
     pub fn shard(self, ep_size: usize, ep_rank: usize) -> Self {
@@ -234,6 +244,7 @@ impl MoeBlockBuilder {
             perfect_config: self.perfect_config,
             perfect: None,
             load: self.statistics.then(|| Counter::new(placement.num_physical(), self.experts.device())).transpose()?,
+            label: self.label,
             gate: self.gate,
             router: self.router,
             experts: self.experts,
@@ -321,6 +332,7 @@ impl MoeBlock {
     /// `[num_experts, hidden_size]`.
     pub fn builder(gate: Linear, router: Router, experts: Experts) -> MoeBlockBuilder {
         MoeBlockBuilder {
+            label: None,
             gate,
             router,
             experts,
@@ -335,6 +347,11 @@ impl MoeBlock {
             perfect_config: PerfectRouterConfig::default(),
             statistics: false,
         }
+    }
+
+    /// What it was [called](MoeBlockBuilder::label).
+    pub fn label(&self) -> Option<&str> {
+        self.label.as_deref()
     }
 
     /// Who holds which experts.
@@ -391,6 +408,7 @@ impl MoeBlock {
             )
         }
         let block = Self {
+            label: self.label.clone(),
             gate: self.gate.to_device(device)?,
             router: self.router.clone(),
             experts: self.experts.to_device(device)?,
@@ -426,9 +444,9 @@ impl MoeBlock {
     }
 
     /// The layer for `hidden [num_tokens, hidden_size]` in f32, bf16 or f16, where `num_tokens` is this rank's count in
-    /// `step`. A collective: every rank of the group calls it, with zero tokens if it has none. Give the communicator a
-    /// [label](Communicator::set_label) for each layer before: it stands in errors, and tells a layer that a rank has left out
-    /// from the next one of the same shape.
+    /// `step`. A collective: every rank of the group calls it, with zero tokens if it has none. Give blocks of one communicator
+    /// [labels](MoeBlockBuilder::label), or set the communicator's before each: without, a block that a rank has left out cannot
+    /// be told from the next one of the same shape.
     ///
     /// On CUDA nothing waits for the device and nothing is copied to the host, so that a CUDA graph can capture it after a
     /// first call of as many tokens on the same thread, whose workspace it uses; the graph is good as long as that thread and
@@ -452,6 +470,9 @@ impl MoeBlock {
         communicator: &mut dyn Communicator,
         step: &Step,
     ) -> Result<MoeOutput> {
+        if let Some(label) = &self.label {
+            communicator.set_label(label);
+        }
         let output = self.try_forward(hidden, communicator, step);
         if let Err(error) = &output {
             communicator.abort_handle().abort(&reason(error));

@@ -541,6 +541,7 @@ fn names_are_read_back_and_unknown_ones_list_the_known() {
 /// Everything that a fingerprint compares, of a block of zeros.
 #[derive(Clone)]
 struct Settings {
+    label: Option<&'static str>,
     placement: Placement,
     top_k: usize,
     hidden_size: usize,
@@ -553,6 +554,7 @@ struct Settings {
     method: RoutingMethod,
     num_shared: usize,
     strategy: Strategy,
+    replicated: bool,
     reduction: Reduction,
     perfect: bool,
     config: PerfectRouterConfig,
@@ -562,6 +564,7 @@ struct Settings {
 impl Settings {
     fn usual() -> Self {
         Self {
+            label: None,
             placement: Placement::contiguous(8, 3).unwrap(),
             top_k: 2,
             hidden_size: 6,
@@ -574,6 +577,7 @@ impl Settings {
             method: RoutingMethod::Renormalize,
             num_shared: 0,
             strategy: Strategy::Gather,
+            replicated: false,
             reduction: Reduction::SlotOrder,
             perfect: false,
             config: PerfectRouterConfig::default(),
@@ -597,11 +601,15 @@ impl Settings {
         let local = experts(self.placement.local(rank).unwrap().len());
         let mut builder = MoeBlock::builder(Linear::new(gate, None).unwrap(), router, local)
             .placement(self.placement.clone(), rank)
-            .strategy(self.strategy)
+            .strategy(if self.replicated { Strategy::Replicated } else { self.strategy })
+            .replicated_tokens(self.replicated)
             .reduction(self.reduction)
             .perfect_router(self.perfect)
             .perfect_router_config(self.config)
             .statistics(self.statistics);
+        if let Some(label) = self.label {
+            builder = builder.label(label);
+        }
         if let Some(dtype) = self.router_dtype {
             builder = builder.router_dtype(dtype);
         }
@@ -617,6 +625,7 @@ type Change = (&'static str, fn(&mut Settings), &'static str, &'static str);
 
 fn changes() -> Vec<Change> {
     vec![
+        ("label", |s| s.label = Some("layer 1"), "layer 1", "none"),
         ("num_experts", |s| s.placement = Placement::contiguous(9, 3).unwrap(), "9", "8"),
         ("top_k", |s| s.top_k = 3, "3", "2"),
         ("hidden_size", |s| s.hidden_size = 7, "7", "6"),
@@ -642,6 +651,27 @@ fn changes() -> Vec<Change> {
         ),
         ("statistics", |s| s.statistics = true, "on", "off"),
     ]
+}
+
+/// Blocks of one shape, with one collective each, so that nothing but the label tells them apart.
+#[test]
+fn a_block_that_a_rank_leaves_out_is_named_by_its_label() {
+    on_ranks(3, |mut ranks| {
+        let build = |label| Settings { label: Some(label), replicated: true, ..Settings::usual() }.build(ranks.rank());
+        let blocks = ["layer 0", "layer 1", "layer 2"].map(build);
+        assert_eq!(blocks[1].label(), Some("layer 1"));
+        let hidden = Tensor::zeros((4, 6), DType::F32, &Device::Cpu).unwrap();
+        let step = Step::agree(&mut ranks, 4).unwrap();
+        let left_out = usize::from(ranks.rank() == 1);
+        let outcome = blocks.iter().enumerate().filter(|(i, _)| left_out == 0 || *i != 1).try_for_each(|(_, block)| {
+            let out = block.forward(&hidden, &mut ranks, &step)?;
+            assert_eq!(out.dims(), [4, 6]);
+            Ok::<_, candle_core::Error>(())
+        });
+        let error = outcome.unwrap_err().to_string();
+        let names = ["rank 1", "label \"layer 1\"", "label \"layer 2\""];
+        assert!(names.iter().all(|name| error.contains(name)), "{error}");
+    });
 }
 
 #[test]

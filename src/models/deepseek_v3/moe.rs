@@ -78,6 +78,7 @@ pub fn load_moe_block(
         builder = builder.shared_experts(weights.experts(&["shared_experts".into()], hidden_size, width)?);
     }
     builder
+        .label(format!("layer {layer}"))
         .router_dtype(DType::F32)
         .placement(placement, ep_rank)
         .strategy(options.strategy)

@@ -86,6 +86,7 @@ impl RankSource<'_> {
         let gate = weights.linear(layer, LayerRole::Gate, config.num_experts, hidden_size)?;
         let router = Router::new(RoutingMethod::Renormalize, config.top_k)?;
         MoeBlock::builder(gate, router, experts)
+            .label(format!("layer {layer}"))
             .placement(placement, ep_rank)
             .strategy(options.strategy)
             .reduction(options.reduction)
@@ -255,7 +256,6 @@ impl ShardedMoe {
         let Some(block) = self.home.get(layer) else {
             bail!("{OP}: layer is {layer}, expected less than {}", self.home.len())
         };
-        self.communicator.set_label(&label(layer));
         block.forward_traced(hidden, self.communicator.as_mut(), step)
     }
 
@@ -389,10 +389,6 @@ fn read_and_meet(
     Ok(blocks)
 }
 
-fn label(layer: usize) -> String {
-    format!("layer {layer}")
-}
-
 /// The ranks compare their settings.
 fn agree(blocks: &[MoeBlock], communicator: &mut dyn Communicator) -> Result<()> {
     communicator.set_label("start");
@@ -425,9 +421,5 @@ fn obey(command: Command, blocks: &mut [MoeBlock], communicator: &mut dyn Commun
 fn run_step(blocks: &[MoeBlock], communicator: &mut dyn Communicator, empty: &Tensor) -> Result<()> {
     communicator.set_label("step");
     let step = Step::agree(communicator, 0)?;
-    for (layer, block) in blocks.iter().enumerate() {
-        communicator.set_label(&label(layer));
-        block.forward(empty, communicator, &step)?;
-    }
-    Ok(())
+    blocks.iter().try_for_each(|block| block.forward(empty, communicator, &step).map(drop))
 }
