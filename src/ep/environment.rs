@@ -3,8 +3,13 @@
 use candle_core::{Result, bail};
 use std::fmt;
 
-/// Ports that a Slurm job may get, so that two jobs of one machine rarely meet.
-const SLURM_PORTS: std::ops::Range<u64> = 20_000..30_000;
+/// Ports for groups whose launcher does not name a free one, so that two groups of one machine rarely meet.
+const PORTS: std::ops::Range<u64> = 20_000..30_000;
+
+/// The port for the group of that number.
+fn port_of_group(number: u64) -> u16 {
+    (PORTS.start + number % (PORTS.end - PORTS.start)) as u16
+}
 
 /// Who started this process as a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +87,7 @@ impl Environment {
     /// | | rank, world_size, local_rank | address | port | generation |
     /// | --- | --- | --- | --- | --- |
     /// | first `overrides` | both of the first two, and the third, else the rank | given | given | given |
-    /// | else torchrun's | `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | `MASTER_ADDR` | `MASTER_PORT` | `TORCHELASTIC_RESTART_COUNT`, else 0 |
+    /// | else torchrun's | `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | `MASTER_ADDR` | `MASTER_PORT`; 20000 + (`MASTER_PORT` + 1) % 10000 where `TORCHELASTIC_USE_AGENT_STORE` says that torchrun listens at `MASTER_PORT` itself | `TORCHELASTIC_RESTART_COUNT`, else 0 |
     /// | else Slurm's | `SLURM_PROCID`, `SLURM_NTASKS`, `SLURM_LOCALID` | `MASTER_ADDR`, else the first host of `SLURM_JOB_NODELIST`, else `SLURM_LAUNCH_NODE_IPADDR` | `MASTER_PORT`, else 20000 + `SLURM_JOB_ID` % 10000 | 0 |
     /// | else OpenMPI's | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `MASTER_ADDR` | `MASTER_PORT` | 0 |
     ///
@@ -262,9 +267,16 @@ impl Variables<'_> {
         }
     }
 
+    /// Whether torchrun's agent listens at `MASTER_PORT` itself.
+    fn agent_listens(&self, launcher: Launcher) -> bool {
+        let agent = self.text("TORCHELASTIC_USE_AGENT_STORE");
+        launcher == Launcher::Torchrun && agent.is_some_and(|value| value.eq_ignore_ascii_case("true") || value == "1")
+    }
+
     fn port(&self, launcher: Launcher) -> Result<u16> {
         if let Some(port) = self.number("MASTER_PORT")? {
             return match u16::try_from(port) {
+                Ok(taken) if taken > 0 && self.agent_listens(launcher) => Ok(port_of_group(port + 1)),
                 Ok(port) if port > 0 => Ok(port),
                 _ => bail!("environment: MASTER_PORT is {port}, expected 1 to 65535; choose a free port"),
             };
@@ -276,8 +288,7 @@ impl Variables<'_> {
                      to a free port"
                 )
             };
-            let port = SLURM_PORTS.start + job % (SLURM_PORTS.end - SLURM_PORTS.start);
-            return Ok(port as u16);
+            return Ok(port_of_group(job));
         }
         bail!(
             "environment: the port of rank 0 is not configured and MASTER_PORT is not set ({launcher}); set it to a free port, \

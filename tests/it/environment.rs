@@ -52,6 +52,23 @@ fn each_launcher_is_understood() {
     for (variables, expected) in [
         (TORCHRUN.to_vec(), environment(Torchrun, [3, 4, 1], "10.0.0.1", 29500, 2)),
         (with(TORCHRUN, &[("TORCHELASTIC_RESTART_COUNT", "")]), environment(Torchrun, [3, 4, 1], "10.0.0.1", 29500, 0)),
+        // torchrun's agent has the port itself.
+        (
+            with(TORCHRUN, &[("TORCHELASTIC_USE_AGENT_STORE", "True")]),
+            environment(Torchrun, [3, 4, 1], "10.0.0.1", 29501, 2),
+        ),
+        (
+            with(TORCHRUN, &[("TORCHELASTIC_USE_AGENT_STORE", "True"), ("MASTER_PORT", "45999")]),
+            environment(Torchrun, [3, 4, 1], "10.0.0.1", 26000, 2),
+        ),
+        (
+            with(TORCHRUN, &[("TORCHELASTIC_USE_AGENT_STORE", "False")]),
+            environment(Torchrun, [3, 4, 1], "10.0.0.1", 29500, 2),
+        ),
+        (
+            with(OPEN_MPI, &[("TORCHELASTIC_USE_AGENT_STORE", "True")]),
+            environment(OpenMpi, [0, 2, 0], "localhost", 4000, 0),
+        ),
         // torchrun that srun has started numbers its ranks as it likes.
         (with(TORCHRUN, SLURM), environment(Torchrun, [3, 4, 1], "10.0.0.1", 29500, 2)),
         (all, environment(Torchrun, [3, 4, 1], "10.0.0.1", 29500, 2)),

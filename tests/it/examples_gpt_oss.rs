@@ -148,6 +148,25 @@ fn ranks_of_a_launcher_join_and_rank_0_reports() {
     assert_eq!(output.status.code(), Some(0));
 }
 
+/// torchrun's agent listens at `MASTER_PORT` itself, and says so.
+#[test]
+fn ranks_of_torchrun_leave_its_port_to_its_agent() {
+    let agent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = agent.local_addr().unwrap().port().to_string();
+    let start = |rank| {
+        let mut variables =
+            [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")].to_vec();
+        variables.extend([("MASTER_PORT", port.as_str()), ("TORCHELASTIC_USE_AGENT_STORE", "True")]);
+        start(NAME, &["--output", "json"], &variables)
+    };
+    let outputs = ["0", "1"].map(start).map(|rank| rank.wait_with_output().unwrap());
+    for output in &outputs {
+        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""));
+    }
+    let report: Value = serde_json::from_slice(&outputs[0].stdout).unwrap();
+    assert_eq!((&report["ep_size"], &report["launch"]), (&Value::from(2), &Value::from("procs")));
+}
+
 #[test]
 fn ranks_of_other_settings_are_named_at_the_start() {
     for (odd, words) in [
