@@ -17,7 +17,11 @@ const DEFAULT_PROMPT_TOKENS: u32 = 32;
 
 /// Generate with a GPT-OSS checkpoint (published, original/ or bf16 layout) through expert-parallel MoE blocks.
 #[derive(Debug, Parser)]
-#[command(name = "gpt_oss", group = ArgGroup::new("input").args(["prompt", "input_ids", "input_ids_file"]))]
+#[command(
+    name = "gpt_oss",
+    allow_negative_numbers = true,
+    group = ArgGroup::new("input").args(["prompt", "input_ids", "input_ids_file"])
+)]
 pub(crate) struct Arguments {
     /// Folder with config.json and safetensors files [default: the tiny checkpoint of this repository]
     #[arg(long, value_name = "DIR", default_value = TINY, hide_default_value = true)]

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::Folder;
 use crate::examples_perfect_router::elements;
-use crate::program::{assert_rejected, json_of, run, run_unread, stdout_of, text};
+use crate::program::{assert_rejected, json_of, keys, run, run_unread, stdout_of, text};
 use serde_json::{Value, json};
 
 const BENCH: &str = "bench_moe";
@@ -118,6 +118,34 @@ fn bench_moe_reports_every_row_in_json() {
         found.map(|row| row["distinct_experts"].as_f64().unwrap())
     };
     assert_eq!([touched("random", 1), touched("perfect", 1), touched("perfect", 5)], [Some(4.0), Some(4.0), Some(8.0)]);
+}
+
+#[test]
+fn json_has_these_keys_and_types() {
+    let report = json_of(BENCH, &short(&["--output", "json", "--only", "layer,order"]));
+    assert_eq!(
+        // Not every system names its processor.
+        keys(&report["metadata"]).replace("cpu_model null", "cpu_model string"),
+        "bench string, copy_gb_per_s number, cpu_model string, crate_version string, device string, dtype string, \
+         ep_size number, iters number, read_gb_per_s number, schedule string, seconds number, seed number, threads number, \
+         weights string"
+    );
+    let timed = "bytes number, copy_gb_per_s number, copy_ratio number, distinct_experts number, floor_us number";
+    let times = "max_us number, mean_us number, median_us number, min_us number, num_tokens number, p10_us number, \
+                 p90_us number, part string, profile string, routing string, stdev_us number";
+    for row in report["rows"].as_array().unwrap() {
+        let expected = match row["part"].as_str().unwrap() {
+            "layer" => format!(
+                "{timed}, flops number, gb_per_s number, gflop_per_s number, iterations number, lines object, {times}"
+            ),
+            _ => format!("{timed}, flops null, gb_per_s number, gflop_per_s null, iterations number, {times}"),
+        };
+        assert_eq!(keys(row), expected);
+        if row["part"] == "layer" {
+            let expected = "combine_us number, experts_us number, gate_and_routing_us number, order_us number";
+            assert_eq!(keys(&row["lines"]), expected);
+        }
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use crate::checkpoint::Folder;
 use crate::gpt_oss::{goldens, prompt, tiny_folder};
 use crate::gpt_oss_parts::Stored;
 use crate::procs::free_port;
-use crate::program::{assert_rejected, json_of, run, run_unread, start, stdout_of, text};
+use crate::program::{assert_rejected, json_of, keys, run, run_unread, start, stdout_of, text};
 use candle_core::{DType, Device};
 use serde_json::Value;
 
@@ -64,6 +64,40 @@ fn without_arguments_it_generates_and_compares_learned_with_perfect() {
         let line = line.split(';').next().unwrap();
         assert!(readme.contains(line.trim_end()), "the README shows another output than {line:?}");
     }
+}
+
+#[test]
+fn json_has_these_keys_and_types() {
+    let report = json_of(NAME, &["--output", "json", "--ep-size", "2", "--physical-experts", "9"]);
+    assert_eq!(
+        keys(&report),
+        "comparison object, device string, dtype string, ep_size number, generated_ids array, launch string, load array, model string, \
+         perfect_router bool, placement array, prompt_ids array, reduction string, strategy string, text null, timing object, \
+         warning null"
+    );
+    let timing = "decode_seconds number, decode_steps number, decode_tokens_per_second number";
+    let prompt = "prompt_seconds number, prompt_tokens_per_second number";
+    assert_eq!(keys(&report["comparison"]), "load array, perfect_router bool, timing object");
+    assert_eq!(keys(&report["comparison"]["timing"]), format!("{timing}, {prompt}"));
+    let reading = "expert_bytes number, expert_gb_per_second number, load_seconds number";
+    assert_eq!(keys(&report["timing"]), format!("{timing}, {reading}, {prompt}"));
+    for load in [&report["load"], &report["comparison"]["load"]] {
+        assert_eq!(load.as_array().unwrap().len(), 4);
+        for layer in load.as_array().unwrap() {
+            let expected = "layer number, max_minus_min_per_rank number, slots_per_expert array, slots_per_rank array";
+            assert_eq!(keys(layer), expected);
+        }
+    }
+    assert_eq!(report["placement"].as_array().unwrap().len(), 4);
+    for layer in report["placement"].as_array().unwrap() {
+        assert_eq!(
+            keys(layer),
+            "imbalance_after number, imbalance_before number, imbalance_expected number, layer number, \
+             physical_to_expert array, slots_per_rank array"
+        );
+    }
+    let alone = json_of(NAME, &["--output", "json", "--perfect-router", "--no-comparison"]);
+    assert!(alone["warning"].is_string() && alone["comparison"].is_null() && alone["placement"].is_null(), "{alone}");
 }
 
 #[test]
@@ -401,7 +435,12 @@ fn bad_arguments_say_what_to_do() {
         (&["--temperature", "-1"], &["temperature is -1"]),
         (&["--top-p", "2"], &["top_p is 2"]),
         (&["--max-new-tokens", "131072"], &["131072", "--max-new-tokens"]),
-        (&["--nonsense"], &["--nonsense"]),
+        (&["--max-new-tokens", "many"], &["--max-new-tokens", "many"]),
+        (&["--reduction", "other"], &["--reduction", "slot-order"]),
+        (&["--seed", "-1"], &["--seed"]),
+        (&["--output", "xml"], &["xml", "table", "json"]),
+        (&["--dump"], &["--dump"]),
+        (&["--nonsense"], &["--nonsense", "--help"]),
     ] {
         assert_rejected(NAME, args, words);
     }

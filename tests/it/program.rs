@@ -1,5 +1,6 @@
 //! Runs the example programs as a user does.
 
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -47,6 +48,28 @@ pub(crate) fn assert_rejected(name: &str, args: &[&str], words: &[&str]) {
     for word in words {
         assert!(stderr.contains(word), "{name} {args:?}: {word:?} is missing in {stderr}");
     }
+}
+
+/// The keys of a JSON object in alphabetical order, each with the type of its value.
+pub(crate) fn keys(object: &Value) -> String {
+    let mut keys: Vec<_> = object
+        .as_object()
+        .unwrap_or_else(|| panic!("not an object: {object}"))
+        .iter()
+        .map(|(key, value)| {
+            let kind = match value {
+                Value::Null => "null",
+                Value::Bool(_) => "bool",
+                Value::Number(_) => "number",
+                Value::String(_) => "string",
+                Value::Array(_) => "array",
+                Value::Object(_) => "object",
+            };
+            format!("{key} {kind}")
+        })
+        .collect();
+    keys.sort();
+    keys.join(", ")
 }
 
 pub(crate) fn text(bytes: &[u8]) -> String {
