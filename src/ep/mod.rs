@@ -78,7 +78,7 @@ pub use fingerprint::Fingerprint;
 pub use launch::launch;
 pub use lobby::Lobby;
 pub use metered::{Metered, Transfer};
-pub use placement::Placement;
+pub use placement::{Placement, Rebalancing};
 pub use procs::{MAX_PROCS, Procs, ProcsConfig};
 pub use solo::Solo;
 pub use step::Step;

@@ -76,6 +76,38 @@ impl Placement {
         Ok(balanced)
     }
 
+    /// What to change for a measured load, and what the change buys: the [`balanced`](Self::balanced) placement of
+    /// `num_physical` physical experts on the same ranks where that leaves the busiest rank with less to do; otherwise this
+    /// one, if no rank of it holds more than it is to hold. So the balance is never worse afterwards, unless this placement is
+    /// too large to stay.
+    ///
+    /// `slots_per_expert` are the counts of a block's [`Load`](crate::block::Load), which are those of all ranks.
+    ///
+    /// ```
+    /// use candle_moe::ep::{Placement, Rebalancing};
+    /// let now = Placement::contiguous(4, 2)?;
+    /// let Rebalancing { placement, imbalance_before, imbalance_after } = now.rebalanced(&[300, 100, 100, 100], 6)?;
+    /// assert_eq!((imbalance_before, imbalance_after), (400.0 / 300.0, 1.0));
+    /// assert_eq!(placement.num_physical(), 6);
+    /// // An even load is no reason to move anything.
+    /// assert_eq!(now.rebalanced(&[100; 4], 5)?.placement, now);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`balanced`](Self::balanced); `slots_per_expert` is of another number of experts.
+    pub fn rebalanced(&self, slots_per_expert: &[u64], num_physical: usize) -> Result<Rebalancing> {
+        let imbalance_before = self.imbalance(slots_per_expert)?;
+        let placement = Self::balanced(slots_per_expert, self.ep_size(), num_physical)?;
+        let imbalance_after = placement.imbalance(slots_per_expert)?;
+        let may_stay = (0..self.ep_size()).all(|rank| self.range(rank).len() <= placement.range(rank).len());
+        Ok(if may_stay && imbalance_before <= imbalance_after {
+            Rebalancing { placement: self.clone(), imbalance_before, imbalance_after: imbalance_before }
+        } else {
+            Rebalancing { placement, imbalance_before, imbalance_after }
+        })
+    }
+
     /// Rank `r` holds `experts_of_rank[r]`, in this order: any experts, as many as each rank is to hold.
     ///
     /// ```
@@ -236,6 +268,17 @@ impl Placement {
         let (sum, most) = loads.iter().fold((0.0, 0.0f64), |(sum, most), load| (sum + load, most.max(*load)));
         Ok(if sum > 0.0 { most * loads.len() as f64 / sum } else { 1.0 })
     }
+}
+
+/// A placement for a measured load, and the balance of that load before and after, as [`Placement::imbalance`] has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rebalancing {
+    /// Where experts are to be.
+    pub placement: Placement,
+    /// The load of the busiest rank over the mean where experts are now.
+    pub imbalance_before: f64,
+    /// The same where they are to be, if the load stays as it was.
+    pub imbalance_after: f64,
 }
 
 /// The experts of each rank, runs of them as ranges: `0..4 | 4 6 7`.

@@ -2,7 +2,7 @@
 
 use crate::oracle::Random;
 use candle_core::{Device, Tensor};
-use candle_moe::ep::Placement;
+use candle_moe::ep::{Placement, Rebalancing};
 use candle_moe::order::ExpertOrder;
 use proptest::prelude::*;
 
@@ -43,6 +43,58 @@ proptest! {
             prop_assert!(placement.imbalance(&slots).unwrap() <= contiguous.imbalance(&slots).unwrap());
         }
     }
+}
+
+/// Ranks that hold any experts, every expert somewhere.
+fn any_placement(num_experts: usize, ep_size: usize) -> impl Strategy<Value = Placement> {
+    let held = prop::collection::vec(prop::collection::vec(0..num_experts, 1..6), ep_size);
+    let homes = prop::collection::vec(0..ep_size, num_experts);
+    (held, homes).prop_map(move |(mut ranks, homes)| {
+        homes.into_iter().enumerate().for_each(|(expert, rank)| ranks[rank].push(expert));
+        Placement::explicit(num_experts, &ranks).unwrap()
+    })
+}
+
+/// Loads, where their experts are, and how many there are to be.
+fn rebalancings() -> impl Strategy<Value = (Vec<u64>, Placement, usize)> {
+    (loads(), 1usize..9).prop_flat_map(|(slots, ep_size)| {
+        let num_experts = slots.len();
+        let fewest = num_experts.max(ep_size);
+        let num_physical = fewest..=(num_experts * ep_size).min(fewest + 40);
+        let any = any_placement(num_experts, ep_size);
+        let now = match Placement::contiguous(num_experts, ep_size) {
+            Ok(contiguous) => prop_oneof![any, Just(contiguous)].boxed(),
+            Err(_) => any.boxed(),
+        };
+        (Just(slots), now, num_physical)
+    })
+}
+
+proptest! {
+    #[test]
+    fn rebalancing_is_never_worse_than_what_may_stay((slots, now, num_physical) in rebalancings()) {
+        let rebalancing = now.rebalanced(&slots, num_physical).unwrap();
+        prop_assert_eq!(&rebalancing, &now.rebalanced(&slots, num_physical).unwrap());
+        let Rebalancing { placement, imbalance_before, imbalance_after } = rebalancing;
+        prop_assert_eq!(imbalance_before, now.imbalance(&slots).unwrap());
+        prop_assert_eq!(imbalance_after, placement.imbalance(&slots).unwrap());
+        let balanced = Placement::balanced(&slots, now.ep_size(), num_physical).unwrap();
+        let size = |placement: &Placement, rank| placement.local(rank).unwrap().len();
+        let may_stay = (0..now.ep_size()).all(|rank| size(&now, rank) <= size(&balanced, rank));
+        prop_assert!(!may_stay || imbalance_after <= imbalance_before, "{} to {}", imbalance_before, imbalance_after);
+        let is_better = balanced.imbalance(&slots).unwrap() < imbalance_before;
+        let expected = if is_better || !may_stay { balanced } else { now };
+        prop_assert_eq!(placement, expected, "moved where it helps or must be, and only there");
+    }
+}
+
+#[test]
+fn no_load_is_no_reason_to_move_and_what_does_not_fit_is_named() {
+    let now = Placement::contiguous(12, 4).unwrap();
+    let stays = Rebalancing { placement: now.clone(), imbalance_before: 1.0, imbalance_after: 1.0 };
+    assert_eq!(now.rebalanced(&[0; 12], 16).unwrap(), stays);
+    assert!(now.rebalanced(&[1; 11], 16).unwrap_err().to_string().contains("11 experts, expected 12"));
+    assert!(now.rebalanced(&[1; 12], 11).unwrap_err().to_string().contains("num_physical is 11, expected 12 to 48"));
 }
 
 /// The least load that the busiest rank can have, by trying all placements without replicas.
