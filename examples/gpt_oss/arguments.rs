@@ -71,7 +71,7 @@ pub(crate) struct Arguments {
     /// Do not run a second time with the other routing
     #[arg(long, alias = "no_comparison")]
     pub(crate) no_comparison: bool,
-    /// Place N physical experts a layer, replicas included, by this run's load, and run again: how even are the ranks then?
+    /// Place up to N physical experts a layer, replicas included, by this run's load, and run again: how even are the ranks then?
     /// With --launch threads only
     #[arg(long, alias = "physical_experts", value_name = "N")]
     pub(crate) physical_experts: Option<usize>,

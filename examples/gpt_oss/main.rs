@@ -122,10 +122,11 @@ fn load(arguments: &Arguments, options: &MoeOptions, ranks: Option<Box<dyn Commu
 
 /// What the learned run would have been with its experts placed by its load.
 fn run_placed(arguments: &Arguments, plan: &Plan, learned: &Generation, num_physical: usize) -> Result<Vec<Placed>> {
-    let placements = learned.placements(plan.options.ep_size, num_physical)?;
-    let options = MoeOptions { placements: Some(placements.clone()), perfect_router: false, ..plan.options.clone() };
+    let layers = learned.rebalanced(plan.options.ep_size, num_physical)?;
+    let placements = layers.iter().map(|layer| layer.placement.clone()).collect();
+    let options = MoeOptions { placements: Some(placements), perfect_router: false, ..plan.options.clone() };
     let again = learned.repeat(&mut load(arguments, &options, None)?, plan, false)?;
-    Placed::layers(learned, &placements, &again)
+    Ok(Placed::layers(layers, &again))
 }
 
 fn read_config(arguments: &Arguments) -> Result<Config> {

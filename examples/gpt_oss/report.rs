@@ -6,7 +6,7 @@ use crate::run::Generation;
 use crate::text::Text;
 use anyhow::Result;
 use candle_moe::block::Load;
-use candle_moe::ep::Placement;
+use candle_moe::ep::Rebalancing;
 use candle_moe::models::gpt_oss::Config;
 use clap::ValueEnum;
 use serde_json::{Value, json};
@@ -129,7 +129,7 @@ impl Report<'_> {
             let physical_experts = self.arguments.physical_experts.unwrap_or_default();
             writeln!(
                 out,
-                "\nbusiest rank over mean, with {physical_experts} physical experts placed by this load\n{table}"
+                "\nbusiest rank over mean, with up to {physical_experts} physical experts placed by this load\n{table}"
             )?;
         }
         if runs.iter().any(|run| run.perfect_router) {
@@ -140,12 +140,15 @@ impl Report<'_> {
     }
 
     fn placement_table(&self) -> Option<comfy_table::Table> {
-        let columns = ["as it is", "expected", "placed"].map(Column::Number);
-        let mut table = table([Column::Text("layer")].into_iter().chain(columns));
+        let columns = ["as it is", "expected", "placed", "physical experts"].map(Column::Number);
+        let experts = Column::Text("experts of each rank");
+        let mut table = table([Column::Text("layer")].into_iter().chain(columns).chain([experts]));
         for (layer, placed) in self.placed.as_ref()?.iter().enumerate() {
-            let cells = [placed.before, placed.expected, imbalance(&placed.slots_per_rank)];
+            let Rebalancing { placement, imbalance_before, imbalance_after } = &placed.rebalancing;
+            let cells = [*imbalance_before, *imbalance_after, imbalance(&placed.slots_per_rank)];
             let cells = cells.map(|imbalance| format!("{imbalance:.3}"));
-            table.add_row(row(std::iter::once(layer.to_string()).chain(cells)));
+            let experts = [placement.num_physical().to_string(), placement.to_string()];
+            table.add_row(row(std::iter::once(layer.to_string()).chain(cells).chain(experts)));
         }
         Some(table)
     }
@@ -155,11 +158,11 @@ impl Report<'_> {
         let layer = |(layer, placed): (usize, &Placed)| {
             json!({
                 "layer": layer,
-                "imbalance_before": placed.before,
-                "imbalance_expected": placed.expected,
+                "imbalance_before": placed.rebalancing.imbalance_before,
+                "imbalance_expected": placed.rebalancing.imbalance_after,
                 "imbalance_after": imbalance(&placed.slots_per_rank),
                 "slots_per_rank": placed.slots_per_rank,
-                "physical_to_expert": placed.placement.physical_to_expert(),
+                "physical_to_expert": placed.rebalancing.placement.physical_to_expert(),
             })
         };
         layers.iter().enumerate().map(layer).collect()
@@ -225,27 +228,20 @@ impl Report<'_> {
     }
 }
 
-/// A layer whose experts were placed anew: the load of the busiest rank over the mean before and as it should be, and what the
-/// ranks had to do.
+/// A layer whose experts were placed anew, and what its ranks had to do then.
 pub(crate) struct Placed {
-    before: f64,
-    expected: f64,
+    rebalancing: Rebalancing,
     slots_per_rank: Vec<u64>,
-    placement: Placement,
 }
 
 impl Placed {
-    /// `again` is the run with `placements`, which were made for `learned`.
-    pub(crate) fn layers(learned: &Generation, placements: &[Placement], again: &Generation) -> Result<Vec<Self>> {
-        let layer = |((before, after), placement): ((&Load, &Load), &Placement)| {
-            Ok(Self {
-                before: imbalance(&before.slots_per_rank),
-                expected: placement.imbalance(&before.slots_per_expert)?,
-                slots_per_rank: after.slots_per_rank.clone(),
-                placement: placement.clone(),
-            })
+    /// `again` is the run with the placements of `layers`.
+    pub(crate) fn layers(layers: Vec<Rebalancing>, again: &Generation) -> Vec<Self> {
+        let layer = |(rebalancing, load): (Rebalancing, &Load)| Self {
+            rebalancing,
+            slots_per_rank: load.slots_per_rank.clone(),
         };
-        learned.load.iter().zip(&again.load).zip(placements).map(layer).collect()
+        layers.into_iter().zip(&again.load).map(layer).collect()
     }
 }
 

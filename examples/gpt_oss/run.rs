@@ -5,7 +5,7 @@ use crate::common::progress;
 use crate::dump::dump_prompt;
 use anyhow::Result;
 use candle_moe::block::Load;
-use candle_moe::ep::Placement;
+use candle_moe::ep::{Placement, Rebalancing};
 use candle_moe::models::gpt_oss::{Cache, Logits, Model, Sampler};
 use std::path::Path;
 use std::time::Instant;
@@ -43,9 +43,12 @@ impl Generation {
         Self::with(model, &plan, perfect_router, None, &mut choose)
     }
 
-    /// Where `num_physical` experts a layer should be, for its load.
-    pub(crate) fn placements(&self, ep_size: usize, num_physical: usize) -> candle_core::Result<Vec<Placement>> {
-        self.load.iter().map(|load| Placement::balanced(&load.slots_per_expert, ep_size, num_physical)).collect()
+    /// Where up to `num_physical` experts a layer should be, for its load.
+    pub(crate) fn rebalanced(&self, ep_size: usize, num_physical: usize) -> candle_core::Result<Vec<Rebalancing>> {
+        let of_layer = |Load { slots_per_expert, .. }: &Load| {
+            Placement::contiguous(slots_per_expert.len(), ep_size)?.rebalanced(slots_per_expert, num_physical)
+        };
+        self.load.iter().map(of_layer).collect()
     }
 
     fn with(

@@ -288,8 +288,22 @@ fn experts_are_placed_by_the_load_of_the_run() {
         assert_eq!(list(&layer["physical_to_expert"]).len(), 12);
     }
     // Perfect routing is not what experts are placed by: the learned run beside it is.
-    let table = stdout_of(NAME, &[&arguments[..], &["--perfect-router"]].concat());
-    assert!(table.contains("with 12 physical experts placed by this load"), "{table}");
+    let heading = "with up to 12 physical experts placed by this load\n";
+    assert!(stdout_of(NAME, &[&arguments[..], &["--perfect-router"]].concat()).contains(heading));
+    let table = stdout_of(NAME, &arguments);
+    let (_, table) = table.split_once(heading).unwrap();
+    for column in ["as it is", "expected", "placed", "physical experts", "experts of each rank"] {
+        assert!(table.lines().next().unwrap().contains(column), "{column} in {table}");
+    }
+    // The same load as that of the run above, before and after, layer by layer.
+    for (layer, line) in layers.iter().zip(table.lines().skip(2)) {
+        let cells: Vec<_> = line.split_whitespace().collect();
+        let names = ["imbalance_before", "imbalance_expected", "imbalance_after"];
+        let expected = names.map(|name| format!("{:.3}", layer[name].as_f64().unwrap()));
+        assert_eq!(cells[1..4], expected, "{line}");
+        assert_eq!(cells[4], "12", "{line}");
+        assert_eq!(line.matches('|').count(), 2, "three ranks in {line}");
+    }
     assert_eq!(json_of(NAME, &["--output", "json"])["placement"], Value::Null);
 }
 

@@ -89,12 +89,89 @@ proptest! {
 }
 
 #[test]
-fn no_load_is_no_reason_to_move_and_what_does_not_fit_is_named() {
+fn loads_at_their_limits_are_placed_like_others() {
+    let of_each = |load: fn(usize) -> u64| (0..12).map(load).collect::<Vec<_>>();
+    let one_hot = of_each(|expert| if expert == 7 { 1 << 40 } else { 0 });
+    let huge_and_tiny = of_each(|expert| if expert % 5 == 0 { u64::MAX } else { 1 });
+    for slots in [vec![0; 12], one_hot.clone(), vec![u64::MAX; 12], huge_and_tiny] {
+        for (ep_size, num_physical) in [(1, 12), (4, 12), (4, 16), (5, 13), (4, 48), (16, 16), (12, 144)] {
+            let placement = Placement::balanced(&slots, ep_size, num_physical).unwrap();
+            let what = format!("{slots:?} over {ep_size} ranks: {placement}");
+            let map = placement.map().unwrap();
+            assert_eq!(placement.num_physical(), num_physical, "{what}");
+            assert!((0..12).all(|expert| !map.replicas(expert).unwrap().is_empty()), "{what}");
+            let ranks: Vec<_> = (0..ep_size).map(|rank| placement.experts_of(rank).unwrap()).collect();
+            assert!(ranks.iter().all(|held| held.is_sorted_by(|a, b| a < b)), "{what}");
+            let sizes = || ranks.iter().map(|held| held.len());
+            assert!(sizes().max().unwrap() - sizes().min().unwrap() <= 1, "{what}");
+            let loads = placement.rank_loads(&slots).unwrap();
+            let imbalance = placement.imbalance(&slots).unwrap();
+            assert!(loads.iter().all(|load| load.is_finite()), "{loads:?}: {what}");
+            assert!((1.0 - 1e-9..=ep_size as f64 + 1e-9).contains(&imbalance), "{imbalance}: {what}");
+        }
+    }
+    // Every replica goes to the one expert that is asked for, until all ranks have it.
+    for (num_physical, replicas) in [(12, 1), (13, 2), (14, 3), (15, 4), (20, 4)] {
+        let placement = Placement::balanced(&one_hot, 4, num_physical).unwrap();
+        assert_eq!(placement.map().unwrap().replicas(7).unwrap().len(), replicas);
+        assert_eq!(placement.imbalance(&one_hot).unwrap(), 4.0 / replicas as f64);
+    }
     let now = Placement::contiguous(12, 4).unwrap();
     let stays = Rebalancing { placement: now.clone(), imbalance_before: 1.0, imbalance_after: 1.0 };
-    assert_eq!(now.rebalanced(&[0; 12], 16).unwrap(), stays);
+    assert_eq!(now.rebalanced(&[0; 12], 16).unwrap(), stays, "no load is no reason to move");
     assert!(now.rebalanced(&[1; 11], 16).unwrap_err().to_string().contains("11 experts, expected 12"));
     assert!(now.rebalanced(&[1; 12], 11).unwrap_err().to_string().contains("num_physical is 11, expected 12 to 48"));
+}
+
+/// The least load of the busiest rank among all placements that hold every expert, and none twice on a rank. A rank's
+/// experts are the bits of a number.
+fn least_with_replicas(slots: &[u64], sizes: &[usize], ranks: &mut Vec<usize>) -> f64 {
+    let Some((&size, rest)) = sizes.split_first() else {
+        let replicas = |expert: usize| ranks.iter().filter(|held| **held >> expert & 1 == 1).count();
+        let counts: Vec<_> = (0..slots.len()).map(replicas).collect();
+        if counts.contains(&0) {
+            return f64::INFINITY;
+        }
+        let load = |held: &usize| {
+            let experts = (0..slots.len()).filter(|expert| held >> expert & 1 == 1);
+            experts.map(|expert| slots[expert] as f64 / counts[expert] as f64).sum::<f64>()
+        };
+        return ranks.iter().map(load).fold(0.0, f64::max);
+    };
+    let mut best = f64::INFINITY;
+    for held in (0..1usize << slots.len()).filter(|held| held.count_ones() as usize == size) {
+        ranks.push(held);
+        best = best.min(least_with_replicas(slots, rest, ranks));
+        ranks.pop();
+    }
+    best
+}
+
+#[test]
+fn with_replicas_the_busiest_rank_is_near_the_least_there_can_be() {
+    let mut random = Random(74);
+    let (mut sum, mut worst, mut runs) = (0.0, 1.0f64, 0);
+    for (num_experts, ep_size) in [(3, 2), (4, 2), (5, 2), (6, 2), (3, 3), (4, 3), (5, 3)] {
+        for extra in 1..=(num_experts * (ep_size - 1)).min(4) {
+            for _ in 0..20 {
+                // Some experts are asked for much more often.
+                let load = |random: &mut Random| {
+                    let bits = 3 * (1 + random.below(4));
+                    1 + random.below(1 << bits) as u64
+                };
+                let slots: Vec<u64> = (0..num_experts).map(|_| load(&mut random)).collect();
+                let placement = Placement::balanced(&slots, ep_size, num_experts + extra).unwrap();
+                let sizes: Vec<_> = (0..ep_size).map(|rank| placement.local(rank).unwrap().len()).collect();
+                let best = least_with_replicas(&slots, &sizes, &mut Vec::new());
+                let most = placement.rank_loads(&slots).unwrap().into_iter().fold(0.0, f64::max);
+                let ratio = most / best;
+                assert!(ratio >= 1.0 - 1e-9, "better than the best: {most}, {best}");
+                (sum, worst, runs) = (sum + ratio, worst.max(ratio), runs + 1);
+            }
+        }
+    }
+    let mean = sum / f64::from(runs);
+    assert!(worst <= 1.2 && mean <= 1.01, "worst {worst}, mean {mean}");
 }
 
 /// The least load that the busiest rank can have, by trying all placements without replicas.
