@@ -19,6 +19,9 @@ struct HomeArguments {
     uint32_t hidden_size;
 };
 
+// Slots of a token that are looked up ahead.
+constexpr uint32_t kAhead = 4;
+
 // Some neighbours in a row, loaded and stored at once.
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Part {
@@ -31,24 +34,34 @@ __device__ __forceinline__ float number(__nv_bfloat16 value) { return __bfloat16
 template <typename Row, typename T, int kWidth>
 __device__ __forceinline__ void bring_home(const HomeArguments& a) {
     allow_next_kernel();
-    wait_for_previous_kernel();
     const uint32_t columns = a.hidden_size / kWidth;
     const uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x, end = a.num_tokens * columns;
     if (i >= end) return;
     // 64-bit divisions would take longer than the rest.
     const uint64_t token = end >> 32 == 0 ? uint32_t(i) / columns : i / columns;
     const uint32_t column = static_cast<uint32_t>(i - token * columns);
+    // The first ranks and weights while the kernel before this one works: those that rows come from let this one begin only when
+    // what came before them has been written.
+    uint32_t ranks[kAhead];
+    float weights[kAhead];
+#pragma unroll
+    for (uint32_t k = 0; k < kAhead; ++k) {
+        if (k < a.top_k) ranks[k] = a.slot_rank[token * a.top_k + k], weights[k] = a.topk_weights[token * a.top_k + k];
+    }
+    wait_for_previous_kernel();
     float sums[kWidth] = {};
-#pragma unroll 4
-    for (uint32_t k = 0; k < a.top_k; ++k) {
-        const uint64_t slot = token * a.top_k + k;
-        const uint32_t rank = a.slot_rank[slot];
-        if (rank == kNothing) continue;
-        const float weight = a.topk_weights[slot];
+    const auto add = [&](uint32_t rank, float weight) {
+        if (rank == kNothing) return;
         const auto row = static_cast<const Part<Row, kWidth>*>(a.rows)[uint64_t(rank) * columns + column];
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) sums[j] = __fadd_rn(sums[j], __fmul_rn(weight, number(row.of[j])));
+    };
+#pragma unroll
+    for (uint32_t k = 0; k < kAhead; ++k) {
+        if (k < a.top_k) add(ranks[k], weights[k]);
     }
+#pragma unroll 4
+    for (uint32_t k = kAhead; k < a.top_k; ++k) add(a.slot_rank[token * a.top_k + k], a.topk_weights[token * a.top_k + k]);
     Part<T, kWidth> out;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) keep(out.of + j, sums[j]);

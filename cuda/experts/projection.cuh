@@ -28,7 +28,7 @@ struct ProjectionArguments {
     const uint32_t* expert_offsets; // [num_local + 1]
     const uint32_t* tile_experts;   // [max_tiles], kNothing behind the last tile
     const uint32_t* tile_starts;    // [max_tiles]
-    uint32_t num_rows;              // linear: num_tokens
+    uint32_t num_rows;              // linear: num_tokens; otherwise num_slots
     uint32_t top_k;
     uint32_t in_features;
     uint32_t out_features;          // gate_up: intermediate_size, half the rows of the matrix

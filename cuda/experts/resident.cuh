@@ -78,14 +78,16 @@ struct Made {
     static constexpr uint32_t kColumnBytes = kUnitColumns * sizeof(T);
 };
 
-// The tiles of the order, the first of them in registers: tile 32 i + lane in register i of a lane.
+// The tiles of the order, the first of them in registers: tile 32 i + lane in register i of a lane, and the slot of place `lane`.
 struct Tiles {
     static constexpr uint32_t kRegisters = 4, kHeld = 32 * kRegisters;
     uint32_t experts[kRegisters], starts[kRegisters];
+    uint32_t first_slots;
     uint32_t count;
 
     __device__ __forceinline__ explicit Tiles(const ProjectionArguments& a) : count(0) {
         const uint32_t lane = threadIdx.x % 32;
+        first_slots = lane < a.num_rows ? a.sorted_slots[lane] : 0;
 #pragma unroll
         for (uint32_t i = 0; i < kRegisters; ++i) {
             const uint32_t tile = 32 * i + lane;
@@ -99,7 +101,11 @@ struct Tiles {
             count += __popc(__ballot_sync(kAllLanes, tile < a.max_tiles && a.tile_experts[tile] != kNothing));
         }
     }
-    // By all lanes of a warp.
+    // These by all lanes of a warp; each may ask for another place.
+    __device__ __forceinline__ uint32_t slot(const ProjectionArguments& a, uint32_t place) const {
+        const uint32_t held = __shfl_sync(kAllLanes, first_slots, place % 32);
+        return place < 32 ? held : a.sorted_slots[place];
+    }
     __device__ __forceinline__ uint32_t expert(const ProjectionArguments& a, uint32_t tile) const {
         return tile < kHeld ? held(experts, tile) : a.tile_experts[tile];
     }
@@ -287,7 +293,7 @@ __device__ __forceinline__ void load_tokens(const Work& work, const Tiles& tiles
         const ProjectionArguments& projection = work.of(is_down);
         const Tile tile = tiles.whole(a.gate_up, work.tile(visit), M::kPlaces);
         uint32_t row = tile.first + lane;  // of the input, for the place of this lane
-        if (!is_down) row = lane < tile.count ? a.gate_up.sorted_slots[row] / a.gate_up.top_k : 0;
+        if (!is_down) row = tiles.slot(a.gate_up, lane < tile.count ? row : tile.first) / a.gate_up.top_k;
         if (turn > 0) wait_for_phase(shared.empty_of(room), (turn - 1) % 2);
         if (is_down) {
             while (load_relaxed(done_of(a, work.tile(visit))) < work.gate_up_cut.bands.by) pause();
@@ -686,8 +692,9 @@ template <typename M>
 __device__ __forceinline__ void run_layer(const LayerArguments& a) {
     const Shared<M> shared(a.gate_up);
     Work work(a);
-    allow_next_kernel();
     wait_for_previous_kernel();
+    // Not before: experts/home.cu finds what has been written until here.
+    allow_next_kernel();
     const Tiles tiles(a.gate_up);
     work.share(tiles.count);
     if (shared.warp == shared.warps) {

@@ -560,8 +560,9 @@ template <typename F, typename S, typename Row>
 __device__ __forceinline__ void run_tiles(const LayerArguments& a) {
     const Memory<F, S> memory = {aligned_shared()};
     memory.start_barriers(threadIdx.x);
-    allow_next_kernel();
     wait_for_previous_kernel();
+    // Not before: experts/home.cu relies on it.
+    allow_next_kernel();
     const uint32_t num_tiles = count_tiles(a.gate_up);  // and a barrier of the block
     if (threadIdx.x < kTiledWorkers) {
         take_registers<S::kWorkerRegisters>();

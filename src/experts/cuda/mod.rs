@@ -190,6 +190,7 @@ impl<'a> Call<'a> {
             expert_offsets: self.expert_offsets.address()?,
             tile_experts: self.tile_experts.address()?,
             tile_starts: self.tile_starts.address()?,
+            num_rows: self.num_slots as u32,
             max_tiles: self.max_tiles as u32,
             top_k: self.top_k as u32,
             ..arguments
@@ -307,7 +308,7 @@ pub(super) fn forward_weighted(
     let home = Home::new(topk_weights, order, experts.hidden_size(), device)?;
     let rows_dtype = call.path.rows_dtype(call.dtype, dtype, experts.hidden_size());
     let (between, rows) = call.workspace(Some(rows_dtype))?;
-    home.sums(rows_dtype, dtype, || {
+    home.sums(rows_dtype, dtype, !call.is_empty(), || {
         call.project(between, rows, rows_dtype)?;
         Ok(rows)
     })
@@ -351,7 +352,7 @@ pub(super) fn weighted_sum(
     if rows.dtype() != DType::F32 {
         bail!("{OP}: rows has dtype {:?}, expected F32", rows.dtype())
     }
-    Home::new(topk_weights, order, hidden_size, device)?.sums(DType::F32, DType::F32, || rows.address())
+    Home::new(topk_weights, order, hidden_size, device)?.sums(DType::F32, DType::F32, false, || rows.address())
 }
 
 /// The way home of rows.
@@ -380,7 +381,14 @@ impl<'a> Home<'a> {
     }
 
     /// The weighted sums in `dtype` of the rows in `rows_dtype` that `rows` puts on the stream and says the address of.
-    fn sums(&self, rows_dtype: DType, dtype: DType, rows: impl FnOnce() -> Result<u64>) -> Result<Tensor> {
+    /// `starts_early` says that the last kernel there is one of experts, which lets no other begin before the order is written.
+    fn sums(
+        &self,
+        rows_dtype: DType,
+        dtype: DType,
+        starts_early: bool,
+        rows: impl FnOnce() -> Result<u64>,
+    ) -> Result<Tensor> {
         let len = checked_product(OP, ("num_tokens", self.num_tokens), ("hidden_size", self.hidden_size))?;
         output(dtype, self.device, (self.num_tokens, self.hidden_size), Fresh::Undefined, |sums| {
             if len == 0 {
@@ -398,7 +406,7 @@ impl<'a> Home<'a> {
             let width = HOME_BYTES / rows_dtype.size_in_bytes();
             let width = if self.hidden_size.is_multiple_of(width) { width } else { 1 };
             let how = Launch::new((len / width).div_ceil(HOME_THREADS as usize), HOME_THREADS, 0);
-            let how = Launch { starts_early: true, ..how };
+            let how = Launch { starts_early, ..how };
             let name = format!("home_{}_{}_{width}", rows_dtype.as_str(), dtype.as_str());
             // SAFETY: `HomeArguments` is the kernel's parameter; ranks of the order are below its slots, which the rows have
             // a row for, the sums have `len` elements, and the kernel waits for the one in front of it.
