@@ -43,6 +43,8 @@ mod board;
 mod call;
 mod choice;
 mod communicator;
+#[cfg(feature = "nccl")]
+mod control;
 mod dispatch;
 mod environment;
 mod error;
@@ -55,6 +57,8 @@ mod launch;
 mod lobby;
 mod member;
 mod metered;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod placement;
 mod procs;
 mod rendezvous;
@@ -78,6 +82,8 @@ pub use fingerprint::Fingerprint;
 pub use launch::launch;
 pub use lobby::Lobby;
 pub use metered::{Metered, Transfer};
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
 pub use placement::{Placement, Rebalancing};
 pub use procs::{MAX_PROCS, Procs, ProcsConfig};
 pub use solo::Solo;
