@@ -47,7 +47,7 @@ const LOOK: Duration = Duration::from_millis(10);
 ///   poisons the group makes the device drop the work that waits for other ranks, so its queue goes on.
 /// * Sums are in NCCL's order: the same in every run of one group of devices, but not that of the CPU.
 /// * In a stream that is being captured the ranks meet when it is captured, not when it is replayed, and a replay has no
-///   deadline but that of the next `settle`.
+///   deadline but that of the next `settle`. NCCL wants graphs to be dropped before the rank is.
 /// * [`Library`](EpErrorKind::Library) is what NCCL refuses; it poisons the group.
 /// * The meeting of the ranks at the start is call number 0 of the group.
 ///
