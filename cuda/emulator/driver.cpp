@@ -9,10 +9,12 @@
 //     memory.cpp     device memory with guard pages
 //     device.h       the CUDA C++ of the kernels
 //     translate.py   what device.h cannot do
+//     nccl.cpp       NCCL among threads
 //     self_test.*    whether all this works: LD_LIBRARY_PATH=DIR DIR/self-test
 //
 // It is about right and wrong, and says nothing about speed. One device of compute capability 9.0, that of an H100, but for
-// what CANDLE_MOE_EMULATOR_MULTIPROCESSORS=n and CANDLE_MOE_EMULATOR_SHARED=bytes (of a block, at most) say. Every operation
+// what CANDLE_MOE_EMULATOR_MULTIPROCESSORS=n and CANDLE_MOE_EMULATOR_SHARED=bytes (of a block, at most) say; or, with
+// CANDLE_MOE_EMULATOR_DEVICES=n, several of them, which share their memory. Every operation
 // is done when it is called; on a stream that is being captured it is recorded, and done by cuGraphLaunch.
 // Images of modules are not read: kernels are found by name among all that are emulated (kernels/*.so in the folder of this
 // library), so no two may share a name. Functions of the driver that are not here give CUDA_ERROR_NOT_SUPPORTED and say so
@@ -48,6 +50,7 @@ using emulator::Launch;
 constexpr int kDefaultShared = 48 * 1024;
 constexpr int kSharedPerMultiprocessor = 228 * 1024;
 constexpr int kThreadsPerMultiprocessor = 2048;
+constexpr int kMostDevices = 16;
 constexpr int kPortableCluster = 8;
 constexpr int kLargestCluster = 16;
 
@@ -60,6 +63,11 @@ int number_from_environment(const char* name, int otherwise) {
 
 int multiprocessors() {
     static const int number = std::max(1, number_from_environment("CANDLE_MOE_EMULATOR_MULTIPROCESSORS", 132));
+    return number;
+}
+
+int devices() {
+    static const int number = std::clamp(number_from_environment("CANDLE_MOE_EMULATOR_DEVICES", 1), 1, kMostDevices);
     return number;
 }
 
@@ -107,7 +115,7 @@ struct CUmod_st {
 namespace {
 
 std::recursive_mutex the_lock;  // over everything
-CUctx_st the_context;
+CUctx_st contexts[kMostDevices];
 CUstream_st the_default_stream;
 std::vector<std::weak_ptr<CUgraph_st>> captures;
 thread_local CUcontext current_context = nullptr;
@@ -273,25 +281,27 @@ EXPORT CUresult cuDriverGetVersion(int* version) { return *version = CUDA_VERSIO
 
 EXPORT CUresult cuDeviceGetCount(int* count) {
     if (!initialized) return CUDA_ERROR_NOT_INITIALIZED;
-    return *count = 1, CUDA_SUCCESS;
+    return *count = devices(), CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuDeviceGet(CUdevice* device, int ordinal) {
     if (!initialized) return CUDA_ERROR_NOT_INITIALIZED;
-    if (ordinal != 0) return CUDA_ERROR_INVALID_DEVICE;
-    return *device = 0, CUDA_SUCCESS;
+    if (ordinal < 0 || ordinal >= devices()) return CUDA_ERROR_INVALID_DEVICE;
+    return *device = ordinal, CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuDeviceGetName(char* name, int length, CUdevice) {
     return snprintf(name, static_cast<size_t>(length), "candle-moe emulator"), CUDA_SUCCESS;
 }
 
-EXPORT CUresult cuDeviceGetUuid_v2(CUuuid* uuid, CUdevice) { return memset(uuid, 1, sizeof *uuid), CUDA_SUCCESS; }
+EXPORT CUresult cuDeviceGetUuid_v2(CUuuid* uuid, CUdevice device) {
+    return memset(uuid, 1 + device, sizeof *uuid), CUDA_SUCCESS;
+}
 
 EXPORT CUresult cuDeviceTotalMem(size_t* bytes, CUdevice) { return *bytes = emulator::memory_total(), CUDA_SUCCESS; }
 
 EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
-    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    if (device < 0 || device >= devices()) return CUDA_ERROR_INVALID_DEVICE;
     switch (attribute) {
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
@@ -330,8 +340,8 @@ EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, C
 }
 
 EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
-    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
-    return *context = &the_context, CUDA_SUCCESS;
+    if (device < 0 || device >= devices()) return CUDA_ERROR_INVALID_DEVICE;
+    return *context = &contexts[device], CUDA_SUCCESS;
 }
 EXPORT CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
 EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* active) {
@@ -345,7 +355,10 @@ EXPORT CUresult cuCtxPopCurrent(CUcontext* context) {
     return current_context = nullptr, CUDA_SUCCESS;
 }
 EXPORT CUresult cuCtxDestroy(CUcontext) { return CUDA_SUCCESS; }
-EXPORT CUresult cuCtxGetDevice(CUdevice* device) { return *device = 0, check_context(); }
+EXPORT CUresult cuCtxGetDevice(CUdevice* device) {
+    if (const CUresult result = check_context(); result != CUDA_SUCCESS) return result;
+    return *device = static_cast<CUdevice>(current_context - contexts), CUDA_SUCCESS;
+}
 EXPORT CUresult cuCtxSynchronize() {
     return at_once([] { return CUDA_SUCCESS; });
 }
@@ -626,9 +639,9 @@ EXPORT CUresult cuMemsetD32(CUdeviceptr to, unsigned value, size_t count) {
     return fill<uint32_t>(to, value, count, nullptr);
 }
 
-// The one pool is nothing but a handle.
+// A pool is nothing but a handle, and there is one.
 EXPORT CUresult cuDeviceGetDefaultMemPool(CUmemoryPool* pool, CUdevice) {
-    return *pool = reinterpret_cast<CUmemoryPool>(&the_context), CUDA_SUCCESS;
+    return *pool = reinterpret_cast<CUmemoryPool>(&contexts), CUDA_SUCCESS;
 }
 EXPORT CUresult cuDeviceGetMemPool(CUmemoryPool* pool, CUdevice device) { return cuDeviceGetDefaultMemPool(pool, device); }
 EXPORT CUresult cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute, void*) { return CUDA_SUCCESS; }
@@ -643,7 +656,7 @@ EXPORT CUresult cuStreamCreate(CUstream* stream, unsigned) {
 }
 EXPORT CUresult cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
 EXPORT CUresult cuStreamDestroy(CUstream stream) { return delete stream, CUDA_SUCCESS; }
-EXPORT CUresult cuStreamGetCtx(CUstream, CUcontext* context) { return *context = &the_context, CUDA_SUCCESS; }
+EXPORT CUresult cuStreamGetCtx(CUstream, CUcontext* context) { return *context = current_context, CUDA_SUCCESS; }
 
 EXPORT CUresult cuStreamSynchronize(CUstream handle) {
     const Guard guard(the_lock);

@@ -223,6 +223,17 @@ impl Board {
         drop(self.changed.wait_timeout_while(state, patience, somebody_is_here));
     }
 
+    /// The first rank that is gone without a proper farewell, and how.
+    #[cfg_attr(not(feature = "nccl"), allow(dead_code, reason = "for devices"))]
+    pub(super) fn lost(&self) -> Option<EpErrorKind> {
+        let lost = |(rank, presence): (usize, &Presence)| match presence {
+            Presence::Panicked => Some(EpErrorKind::RankPanicked { rank }),
+            Presence::Lost(reason) => Some(EpErrorKind::RankLost { rank, reason: reason.clone() }),
+            Presence::Here | Presence::Left => None,
+        };
+        self.lock().presence.iter().enumerate().find_map(lost)
+    }
+
     /// Who still holds a handle, and the fault if there is one.
     pub(super) fn health(&self) -> (Vec<bool>, Option<EpError>) {
         let state = self.lock();

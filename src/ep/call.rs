@@ -3,7 +3,7 @@
 //! The argument checks live here. They need no other rank, so they hold for any communicator.
 
 use super::error::Collective;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
 
 /// Where a collective stands in the life of a group.
@@ -32,6 +32,8 @@ pub(super) enum Payload {
     /// Of what a rank of another process brings along, the rows that are meant for this one.
     Part(Tensor),
     Bytes(Vec<u8>),
+    /// Rows stay where they are, and travel without the board; this is what the others must know of them.
+    Note(Vec<u8>),
 }
 
 /// What a rank lays on the board.
@@ -43,7 +45,11 @@ pub(super) struct Post {
 
 impl Post {
     pub(super) fn agrees_with(&self, other: &Post) -> bool {
-        self.site == other.site && self.terms == other.terms
+        self.site == other.site && self.terms == other.terms && self.has_note() == other.has_note()
+    }
+
+    fn has_note(&self) -> bool {
+        matches!(self.payload, Payload::Note(_))
     }
 
     /// The two calls in words, as far as they differ.
@@ -61,6 +67,7 @@ impl Post {
             format!("step {}", site.step),
             format!("label {:?}", site.label),
             match terms.dtype {
+                Some(dtype) if self.has_note() => format!("dtype {} on a device", dtype.as_str()),
                 Some(dtype) => format!("dtype {}", dtype.as_str()),
                 None => "no tensor".to_string(),
             },
@@ -76,38 +83,83 @@ impl Post {
 /// Terms and payload, or what is wrong with the arguments.
 pub(super) type Offer = Result<(Terms, Payload), String>;
 
-/// `rows` is `[counts[rank], ...]`.
-pub(super) fn offer_all_gather(rows: &Tensor, counts: &[usize], rank: usize, world_size: usize) -> Offer {
-    one_per_rank("counts", counts, world_size)?;
-    let mine = counts.get(rank).copied().unwrap_or(0);
-    let shape = rows_of(rows, mine, "counts[rank]")?;
-    let terms = Terms { dtype: Some(rows.dtype()), shape, counts: counts.to_vec() };
-    Ok((terms, Payload::Rows(rows.detach())))
+/// Where a rank's tensors are, and which rank of how many it is: what arguments are checked against.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) device: &'a Device,
+    pub(super) rank: usize,
+    pub(super) world_size: usize,
 }
 
-/// `rows` is `[sum(counts), ...]` of floats.
-pub(super) fn offer_reduce_scatter(rows: &Tensor, counts: &[usize], world_size: usize) -> Offer {
-    let total = one_per_rank("counts", counts, world_size)?;
-    let shape = rows_of(rows, total, "sum(counts)")?;
-    summable("rows", rows)?;
-    let terms = Terms { dtype: Some(rows.dtype()), shape, counts: counts.to_vec() };
-    Ok((terms, Payload::Rows(rows.detach())))
-}
+impl Place<'_> {
+    /// `rows` is `[counts[rank], ...]`.
+    pub(super) fn all_gather(self, rows: &Tensor, counts: &[usize]) -> Result<Terms, String> {
+        one_per_rank("counts", counts, self.world_size)?;
+        let mine = counts.get(self.rank).copied().unwrap_or(0);
+        let shape = self.rows_of(rows, mine, "counts[rank]")?;
+        Ok(Terms { dtype: Some(rows.dtype()), shape, counts: counts.to_vec() })
+    }
 
-/// `rows` is `[sum(send_counts), ...]`; each rank has its own counts.
-pub(super) fn offer_all_to_all(rows: &Tensor, send_counts: &[usize], world_size: usize) -> Offer {
-    let total = one_per_rank("send_counts", send_counts, world_size)?;
-    let shape = rows_of(rows, total, "sum(send_counts)")?;
-    let terms = Terms { dtype: Some(rows.dtype()), shape, counts: Vec::new() };
-    Ok((terms, Payload::Routed(rows.detach(), send_counts.to_vec())))
-}
+    /// `rows` is `[sum(counts), ...]` of floats.
+    pub(super) fn reduce_scatter(self, rows: &Tensor, counts: &[usize]) -> Result<Terms, String> {
+        let total = one_per_rank("counts", counts, self.world_size)?;
+        let shape = self.rows_of(rows, total, "sum(counts)")?;
+        summable("rows", rows)?;
+        Ok(Terms { dtype: Some(rows.dtype()), shape, counts: counts.to_vec() })
+    }
 
-/// `values` is any tensor of floats.
-pub(super) fn offer_all_reduce(values: &Tensor) -> Offer {
-    on_the_cpu("values", values)?;
-    summable("values", values)?;
-    let terms = Terms { dtype: Some(values.dtype()), shape: values.dims().to_vec(), counts: Vec::new() };
-    Ok((terms, Payload::Rows(values.detach())))
+    /// `rows` is `[sum(send_counts), ...]`; each rank has its own counts.
+    pub(super) fn all_to_all(self, rows: &Tensor, send_counts: &[usize]) -> Result<Terms, String> {
+        let total = one_per_rank("send_counts", send_counts, self.world_size)?;
+        let shape = self.rows_of(rows, total, "sum(send_counts)")?;
+        Ok(Terms { dtype: Some(rows.dtype()), shape, counts: Vec::new() })
+    }
+
+    /// `values` is any tensor of floats.
+    pub(super) fn all_reduce(self, values: &Tensor) -> Result<Terms, String> {
+        self.holds("values", values)?;
+        summable("values", values)?;
+        Ok(Terms { dtype: Some(values.dtype()), shape: values.dims().to_vec(), counts: Vec::new() })
+    }
+
+    /// Checks that `rows` has the number of rows that `limit` names; returns the shape of one row.
+    fn rows_of(self, rows: &Tensor, expected: usize, limit: &str) -> Result<Vec<usize>, String> {
+        self.holds("rows", rows)?;
+        match rows.dims().split_first() {
+            Some((&num_rows, shape)) if num_rows == expected => Ok(shape.to_vec()),
+            Some((num_rows, _)) => Err(format!("rows has {num_rows} rows, it must have {limit} = {expected}")),
+            None => Err("rows is a scalar, it must have at least one dimension".to_string()),
+        }
+    }
+
+    /// Checks that the tensor is here, and of a dtype that can be copied.
+    fn holds(self, name: &str, tensor: &Tensor) -> Result<(), String> {
+        if !tensor.device().same_device(self.device) {
+            let (found, expected) = (tensor.device().location(), self.device.location());
+            return Err(match self.device {
+                Device::Cpu => format!("{name} is on {found:?}, it must be on the CPU"),
+                _ if found == expected => {
+                    format!(
+                        "{name} is on another Device of {found:?}, it must be on the one that this rank was built with"
+                    )
+                }
+                _ => format!("{name} is on {found:?}, it must be on {expected:?}"),
+            });
+        }
+        match tensor.dtype() {
+            DType::U8
+            | DType::U32
+            | DType::I16
+            | DType::I32
+            | DType::I64
+            | DType::BF16
+            | DType::F16
+            | DType::F32
+            | DType::F64
+            | DType::F8E4M3 => Ok(()),
+            packed => Err(format!("{name} has dtype {}, which Candle cannot copy row by row", packed.as_str())),
+        }
+    }
 }
 
 /// Checks that there is one count per rank; returns the sum.
@@ -120,35 +172,6 @@ fn one_per_rank(name: &str, counts: &[usize], world_size: usize) -> Result<usize
         let limit = usize::MAX;
         format!("the sum of {name} = {counts:?} is above {limit}")
     })
-}
-
-/// Checks that `rows` has the number of rows that `limit` names; returns the shape of one row.
-fn rows_of(rows: &Tensor, expected: usize, limit: &str) -> Result<Vec<usize>, String> {
-    on_the_cpu("rows", rows)?;
-    match rows.dims().split_first() {
-        Some((&num_rows, shape)) if num_rows == expected => Ok(shape.to_vec()),
-        Some((num_rows, _)) => Err(format!("rows has {num_rows} rows, it must have {limit} = {expected}")),
-        None => Err("rows is a scalar, it must have at least one dimension".to_string()),
-    }
-}
-
-fn on_the_cpu(name: &str, tensor: &Tensor) -> Result<(), String> {
-    if !tensor.device().is_cpu() {
-        return Err(format!("{name} is on {:?}, it must be on the CPU", tensor.device().location()));
-    }
-    match tensor.dtype() {
-        DType::U8
-        | DType::U32
-        | DType::I16
-        | DType::I32
-        | DType::I64
-        | DType::BF16
-        | DType::F16
-        | DType::F32
-        | DType::F64
-        | DType::F8E4M3 => Ok(()),
-        packed => Err(format!("{name} has dtype {}, which Candle cannot copy row by row", packed.as_str())),
-    }
 }
 
 fn summable(name: &str, tensor: &Tensor) -> Result<(), String> {

@@ -12,7 +12,7 @@ use std::time::Duration;
 /// returns when every rank has made it. Operation, number, label, dtype, row shape and `counts` are
 /// compared before any data moves. A result that is `Ok` contains every rank's share of the same call.
 ///
-/// **Tensors.** On the CPU, of any Candle dtype but the packed MX ones; views, strides and
+/// **Tensors.** On the CPU, or on the one device of this rank where an implementation says so; of any Candle dtype but the packed MX ones; views, strides and
 /// offsets are fine, and so are zero rows. Results are contiguous and carry no gradient. With more than one
 /// rank they share no memory with anybody's argument; with one rank they may share the caller's own.
 /// An argument is read by the other ranks until they return from the same call: do not write into its memory in
@@ -118,6 +118,19 @@ pub trait Communicator: Send {
     ///
     /// See [the failures](Communicator#).
     fn barrier(&mut self) -> Result<(), EpError>;
+
+    /// Waits until everything that this rank has called so far has really happened, at the latest until the deadlines of
+    /// those calls.
+    ///
+    /// On the CPU a call has happened when it returns, and this returns at once. On a device a call returns when its work
+    /// stands in the device's queue: what an `Ok` tensor holds counts only after this has returned `Ok`.
+    ///
+    /// # Errors
+    ///
+    /// See [the failures](Communicator#); an error names the call that did not end.
+    fn settle(&mut self) -> Result<(), EpError> {
+        Ok(())
+    }
 
     /// A handle with which any thread can give the group up.
     fn abort_handle(&self) -> AbortHandle;

@@ -149,6 +149,20 @@ pub enum EpErrorKind {
         /// The first failure, as the rank that found it saw it. Never itself `Poisoned`.
         cause: Box<EpError>,
     },
+    /// Every rank arrived, but the device of this rank did not carry the call out in time.
+    Unfinished {
+        /// The call that did not end.
+        op: Collective,
+        /// Its number.
+        step: u64,
+        /// How long its end was waited for.
+        deadline: Duration,
+    },
+    /// The library that moves rows between devices refused, is missing something, or does not fit to the devices.
+    Library(
+        /// The library's call, the number and name of its error, and its last words; or what does not fit.
+        String,
+    ),
     /// This rank's own arguments cannot be right, whatever the others do.
     BadArgument(
         /// The argument, its value and its limit.
@@ -219,6 +233,12 @@ impl fmt::Display for EpErrorKind {
             Self::Poisoned { cause } => {
                 write!(f, "not attempted, the group failed before and has to be built anew; first cause: {cause}")
             }
+            Self::Unfinished { op, step, deadline } => write!(
+                f,
+                "{op} of step {step} did not end on the device within {deadline:?}, although every rank called it; \
+                 see what the devices were doing, or raise the deadline"
+            ),
+            Self::Library(what) => write!(f, "{what}"),
             Self::BadArgument(what) => write!(f, "bad argument: {what}"),
             Self::Tensor(what) => write!(f, "cannot build the result: {what}"),
         }

@@ -251,6 +251,10 @@ impl<C: Communicator> Communicator for Faulty<C> {
         self.call(Ways { op: Collective::Barrier, zeros: Ok(()) }, |inner, _| inner.barrier())
     }
 
+    fn settle(&mut self) -> Result<(), EpError> {
+        self.inner.as_mut().map_or(Ok(()), Communicator::settle)
+    }
+
     fn abort_handle(&self) -> AbortHandle {
         self.abort_handle.clone()
     }

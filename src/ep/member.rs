@@ -9,14 +9,12 @@
 //! ```
 
 use super::board::{Board, Fault, error_at};
-use super::call::{
-    Offer, Payload, Post, Site, Terms, offer_all_gather, offer_all_reduce, offer_all_to_all, offer_reduce_scatter,
-};
+use super::call::{Offer, Payload, Place, Post, Site, Terms};
 use super::communicator::{AbortHandle, Communicator, Deadlines, Health};
 use super::error::{Collective, EpError, EpErrorKind, reason};
 use super::rows;
 use super::wire::cut;
-use candle_core::{Result as CandleResult, Tensor};
+use candle_core::{Device, Result as CandleResult, Tensor};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -66,6 +64,12 @@ impl<O: Outside> Member<O> {
         offer: Offer,
         build: impl FnOnce(&[Post]) -> CandleResult<T>,
     ) -> Result<T, EpError> {
+        let (site, posts) = self.meet(op, offer)?;
+        build(&posts).map_err(|error| self.give_up(&site, EpErrorKind::Tensor(reason(&error))))
+    }
+
+    /// Checks, and meets the others: what everybody laid on the board.
+    pub(super) fn meet(&mut self, op: Collective, offer: Offer) -> Result<(Site, Arc<Vec<Post>>), EpError> {
         let site = Site { op, step: self.step, label: Arc::clone(&self.label) };
         self.step = self.step.wrapping_add(1);
         if let Some(current) = self.board.successor() {
@@ -84,13 +88,18 @@ impl<O: Outside> Member<O> {
             return Err(self.give_up(&site, EpErrorKind::BadArgument(what)));
         }
         match self.board.meet(self.rank, post, self.deadline) {
-            Ok(posts) => build(&posts).map_err(|error| self.give_up(&site, EpErrorKind::Tensor(reason(&error)))),
+            Ok(posts) => Ok((site, posts)),
             Err(fault) => Err(self.hear(&site, &fault)),
         }
     }
 
+    /// What arguments are checked against.
+    fn place(&self) -> Place<'static> {
+        Place { device: &Device::Cpu, rank: self.rank, world_size: self.world_size() }
+    }
+
     /// Poisons the group because this rank cannot carry out its own call.
-    fn give_up(&mut self, site: &Site, kind: EpErrorKind) -> EpError {
+    pub(super) fn give_up(&mut self, site: &Site, kind: EpErrorKind) -> EpError {
         // The others can put their results of a call together in which every rank took part.
         let since = site.step + u64::from(matches!(kind, EpErrorKind::Tensor(_)));
         let cause = error_at(self.rank, site, kind);
@@ -145,7 +154,7 @@ impl<O: Outside> Communicator for Member<O> {
     }
 
     fn all_gather(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {
-        let offer = offer_all_gather(rows, counts, self.rank, self.world_size());
+        let offer = self.place().all_gather(rows, counts).map(|terms| (terms, Payload::Rows(rows.detach())));
         self.collective(Collective::AllGather, offer, |posts| {
             let parts: Vec<Tensor> = rows::posted_rows(posts).cloned().collect();
             rows::concat(&parts)
@@ -154,18 +163,19 @@ impl<O: Outside> Communicator for Member<O> {
 
     fn reduce_scatter(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {
         let rank = self.rank;
-        let offer = offer_reduce_scatter(rows, counts, self.world_size());
+        let offer = self.place().reduce_scatter(rows, counts).map(|terms| (terms, Payload::Rows(rows.detach())));
         self.collective(Collective::ReduceScatter, offer, |posts| rows::sum_of_part(posts, counts, rank))
     }
 
     fn all_to_all(&mut self, rows: &Tensor, send_counts: &[usize]) -> Result<(Tensor, Vec<usize>), EpError> {
         let rank = self.rank;
-        let offer = offer_all_to_all(rows, send_counts, self.world_size());
+        let routed = || Payload::Routed(rows.detach(), send_counts.to_vec());
+        let offer = self.place().all_to_all(rows, send_counts).map(|terms| (terms, routed()));
         self.collective(Collective::AllToAll, offer, |posts| rows::received(posts, rank))
     }
 
     fn all_reduce(&mut self, values: &Tensor) -> Result<Tensor, EpError> {
-        let offer = offer_all_reduce(values);
+        let offer = self.place().all_reduce(values).map(|terms| (terms, Payload::Rows(values.detach())));
         self.collective(Collective::AllReduce, offer, |posts| rows::sum(rows::posted_rows(posts).cloned().map(Ok)))
     }
 
@@ -274,6 +284,10 @@ macro_rules! communicate_through_field {
 
             fn barrier(&mut self) -> Result<(), $crate::ep::EpError> {
                 self.0.barrier()
+            }
+
+            fn settle(&mut self) -> Result<(), $crate::ep::EpError> {
+                self.0.settle()
             }
 
             fn abort_handle(&self) -> $crate::ep::AbortHandle {

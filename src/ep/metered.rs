@@ -158,6 +158,10 @@ impl Communicator for Metered<'_> {
         self.inner.barrier()
     }
 
+    fn settle(&mut self) -> Result<(), EpError> {
+        self.inner.settle()
+    }
+
     fn abort_handle(&self) -> AbortHandle {
         self.inner.abort_handle()
     }

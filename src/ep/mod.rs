@@ -4,7 +4,8 @@
 //! * [`Communicator`] is one rank's handle on the group: collectives with per-rank row counts, which
 //!   return within a deadline, name who is missing or out of step, and never hand out a partial
 //!   result. [`Solo`] is the group of one, [`Threads`] has its ranks as threads of one process, [`Procs`] as processes of
-//!   one machine; the three give the same bits and the same errors.
+//!   one machine; the three give the same bits and the same errors. With the feature `nccl`, `Nccl` puts ranks of either kind
+//!   on a CUDA device each.
 //! * [`Deadlines`] are how long ranks wait for each other: for warm-up and for serving.
 //! * A group that failed is built anew as the next generation: [`Threads::rebuild`] and [`Procs::rebuild`] for ranks that are
 //!   still there, a [`Lobby`] or [`Procs::join`] for those that take another's place.
@@ -43,6 +44,8 @@ mod board;
 mod call;
 mod choice;
 mod communicator;
+#[cfg(feature = "nccl")]
+mod control;
 mod dispatch;
 mod environment;
 mod error;
@@ -55,6 +58,8 @@ mod launch;
 mod lobby;
 mod member;
 mod metered;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod placement;
 mod procs;
 mod rendezvous;
@@ -78,6 +83,8 @@ pub use fingerprint::Fingerprint;
 pub use launch::launch;
 pub use lobby::Lobby;
 pub use metered::{Metered, Transfer};
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
 pub use placement::{Placement, Rebalancing};
 pub use procs::{MAX_PROCS, Procs, ProcsConfig};
 pub use solo::Solo;

@@ -79,7 +79,7 @@ impl From<&Environment> for ProcsConfig {
 ///
 /// The ranks trust each other's numbers, and everybody who can reach their ports: this is for one machine, or a network of one's
 /// own. All of them run the same version of this crate on processors of the same byte order.
-pub struct Procs(Member<Links>, Ends);
+pub struct Procs(pub(super) Member<Links>, Ends);
 
 communicate_through_field!(Procs);
 
@@ -89,7 +89,7 @@ struct Ends {
 }
 
 /// The connections to the other ranks.
-struct Links {
+pub(super) struct Links {
     generation: u64,
     peers: Vec<Option<Peer>>,
 }

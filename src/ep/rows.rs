@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor, bail};
 pub(super) fn posted_rows(posts: &[Post]) -> impl Iterator<Item = &Tensor> {
     posts.iter().filter_map(|post| match &post.payload {
         Payload::Rows(rows) | Payload::Routed(rows, _) | Payload::Part(rows) => Some(rows),
-        Payload::Nothing | Payload::Bytes(_) => None,
+        Payload::Nothing | Payload::Bytes(_) | Payload::Note(_) => None,
     })
 }
 

@@ -26,7 +26,7 @@ pub const MAX_RANKS: usize = 1024;
 ///   as more than half of the ranks agree against it or everybody has arrived, and within 0.1 s of the first
 ///   disagreement in any case. A skipped call looks like the next call unless operation, label, dtype, row
 ///   shape or counts differ, so set a label per layer; what is left shows at the end as a rank that left.
-pub struct Threads(Member<Nobody>, Lobby);
+pub struct Threads(pub(super) Member<Nobody>, Lobby);
 
 impl Threads {
     /// Builds a group and returns one handle per rank, in rank order; move each into its own thread.

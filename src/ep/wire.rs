@@ -84,6 +84,9 @@ pub(super) struct Call {
     counts: Vec<usize>,
     /// Rows in the payload.
     num_rows: usize,
+    /// Whether the payload is a note on rows that travel another way.
+    #[serde(default)]
+    note: bool,
 }
 
 /// A message on its way to one peer. The payload is shared by all that it goes to.
@@ -214,6 +217,7 @@ pub(super) fn calls(generation: u64, post: &Post, world_size: usize) -> Result<V
             shape: terms.shape.clone(),
             counts: terms.counts.clone(),
             num_rows,
+            note: matches!(post.payload, Payload::Note(_)),
         };
         let message = Outgoing::with(generation, Message::Call(call), Arc::clone(&parts.bytes), range);
         message.ok_or_else(|| format!("shape has {} dimensions, too many to be sent", terms.shape.len()))
@@ -238,7 +242,7 @@ impl Parts {
     fn of(post: &Post) -> CandleResult<Self> {
         let (rows, rows_per_rank) = match &post.payload {
             Payload::Nothing => return Ok(Self::whole(Vec::new(), 0)),
-            Payload::Bytes(bytes) => return Ok(Self::whole(bytes.clone(), 0)),
+            Payload::Bytes(bytes) | Payload::Note(bytes) => return Ok(Self::whole(bytes.clone(), 0)),
             // What came from another rank is not sent on.
             Payload::Part(_) => return Ok(Self::whole(Vec::new(), 0)),
             Payload::Rows(rows) if post.site.op == Collective::ReduceScatter => (rows, post.terms.counts.clone()),
@@ -271,6 +275,10 @@ impl Call {
     fn payload_bytes(&self) -> Result<Option<u64>, String> {
         let dtype = match (self.op, self.dtype()?) {
             (Collective::AllGatherBytes, None) => return Ok(None),
+            (
+                Collective::AllGather | Collective::ReduceScatter | Collective::AllToAll | Collective::AllReduce,
+                Some(_),
+            ) if self.note => return Ok(None),
             (Collective::Barrier, None) => return Ok(Some(0)),
             (
                 Collective::AllGather | Collective::ReduceScatter | Collective::AllToAll | Collective::AllReduce,
@@ -313,7 +321,7 @@ impl Call {
             Collective::ReduceScatter => self.counts.get(receiver),
             _ => Some(&self.num_rows),
         };
-        if due != Some(&self.num_rows) {
+        if due != Some(&self.num_rows) && !self.note {
             return Err(format!("it sent {} rows with counts {:?}", self.num_rows, self.counts));
         }
         let tensor = |dtype| {
@@ -324,6 +332,7 @@ impl Call {
             tensor.map_err(|error| format!("it sent rows that are none: {error}"))
         };
         let payload = match (self.op, dtype) {
+            _ if self.note => Payload::Note(payload),
             (Collective::AllGather | Collective::AllReduce, Some(dtype)) => Payload::Rows(tensor(dtype)?),
             (_, Some(dtype)) => Payload::Part(tensor(dtype)?),
             (Collective::AllGatherBytes, None) => Payload::Bytes(payload),

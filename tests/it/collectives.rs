@@ -43,6 +43,12 @@ impl Call {
         self.op() < 4
     }
 
+    /// Does the order in which ranks are added show in the result?
+    #[cfg_attr(not(feature = "nccl"), allow(dead_code, reason = "for devices"))]
+    pub(crate) fn is_sum(&self) -> bool {
+        matches!(self.op(), 1 | 2)
+    }
+
     fn counts(&self, salt: u64) -> Vec<usize> {
         let mut random = self.random(100 + salt);
         (0..self.world_size).map(|_| random.count()).collect()

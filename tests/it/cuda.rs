@@ -3,6 +3,8 @@
 
 mod blocks;
 mod large;
+#[cfg(feature = "nccl")]
+mod nccl;
 
 use crate::devices::{self, RouteEverywhere, assert_same_order, assert_same_routing, line, to_host};
 use crate::oracle::{self, FLOATS, Random};
