@@ -53,8 +53,8 @@ const LOOK: Duration = Duration::from_millis(10);
 ///
 /// [`Communicator::all_gather_bytes`] and [`Communicator::barrier`] concern the host only.
 ///
-/// Programs that are built with the feature `nccl` need the library (2.18 or newer) to start at all: the system links it
-/// before anything of this crate runs.
+/// The library, `libnccl.so.2` of version 2.18 or newer, is looked for by the rules of the system's loader when the first group is
+/// built; programs start without it.
 pub struct Nccl {
     // Ends before the host group hears that this rank leaves.
     watchdog: Watchdog,
