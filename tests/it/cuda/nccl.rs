@@ -259,6 +259,54 @@ fn ranks_that_are_processes_have_devices_too() {
     });
 }
 
+#[test]
+fn a_rank_with_a_device_among_ranks_of_the_host_is_refused_at_the_start() {
+    let _turn = one_at_a_time();
+    if !there_are(2) {
+        return;
+    }
+    let errors = on_procs(3, PATIENT, |mut procs| {
+        let rank = procs.rank();
+        let rows = Tensor::ones((1, 4), DType::F32, &Device::Cpu).unwrap();
+        if rank < 2 {
+            // What starts a rank with a device is a call to the others.
+            procs.all_gather_bytes(&[]).unwrap();
+            return procs.all_gather(&rows, &[1, 1, 1]).unwrap_err();
+        }
+        let error = Nccl::over_procs(procs, &Device::new_cuda(0).unwrap()).map(drop).unwrap_err();
+        assert_eq!(error.op, Collective::Rendezvous);
+        error
+    });
+    assert!(matches!(errors[2].kind, EpErrorKind::Library(_)), "{}", errors[2]);
+    for error in &errors[..2] {
+        assert!(accused(&error.kind).contains(&2), "{error}");
+    }
+}
+
+#[test]
+fn processes_hear_of_work_that_does_not_end() {
+    let _turn = one_at_a_time();
+    if !there_are(2) || !are_emulated() {
+        return;
+    }
+    on_procs(2, PATIENT, |procs| {
+        let rank = procs.rank();
+        let device = Device::new_cuda(rank).unwrap();
+        let mut ranks = Nccl::over_procs(procs, &device).unwrap();
+        ranks.start_serving();
+        assert!(rank == 0 || stall());
+        let began = Instant::now();
+        let outcome = gather(&mut ranks, 1, &[1, 1]).and_then(|()| {
+            std::thread::sleep(SLACK / 5);
+            ranks.barrier()
+        });
+        assert!(began.elapsed() < PATIENT.serving + SLACK, "{:?}", began.elapsed());
+        let expected = EpErrorKind::Unfinished { op: Collective::AllGather, step: 1, deadline: PATIENT.serving };
+        assert_eq!(outcome.unwrap_err().kind, expected);
+        anew(ranks);
+    });
+}
+
 // ---------------------------------------------------------------------------------------------
 // Faults
 
