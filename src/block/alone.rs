@@ -1,4 +1,4 @@
-//! A block of one rank on a device: the rooms in turn, and not a word to the host.
+//! A block on a device: the rooms in turn, and not a word to the host.
 //!
 //! ```text
 //! gate     logits = round(W x + b)                     to the router's dtype
@@ -6,10 +6,13 @@
 //! experts  forward_weighted                            sums over the slots, rounded once where nothing is added
 //! shared   forward_weighted of everyone, added in f32
 //! ```
+//!
+//! Among several ranks dispatch and combine stand around the experts, as on the CPU, and the order is made of what dispatch brings.
 
 use super::{MoeBlock, MoeOutput, everyone_to};
-use crate::ep::{Communicator, Step};
-use crate::order::{OrderOptions, RoutedOrder};
+use crate::ep::{Communicator, Dispatched, Sharing, Step, Strategy, combine, combine_sums, dispatch};
+use crate::order::{ExpertOrder, OrderOptions, RoutedOrder};
+use crate::routing::Routing;
 use candle_core::{DType, Result, Tensor};
 
 impl MoeBlock {
@@ -24,6 +27,10 @@ impl MoeBlock {
             Some(dtype) => self.gate.forward(&converted(hidden, dtype)?)?,
             None => self.gate.forward(hidden)?,
         };
+        if self.choice.strategy() != Strategy::Solo {
+            let (hidden, routing) = self.share_on_device(hidden, &router_logits, communicator, step)?;
+            return Ok(MoeOutput { hidden, router_logits, routing });
+        }
         let routed = self.route_on_device(hidden, &router_logits, step)?;
         // Nothing is sent, but a group that was given up stays so.
         communicator.barrier()?;
@@ -32,6 +39,68 @@ impl MoeBlock {
             load.count_experts(&routed.order.expert_counts)?;
         }
         Ok(MoeOutput { hidden: sum, router_logits, routing: routed.routing })
+    }
+
+    /// What the experts of all ranks make of this rank's tokens, in the dtype of `hidden`.
+    fn share_on_device(
+        &self,
+        hidden: &Tensor,
+        router_logits: &Tensor,
+        communicator: &mut dyn Communicator,
+        step: &Step,
+    ) -> Result<(Tensor, Routing)> {
+        let (router, logits) = self.logits_in_use(router_logits, step)?;
+        let routing = match step.num_valid_tokens() {
+            Some(num_valid_tokens) => router.route_padded(&logits, num_valid_tokens),
+            None => router.route(&logits),
+        }?;
+        let sharing =
+            Sharing { strategy: self.choice.strategy(), reduction: self.reduction, placement: &self.placement };
+        let dispatched = dispatch(communicator, step, &sharing, hidden, &routing)?;
+        let local = self.placement.local(self.ep_rank)?;
+        let num_physical = self.placement.num_physical();
+        let num_tokens = if sharing.strategy == Strategy::Replicated { hidden.dims()[0] } else { step.num_tokens() };
+        let order = ExpertOrder::new(dispatched.topk_ids(), num_physical, local)?
+            .among(num_tokens.saturating_mul(self.router.top_k()), num_physical);
+        let mut sum = self.work_on_device(communicator, &dispatched, &order)?;
+        if let Some(load) = &self.load {
+            let counts = match self.choice.strategy() {
+                Strategy::Exchange => self.counts_of_ranks(communicator, &order)?,
+                _ => ExpertOrder::new(dispatched.topk_ids(), num_physical, 0..num_physical)?.expert_counts,
+            };
+            load.count_experts(&counts)?;
+        }
+        if hidden.dims()[0] == 0 {
+            return Ok((hidden.clone(), routing));
+        }
+        if let Some(shared) = &self.shared_experts {
+            sum = (sum + everyone_to(shared, hidden, &routing.topk_ids, num_tokens)?)?;
+        }
+        Ok((sum.to_dtype(hidden.dtype())?, routing))
+    }
+
+    /// The experts' work on what dispatch brought, and the way home.
+    fn work_on_device(
+        &self,
+        communicator: &mut dyn Communicator,
+        dispatched: &Dispatched,
+        order: &ExpertOrder,
+    ) -> Result<Tensor> {
+        let hidden = dispatched.hidden();
+        let nothing = hidden.dims()[0] == 0;
+        match dispatched.weights_here() {
+            Some(_) if nothing => combine_sums(communicator, dispatched, &converted(hidden, DType::F32)?),
+            Some(topk_weights) => {
+                let sums = self.experts.forward_weighted(hidden, topk_weights, order, None, DType::F32)?;
+                combine_sums(communicator, dispatched, &sums)
+            }
+            None if nothing => combine(communicator, dispatched, &converted(hidden, DType::F32)?, order),
+            None => {
+                // As one rank would round them, which adds shared experts in float32.
+                let sums = if self.shared_experts.is_some() { DType::F32 } else { hidden.dtype() };
+                combine(communicator, dispatched, &self.experts.forward_as_weighted(hidden, order, sums)?, order)
+            }
+        }
     }
 
     fn route_on_device(&self, hidden: &Tensor, router_logits: &Tensor, step: &Step) -> Result<RoutedOrder> {
@@ -54,7 +123,8 @@ impl MoeBlock {
         match &self.shared_experts {
             None => weighted(hidden.dtype()),
             Some(shared) => {
-                (weighted(DType::F32)? + everyone_to(shared, hidden, &routing.topk_ids)?)?.to_dtype(hidden.dtype())
+                let everyone = everyone_to(shared, hidden, &routing.topk_ids, hidden.dims()[0])?;
+                (weighted(DType::F32)? + everyone)?.to_dtype(hidden.dtype())
             }
         }
     }

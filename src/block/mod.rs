@@ -105,15 +105,6 @@ enum Shards {
     Placed(Placement),
 }
 
-impl Shards {
-    fn ep_size(&self) -> usize {
-        match self {
-            Self::Contiguous(ep_size) => *ep_size,
-            Self::Placed(placement) => placement.ep_size(),
-        }
-    }
-}
-
 impl MoeBlockBuilder {
     /// What the block is called, such as `layer 3`, among the blocks that use one communicator, the same on every rank.
     ///
@@ -187,8 +178,8 @@ impl MoeBlockBuilder {
     }
 
     /// # Errors
-    /// Sizes that do not fit each other; parts on different devices; several ranks, a placement or a strategy on CUDA; a strategy
-    /// that is not possible; a hot spot that the perfect router cannot have.
+    /// Sizes that do not fit each other; parts on different devices; a placement that is not contiguous on CUDA; a strategy that is
+    /// not possible; a hot spot that the perfect router cannot have.
     pub fn build(self) -> Result<MoeBlock> {
         let num_experts = self.gate.out_features();
         self.check_devices()?;
@@ -269,14 +260,9 @@ impl MoeBlockBuilder {
         for (part, device) in [("the gate is", self.gate.device())].into_iter().chain(shared) {
             check_same_device(part, device, expected)?;
         }
-        check_ranks(expected, self.shards.ep_size())?;
-        match (&self.shards, self.strategy) {
-            _ if expected.is_cpu() => Ok(()),
-            (Shards::Placed(placement), _) if !placement.is_contiguous() => {
+        match &self.shards {
+            Shards::Placed(placement) if !placement.is_contiguous() && !expected.is_cpu() => {
                 bail!("{OP}: the placement is {placement} on {:?}, expected a contiguous one", expected.location())
-            }
-            (_, Some(strategy)) if strategy != Strategy::Solo => {
-                bail!("{OP}: strategy is {strategy} on {:?}, expected solo", expected.location())
             }
             _ => Ok(()),
         }
@@ -287,18 +273,6 @@ impl MoeBlockBuilder {
 fn check_same_device(part: &str, device: &Device, expected: &Device) -> Result<()> {
     if !device.same_device(expected) {
         bail!("{OP}: {part} on {:?}, expected the device of the experts, {:?}", device.location(), expected.location())
-    }
-    Ok(())
-}
-
-/// Groups of several ranks are on the CPU.
-pub(crate) fn check_ranks(device: &Device, ep_size: usize) -> Result<()> {
-    if ep_size > 1 && !device.is_cpu() {
-        bail!(
-            "{OP}: ep_size is {ep_size} on {:?}, expected 1: expert parallelism on CUDA needs a communicator for tensors of \
-             devices",
-            device.location()
-        )
     }
     Ok(())
 }
@@ -397,15 +371,10 @@ impl MoeBlock {
     /// The same on `device`, with a load of 0. It can be used from any thread, at once.
     ///
     /// # Errors
-    /// Several ranks on another device than the CPU; what copying tensors there may fail with.
+    /// A placement that is not contiguous on another device than the CPU; what copying tensors there may fail with.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        if !device.is_cpu() && (self.choice.strategy() != Strategy::Solo || self.map.is_some()) {
-            check_ranks(device, self.placement.ep_size())?;
-            bail!(
-                "{OP}: a placement or strategy {} on {:?}, expected the CPU",
-                self.choice.strategy(),
-                device.location()
-            )
+        if !device.is_cpu() && self.map.is_some() {
+            bail!("{OP}: the placement is {} on {:?}, expected a contiguous one", self.placement, device.location())
         }
         let block = Self {
             label: self.label.clone(),
@@ -448,7 +417,8 @@ impl MoeBlock {
     /// [labels](MoeBlockBuilder::label), or set the communicator's before each: without, a block that a rank has left out cannot
     /// be told from the next one of the same shape.
     ///
-    /// On CUDA nothing waits for the device and nothing is copied to the host, so that a CUDA graph can capture it after a
+    /// On CUDA nothing waits for the device and nothing is copied to the host (but with [`Strategy::Exchange`], for the counts of
+    /// what goes where), so that a CUDA graph can capture it after a
     /// first call of as many tokens on the same thread, whose workspace it uses; the graph is good as long as that thread and
     /// the block live. Planned logits stay where they are as long as the [store](PerfectRouterStore) does not grow, which
     /// [`reserve`](PerfectRouterStore::reserve) sees to. Hidden states that are not contiguous are copied first.
@@ -538,7 +508,7 @@ impl MoeBlock {
         let rows = self.experts.forward(dispatched.hidden(), &order)?;
         let mut sum = combine(communicator, &dispatched, &rows, &order)?;
         if let Some(shared) = &self.shared_experts {
-            sum = (sum + everyone_to(shared, hidden, &routing.topk_ids)?)?;
+            sum = (sum + everyone_to(shared, hidden, &routing.topk_ids, hidden.dims()[0])?)?;
         }
         // Not before: the order has checked the ids of the other ranks, and a failed call leaves no trace.
         if let Some(load) = &self.load {
@@ -582,9 +552,14 @@ impl MoeBlock {
         if self.choice.strategy() != Strategy::Exchange {
             return load.count_ids(dispatched.topk_ids());
         }
+        load.count_experts(&self.counts_of_ranks(communicator, order)?)
+    }
+
+    /// The slots of all physical experts, of which each rank knows those of its own.
+    fn counts_of_ranks(&self, communicator: &mut dyn Communicator, order: &ExpertOrder) -> Result<Tensor> {
         let len_of_rank = |rank| Ok(self.placement.local(rank)?.len());
         let lens = (0..self.placement.ep_size()).map(len_of_rank).collect::<Result<Vec<_>>>()?;
-        load.count_experts(&communicator.all_gather(&order.expert_counts, &lens)?)
+        Ok(communicator.all_gather(&order.expert_counts, &lens)?)
     }
 
     /// What is routed, and by which router: the gate's logits, or those of the perfect router.
@@ -622,11 +597,11 @@ impl MoeBlock {
 }
 
 /// The sum of what all `experts` make of each token, f32 `[num_tokens, hidden_size]`; 0 for tokens that `topk_ids` shows to
-/// be padding.
-fn everyone_to(experts: &Experts, hidden: &Tensor, topk_ids: &Tensor) -> Result<Tensor> {
+/// be padding. All ranks together have `num_tokens` tokens.
+fn everyone_to(experts: &Experts, hidden: &Tensor, topk_ids: &Tensor, num_tokens: usize) -> Result<Tensor> {
     let num_experts = experts.num_experts();
     let Routing { topk_ids, topk_weights } = everyone(topk_ids, num_experts)?;
-    let order = ExpertOrder::new(&topk_ids, num_experts, 0..num_experts)?;
+    let order = ExpertOrder::new(&topk_ids, num_experts, 0..num_experts)?.among(num_tokens, 1);
     experts.forward_weighted(hidden, &topk_weights, &order, None, DType::F32)
 }
 

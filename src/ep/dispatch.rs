@@ -7,7 +7,7 @@
 //! The checks and the types are here, the bodies in a file for each strategy. What dispatch knows of the way home it leaves in
 //! [`Dispatched`], so that combine needs nothing but the rows.
 
-use super::{Communicator, Placement, Reduction, Step, Strategy, exchange, gather, home, replicated};
+use super::{Communicator, Placement, Reduction, Step, Strategy, exchange, gather, home, replicated, slots};
 use crate::experts::weighted_sum;
 use crate::order::ExpertOrder;
 use crate::routing::Routing;
@@ -45,6 +45,10 @@ pub(super) enum WayHome {
     AllReduced { topk_weights: Tensor },
     /// Everybody gets all rows, which arrive in the order `by_owner`.
     AllGathered { topk_weights: Tensor, by_owner: ExpertOrder },
+    /// Rows are added slot by slot over all ranks, for all ranks.
+    ReducedSlots { topk_weights: Tensor },
+    /// Rows are added slot by slot over all ranks, for the rank that has the token.
+    ScatteredSlots { topk_weights: Tensor, counts: Vec<usize> },
     /// Sums of own rows are added over all ranks, for the rank that has the token.
     Scattered { topk_weights: Tensor, counts: Vec<usize> },
     /// Sums of own rows go to the rank that has the token, where they arrive in the order `destinations`.
@@ -57,6 +61,18 @@ impl Dispatched {
     /// `[num_received, hidden_size]`: the hidden states of the tokens, grouped by the rank that has them.
     pub fn hidden(&self) -> &Tensor {
         &self.hidden
+    }
+
+    /// f32 `[num_received, top_k]`: the weights with which this rank sums its own rows before they travel; `None` where rows
+    /// travel one by one.
+    pub fn weights_here(&self) -> Option<&Tensor> {
+        match &self.way_home {
+            WayHome::Here { topk_weights }
+            | WayHome::AllReduced { topk_weights }
+            | WayHome::Scattered { topk_weights, .. }
+            | WayHome::Summed { topk_weights, .. } => Some(topk_weights),
+            _ => None,
+        }
     }
 
     /// u32 `[num_received, top_k]`: physical experts, those of other ranks included, or
@@ -116,26 +132,46 @@ pub fn combine(
     if rows.dtype() != DType::F32 {
         bail!("{COMBINE}: rows has dtype {:?}, expected F32", rows.dtype())
     }
+    if let Some(topk_weights) = dispatched.weights_here() {
+        return combine_sums(communicator, dispatched, &weighted_sum(rows, topk_weights, order)?);
+    }
     match &dispatched.way_home {
-        WayHome::Here { topk_weights } => weighted_sum(rows, topk_weights, order),
-        WayHome::AllReduced { topk_weights } => {
-            Ok(communicator.all_reduce(&weighted_sum(rows, topk_weights, order)?)?)
+        WayHome::ReducedSlots { topk_weights } => {
+            slots::sum(&communicator.all_reduce(&slots::by_token(rows, order)?)?, topk_weights)
+        }
+        WayHome::ScatteredSlots { topk_weights, counts } => {
+            slots::sum(&communicator.reduce_scatter(&slots::by_token(rows, order)?, counts)?, topk_weights)
         }
         WayHome::AllGathered { topk_weights, by_owner } => {
             replicated::gather_rows(communicator, rows, order, topk_weights, by_owner)
         }
-        WayHome::Scattered { topk_weights, counts } => {
-            Ok(communicator.reduce_scatter(&weighted_sum(rows, topk_weights, order)?, counts)?)
-        }
-        WayHome::Summed { topk_weights, counts, destinations } => {
-            let partial = weighted_sum(rows, topk_weights, order)?;
-            exchange::add_partial(communicator, &partial, counts, destinations)
-        }
         WayHome::RowByRow { topk_weights, counts, by_owner } => {
             let (sent, counts) = home::in_slot_order(rows, order, counts)?;
             let (received, _) = communicator.all_to_all(&sent, &counts)?;
-            weighted_sum(&received, topk_weights, by_owner)
+            home::sum_received(&received, topk_weights, by_owner)
         }
+        WayHome::Here { .. } | WayHome::AllReduced { .. } | WayHome::Scattered { .. } | WayHome::Summed { .. } => {
+            bail!("{COMBINE}: rows were not summed where they are, expected that")
+        }
+    }
+}
+
+/// As [`combine`], of what is summed already: `sums` is f32 `[num_received, hidden_size]`, the sums over the local slots of each
+/// token with the weights of [`Dispatched::weights_here`], where there are such.
+///
+/// # Errors
+/// Those of the communicator; sums of other tokens; a way home on which nothing is summed here.
+pub fn combine_sums(communicator: &mut dyn Communicator, dispatched: &Dispatched, sums: &Tensor) -> Result<Tensor> {
+    let num_received = dispatched.topk_ids.dims()[0];
+    if sums.rank() != 2 || sums.dims()[0] != num_received || sums.dtype() != DType::F32 {
+        bail!("{COMBINE}: sums has shape {:?}, {:?}, expected {num_received} rows of F32", sums.shape(), sums.dtype())
+    }
+    match &dispatched.way_home {
+        WayHome::Here { .. } => Ok(sums.clone()),
+        WayHome::AllReduced { .. } => Ok(communicator.all_reduce(sums)?),
+        WayHome::Scattered { counts, .. } => Ok(communicator.reduce_scatter(sums, counts)?),
+        WayHome::Summed { counts, destinations, .. } => exchange::add_partial(communicator, sums, counts, destinations),
+        _ => bail!("{COMBINE}: sums were given, expected rows, which are summed at home"),
     }
 }
 

@@ -10,12 +10,13 @@
 //!
 //! 1. The destinations of a token are to ranks what its slots are to experts, so the tokens to send are an expert order of the
 //!    destinations, and adding up what comes back is the sum over that order with weights of 1.
-//! 2. A token brings all of its ids along. Who receives it works on its own and skips the others, so nothing has to say which
+//! 2. On a device the host copies the ids to know how many tokens go where, and waits for them.
+//! 3. A token brings all of its ids along. Who receives it works on its own and skips the others, so nothing has to say which
 //!    of them the token came for.
 
 use super::dispatch::{Dispatched, Sharing, WayHome};
-use super::{Communicator, Placement, Reduction, home};
-use crate::experts::weighted_sum;
+use super::slots::nothing_like;
+use super::{Communicator, Reduction, home};
 use crate::host::with_slice;
 use crate::order::{ExpertOrder, NO_EXPERT};
 use crate::routing::Routing;
@@ -28,22 +29,28 @@ pub(super) fn dispatch(
     routing: &Routing,
 ) -> Result<Dispatched> {
     let Routing { topk_ids, topk_weights } = routing;
+    let device = hidden.device();
     let owners = home::owners(sharing.placement, topk_ids)?;
-    let destinations = destinations(sharing.placement, &owners)?;
+    let ranks = destinations(&owners)?;
+    let destinations = home::order_of_ranks(sharing.placement, &ranks)?;
     let send_counts: Vec<usize> = destinations.expert_counts.to_vec1::<u32>()?.iter().map(|&n| n as usize).collect();
     let tokens = tokens_to_send(&destinations, send_counts.iter().sum())?;
     let mut send = |rows: &Tensor| -> Result<_> {
-        Ok(communicator.all_to_all(&rows.contiguous()?.index_select(&tokens, 0)?, &send_counts)?)
+        Ok(communicator.all_to_all(&home::chosen(rows, tokens.clone())?, &send_counts)?)
     };
     let (hidden, counts) = send(hidden)?;
     let (received_ids, _) = send(topk_ids)?;
     let way_home = match sharing.reduction {
         Reduction::SlotOrder => {
-            let by_owner = home::order_of_ranks(sharing.placement, &owners)?;
+            let by_owner = home::order_of_ranks(sharing.placement, &owners.to_device(device)?)?;
             WayHome::RowByRow { topk_weights: topk_weights.clone(), counts, by_owner }
         }
         Reduction::RankPartial => {
             let (topk_weights, _) = send(topk_weights)?;
+            let destinations = match device.is_cpu() {
+                true => destinations,
+                false => home::order_of_ranks(sharing.placement, &ranks.to_device(device)?)?,
+            };
             WayHome::Summed { topk_weights, counts, destinations }
         }
     };
@@ -58,12 +65,16 @@ pub(super) fn add_partial(
     destinations: &ExpertOrder,
 ) -> Result<Tensor> {
     let (received, _) = communicator.all_to_all(partial, counts)?;
-    let ones = Tensor::ones((destinations.num_tokens(), destinations.top_k()), DType::F32, &Device::Cpu)?;
-    weighted_sum(&received, &ones, destinations)
+    if destinations.num_tokens() == 0 && !partial.device().is_cpu() {
+        return nothing_like(partial, &[0, partial.dims()[1]]);
+    }
+    let ones = Tensor::ones((destinations.num_tokens(), destinations.top_k()), DType::F32, partial.device())?;
+    home::sum_received(&received, &ones, destinations)
 }
 
-/// The ranks that each token goes to, ascending, as an order: its `expert_counts` are the tokens for each rank.
-fn destinations(placement: &Placement, owners: &Tensor) -> Result<ExpertOrder> {
+/// The ranks that each token goes to, ascending, each once, on the host. The `expert_counts` of their order are the tokens for each
+/// rank.
+fn destinations(owners: &Tensor) -> Result<Tensor> {
     let (_, top_k) = owners.dims2()?;
     let ranks = with_slice(owners, home::OP, "owners", |owners: &[u32]| {
         let mut ranks = owners.to_vec();
@@ -77,14 +88,13 @@ fn destinations(placement: &Placement, owners: &Tensor) -> Result<ExpertOrder> {
         }
         Ok(ranks)
     })?;
-    home::order_of_ranks(placement, &Tensor::from_vec(ranks, owners.shape(), &Device::Cpu)?)
+    Tensor::from_vec(ranks, owners.shape(), &Device::Cpu)
 }
 
 /// The tokens of the first `num_rows` places of `destinations`, all that are in use.
-fn tokens_to_send(destinations: &ExpertOrder, num_rows: usize) -> Result<Tensor> {
+fn tokens_to_send(destinations: &ExpertOrder, num_rows: usize) -> Result<Vec<u32>> {
     let top_k = destinations.top_k();
-    let tokens: Vec<u32> = with_slice(&destinations.sorted_slots, home::OP, "sorted_slots", |slots: &[u32]| {
+    with_slice(&destinations.sorted_slots, home::OP, "sorted_slots", |slots: &[u32]| {
         Ok(slots[..num_rows].iter().map(|&slot| slot / top_k as u32).collect())
-    })?;
-    Tensor::from_vec(tokens, num_rows, &Device::Cpu)
+    })
 }

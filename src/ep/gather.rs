@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! dispatch   all-gather of hidden states and physical ids, and of weights where ranks sum
-//! combine    SlotOrder     rows travel home one by one; summed there in slot order
+//! combine    SlotOrder     rows travel home one by one; summed there in slot order. On a device reduce-scatter adds the slots of all
+//!                          ranks, each of which one rank has, so that the host need not know where they go
 //!            RankPartial   each rank sums its own rows; reduce-scatter adds the partial sums in rank order
 //! ```
 //!
@@ -25,6 +26,9 @@ pub(super) fn dispatch(
     let hidden = communicator.all_gather(hidden, &counts)?;
     let topk_ids = communicator.all_gather(&routing.topk_ids, &counts)?;
     let way_home = match sharing.reduction {
+        Reduction::SlotOrder if !hidden.device().is_cpu() => {
+            WayHome::ScatteredSlots { topk_weights: routing.topk_weights.clone(), counts }
+        }
         Reduction::SlotOrder => {
             let by_owner = home::by_owner(sharing.placement, &routing.topk_ids)?;
             WayHome::RowByRow { topk_weights: routing.topk_weights.clone(), counts, by_owner }

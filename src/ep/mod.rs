@@ -65,6 +65,7 @@ mod procs;
 mod rendezvous;
 mod replicated;
 mod rows;
+mod slots;
 mod solo;
 mod step;
 mod strategy;
@@ -74,7 +75,7 @@ mod wire;
 
 pub use choice::{Choice, Problem, Traffic};
 pub use communicator::{AbortHandle, Communicator, Deadlines, Health};
-pub use dispatch::{Dispatched, Sharing, combine, dispatch};
+pub use dispatch::{Dispatched, Sharing, combine, combine_sums, dispatch};
 pub use environment::{Environment, Launcher, Overrides};
 pub(crate) use error::reason;
 pub use error::{Collective, EpError, EpErrorKind};

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! dispatch   nothing
-//! combine    SlotOrder     all-gather of all ranks' rows, which every rank sums in slot order
+//! combine    SlotOrder     all-gather of all ranks' rows, which every rank sums in slot order; on a device all-reduce adds the
+//!                          slots of all ranks instead, each of which one rank has
 //!            RankPartial   each rank sums its own rows; all-reduce adds the partial sums in rank order
 //! ```
 //!
@@ -26,6 +27,7 @@ pub(super) fn dispatch(step: &Step, sharing: &Sharing<'_>, hidden: &Tensor, rout
     }
     let Routing { topk_ids, topk_weights } = routing.clone();
     let way_home = match sharing.reduction {
+        Reduction::SlotOrder if !hidden.device().is_cpu() => WayHome::ReducedSlots { topk_weights },
         Reduction::SlotOrder => {
             WayHome::AllGathered { topk_weights, by_owner: home::by_owner(sharing.placement, &topk_ids)? }
         }

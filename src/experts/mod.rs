@@ -243,6 +243,19 @@ impl Experts {
         Ok(None)
     }
 
+    /// The rows of [`forward`](Self::forward), rounded as [`forward_weighted`](Self::forward_weighted) rounds them on the way to sums
+    /// in `dtype`, so that rows that travel first give the same bits.
+    pub(crate) fn forward_as_weighted(&self, hidden: &Tensor, order: &ExpertOrder, dtype: DType) -> Result<Tensor> {
+        let rows = self.forward(hidden, order)?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = hidden.device() {
+            let rounded = cuda::rows_dtype(self, order, hidden.dtype(), dtype, device)?;
+            return if rounded == DType::F32 { Ok(rows) } else { rows.to_dtype(rounded)?.to_dtype(DType::F32) };
+        }
+        let _ = dtype;
+        Ok(rows)
+    }
+
     /// [`forward`](Self::forward) and [`weighted_sum`] in one: `[num_tokens, hidden_size]` in `dtype`, which is f32 or that of
     /// `hidden`, rounded once. Where both are bfloat16, CUDA may round the rows too, before they are added up in float32: it
     /// does from seven slots for each expert on. `tiles` are those of the order with [`tile_rows`](Self::tile_rows), and are

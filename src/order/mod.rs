@@ -52,6 +52,7 @@ pub struct ExpertOrder {
     num_tokens: usize,
     top_k: usize,
     local_experts: Range<usize>,
+    slots_per_expert: usize,
 }
 
 /// Tiles of a grouped matrix multiplication: each covers up to `tile_rows` places of one expert.
@@ -123,6 +124,7 @@ impl ExpertOrder {
             let len = values.len();
             Tensor::from_vec(values, len, &Device::Cpu)
         };
+        let slots_per_expert = spec.slots_per_expert();
         let OrderSpec { num_tokens, top_k, tile_rows, local_experts, .. } = spec;
         let order = Self {
             expert_counts: vector(order.expert_counts)?,
@@ -132,6 +134,7 @@ impl ExpertOrder {
             num_tokens,
             top_k,
             local_experts,
+            slots_per_expert,
         };
         let tiles = tile_rows.map(|tile_rows| order.tile_map(tile_rows)).transpose()?;
         Ok((order, tiles))
@@ -145,6 +148,17 @@ impl ExpertOrder {
     /// Slots per token.
     pub fn top_k(&self) -> usize {
         self.top_k
+    }
+
+    /// Slots that an expert has on average, of all that were ordered and, where ranks share a batch, of theirs: what the
+    /// kernels of experts are chosen by, so that all ranks choose alike.
+    pub(crate) fn slots_per_expert(&self) -> usize {
+        self.slots_per_expert
+    }
+
+    /// As part of a batch of `num_slots` slots for `num_experts` experts.
+    pub(crate) fn among(self, num_slots: usize, num_experts: usize) -> Self {
+        Self { slots_per_expert: num_slots.div_ceil(num_experts.max(1)), ..self }
     }
 
     /// The experts whose slots are in the order.
@@ -190,6 +204,11 @@ struct OrderSpec {
 }
 
 impl OrderSpec {
+    fn slots_per_expert(&self) -> usize {
+        let num_experts = self.map.as_ref().map_or(self.num_experts, ExpertMap::num_physical);
+        (self.num_tokens * self.top_k).div_ceil(num_experts.max(1))
+    }
+
     fn new(num_tokens: usize, top_k: usize, num_experts: usize, options: &OrderOptions) -> Result<Self> {
         let OrderOptions { local_experts, map, tile_rows, .. } = options.clone();
         if num_experts > NO_EXPERT as usize {

@@ -5,6 +5,8 @@ mod blocks;
 mod large;
 #[cfg(feature = "nccl")]
 mod nccl;
+#[cfg(feature = "nccl")]
+mod sharded;
 
 use crate::devices::{self, RouteEverywhere, assert_same_order, assert_same_routing, line, to_host};
 use crate::oracle::{self, FLOATS, Random};

@@ -308,14 +308,14 @@ fn all_layers_are_loaded_in_their_order_on_every_device_and_one_that_is_missing_
 }
 
 #[test]
-fn several_ranks_on_cuda_are_refused_before_anything_is_read() {
+fn several_threads_on_one_device_are_refused_before_anything_is_read() {
     let Some(device) = devices::cuda() else { return };
     let options = MoeOptions { ep_size: 2, ..on(device, DType::F32) };
     let error = line(Model::load(tiny_folder(), &options, &|_, _| ()).unwrap_err());
     assert!(error.contains("ep_size is 2 on Cuda") && error.contains("expected 1"), "{error}");
     let config = Config::from_file(format!("{}/config.json", tiny_folder())).unwrap();
     let checkpoint = Checkpoint::open(tiny_folder()).unwrap();
-    assert_eq!(line(load_moe_block(&checkpoint, &config, 0, &options, 1).unwrap_err()), error);
+    assert_eq!(line(ShardedMoe::load(&checkpoint, &config, &options, &|| ()).unwrap_err()), error);
     assert!(checkpoint.names().all(|name| checkpoint.ranges_read(name).is_empty()));
 }
 

@@ -77,7 +77,6 @@ functions! {
     recv = b"ncclRecv": fn(*mut c_void, usize, c_int, c_int, Handle, Stream) -> Status;
 }
 
-
 impl Functions {
     /// The library, loaded once; or why it cannot be used, which stays so.
     fn get() -> Result<&'static Self, String> {
@@ -220,7 +219,9 @@ impl Queue {
     pub(super) unsafe fn all_gather(&self, from: Span, to: u64) -> Result<(), String> {
         let Comm { functions, handle } = self.comm;
         // SAFETY: the caller's promise.
-        functions.checked("ncclAllGather", unsafe { (functions.all_gather)(from.address as _, to as _, from.len, from.element as c_int, handle, self.stream) })
+        functions.checked("ncclAllGather", unsafe {
+            (functions.all_gather)(from.address as _, to as _, from.len, from.element as c_int, handle, self.stream)
+        })
     }
 
     /// # Safety
@@ -228,7 +229,17 @@ impl Queue {
     pub(super) unsafe fn broadcast(&self, from: Span, to: u64, root: usize) -> Result<(), String> {
         let Comm { functions, handle } = self.comm;
         // SAFETY: the caller's promise.
-        functions.checked("ncclBroadcast", unsafe { (functions.broadcast)(from.address as _, to as _, from.len, from.element as c_int, root as c_int, handle, self.stream) })
+        functions.checked("ncclBroadcast", unsafe {
+            (functions.broadcast)(
+                from.address as _,
+                to as _,
+                from.len,
+                from.element as c_int,
+                root as c_int,
+                handle,
+                self.stream,
+            )
+        })
     }
 
     /// # Safety
@@ -236,7 +247,17 @@ impl Queue {
     pub(super) unsafe fn all_reduce(&self, from: Span, to: u64) -> Result<(), String> {
         let Comm { functions, handle } = self.comm;
         // SAFETY: the caller's promise.
-        functions.checked("ncclAllReduce", unsafe { (functions.all_reduce)(from.address as _, to as _, from.len, from.element as c_int, SUM, handle, self.stream) })
+        functions.checked("ncclAllReduce", unsafe {
+            (functions.all_reduce)(
+                from.address as _,
+                to as _,
+                from.len,
+                from.element as c_int,
+                SUM,
+                handle,
+                self.stream,
+            )
+        })
     }
 
     /// # Safety
@@ -244,7 +265,17 @@ impl Queue {
     pub(super) unsafe fn reduce_scatter(&self, from: u64, to: Span) -> Result<(), String> {
         let Comm { functions, handle } = self.comm;
         // SAFETY: the caller's promise.
-        functions.checked("ncclReduceScatter", unsafe { (functions.reduce_scatter)(from as _, to.address as _, to.len, to.element as c_int, SUM, handle, self.stream) })
+        functions.checked("ncclReduceScatter", unsafe {
+            (functions.reduce_scatter)(
+                from as _,
+                to.address as _,
+                to.len,
+                to.element as c_int,
+                SUM,
+                handle,
+                self.stream,
+            )
+        })
     }
 
     /// # Safety
@@ -252,7 +283,18 @@ impl Queue {
     pub(super) unsafe fn reduce(&self, from: Span, to: u64, root: usize) -> Result<(), String> {
         let Comm { functions, handle } = self.comm;
         // SAFETY: the caller's promise.
-        functions.checked("ncclReduce", unsafe { (functions.reduce)(from.address as _, to as _, from.len, from.element as c_int, SUM, root as c_int, handle, self.stream) })
+        functions.checked("ncclReduce", unsafe {
+            (functions.reduce)(
+                from.address as _,
+                to as _,
+                from.len,
+                from.element as c_int,
+                SUM,
+                root as c_int,
+                handle,
+                self.stream,
+            )
+        })
     }
 
     /// # Safety
@@ -260,7 +302,9 @@ impl Queue {
     pub(super) unsafe fn send(&self, from: Span, peer: usize) -> Result<(), String> {
         let Comm { functions, handle } = self.comm;
         // SAFETY: the caller's promise.
-        functions.checked("ncclSend", unsafe { (functions.send)(from.address as _, from.len, from.element as c_int, peer as c_int, handle, self.stream) })
+        functions.checked("ncclSend", unsafe {
+            (functions.send)(from.address as _, from.len, from.element as c_int, peer as c_int, handle, self.stream)
+        })
     }
 
     /// # Safety
@@ -268,7 +312,9 @@ impl Queue {
     pub(super) unsafe fn receive(&self, to: Span, peer: usize) -> Result<(), String> {
         let Comm { functions, handle } = self.comm;
         // SAFETY: the caller's promise.
-        functions.checked("ncclRecv", unsafe { (functions.recv)(to.address as _, to.len, to.element as c_int, peer as c_int, handle, self.stream) })
+        functions.checked("ncclRecv", unsafe {
+            (functions.recv)(to.address as _, to.len, to.element as c_int, peer as c_int, handle, self.stream)
+        })
     }
 }
 

@@ -157,7 +157,7 @@ impl<'a> Call<'a> {
         device: &'a CudaDevice,
     ) -> Result<Self> {
         let (dtype, num_slots) = (hidden.dtype(), order.num_tokens() * order.top_k());
-        let path = Path::choose(experts, num_slots, dtype, properties(device)?);
+        let path = Path::choose(experts, num_slots, order.slots_per_expert(), dtype, properties(device)?);
         let tiles = match tiles {
             Some(tiles) if tiles.tile_rows() == path.tile_rows() && tiles.is_of(order) => tiles.clone(),
             _ => order.tile_map(path.tile_rows())?,
@@ -280,7 +280,21 @@ impl<'a> Call<'a> {
 
 /// Rows of a tile for that many slots.
 pub(super) fn tile_rows(experts: &Experts, num_slots: usize, dtype: DType, device: &CudaDevice) -> Result<usize> {
-    Ok(Path::choose(experts, num_slots, dtype, properties(device)?).tile_rows())
+    let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
+    Ok(Path::choose(experts, num_slots, per_expert, dtype, properties(device)?).tile_rows())
+}
+
+/// The dtype of rows on their way to sums in `sums`.
+pub(super) fn rows_dtype(
+    experts: &Experts,
+    order: &ExpertOrder,
+    dtype: DType,
+    sums: DType,
+    device: &CudaDevice,
+) -> Result<DType> {
+    let num_slots = order.num_tokens() * order.top_k();
+    let path = Path::choose(experts, num_slots, order.slots_per_expert(), dtype, properties(device)?);
+    Ok(path.rows_dtype(dtype, sums, experts.hidden_size()))
 }
 
 pub(super) fn forward(experts: &Experts, hidden: &Tensor, order: &ExpertOrder, device: &CudaDevice) -> Result<Tensor> {

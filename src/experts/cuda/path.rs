@@ -79,10 +79,15 @@ impl TileSize {
 }
 
 impl Path {
-    /// The fastest that takes `num_slots` slots of hidden states in `dtype`.
-    pub(super) fn choose(experts: &Experts, num_slots: usize, dtype: DType, device: Properties) -> Self {
+    /// The fastest that takes `num_slots` slots of hidden states in `dtype`, of which an expert has `per_expert` on average.
+    pub(super) fn choose(
+        experts: &Experts,
+        num_slots: usize,
+        per_expert: usize,
+        dtype: DType,
+        device: Properties,
+    ) -> Self {
         let fits = |path: &Self| path.takes(experts, num_slots, dtype, device);
-        let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
         let (few, more) = (Self::Resident { blocks: 1 }, Self::Resident { blocks: 2 });
         let tiled = Self::Tiled(if per_expert <= SOME_SLOTS { TileSize::Few } else { TileSize::Many });
         let by_speed: &[Self] = if per_expert <= FEW_SLOTS {

@@ -1,7 +1,7 @@
 //! One MoE layer of a checkpoint for one rank.
 
 use super::Config;
-use crate::block::{MoeBlock, check_ranks};
+use crate::block::MoeBlock;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::experts::{
     Activation, ExpertProjection, ExpertWeights, Experts, FP8_BLOCK, GateUpRows, Linear, fp8_row_scales,
@@ -61,7 +61,6 @@ pub fn load_moe_block(
     if layer >= config.num_layers || layer < config.first_moe_layer {
         bail!("{OP}: layer is {layer}, expected {} to {}", config.first_moe_layer, config.num_layers - 1)
     }
-    check_ranks(&options.device, options.ep_size)?;
     let placement = options.placement(layer - config.first_moe_layer, config.num_experts, ep_rank)?;
     let weights = Weights { checkpoint, prefix: format!("model.layers.{layer}.mlp") };
     let (hidden_size, num_experts) = (config.hidden_size, config.num_experts);

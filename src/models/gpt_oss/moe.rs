@@ -3,7 +3,7 @@
 use super::Config;
 use super::layout::{ExpertRole, LayerRole};
 use super::weights::Weights;
-use crate::block::{Load, MoeBlock, MoeOutput, check_ranks};
+use crate::block::{Load, MoeBlock, MoeOutput};
 use crate::checkpoint::Checkpoint;
 use crate::ep::{Choice, Communicator, Step, Threads};
 use crate::experts::{Activation, Experts, GateUpRows, MXFP4_BLOCK};
@@ -38,7 +38,7 @@ pub trait MoeLayers {
 /// It is read on the host and then brought to `options.device`; the host's copy is gone when this returns.
 ///
 /// # Errors
-/// Tensors of two layouts or of none; missing or unfit tensors; sizes that MXFP4 cannot have; several ranks on CUDA.
+/// Tensors of two layouts or of none; missing or unfit tensors; sizes that MXFP4 cannot have.
 pub fn load_moe_block(
     checkpoint: &Checkpoint,
     config: &Config,
@@ -46,7 +46,6 @@ pub fn load_moe_block(
     options: &MoeOptions,
     ep_rank: usize,
 ) -> Result<MoeBlock> {
-    check_ranks(&options.device, options.ep_size)?;
     RankSource { checkpoint, config, options, ep_rank }.read(layer)?.to_device(&options.device)
 }
 
@@ -185,7 +184,8 @@ impl ShardedMoe {
     /// [agree](MoeBlock::agree). `progress` hears of every layer of every rank, from any thread.
     ///
     /// # Errors
-    /// As [`load_moe_block`] and [`MoeBlock::agree`]; more ranks than experts.
+    /// As [`load_moe_block`] and [`MoeBlock::agree`]; more ranks than experts; several ranks on CUDA, which
+    /// [join](Self::join) and [serve].
     pub fn load(
         checkpoint: &Checkpoint,
         config: &Config,
@@ -193,7 +193,14 @@ impl ShardedMoe {
         progress: &(dyn Fn() + Sync),
     ) -> Result<Self> {
         options.placement(0, config.num_experts, 0)?;
-        check_ranks(&options.device, options.ep_size)?;
+        if options.ep_size > 1 && !options.device.is_cpu() {
+            bail!(
+                "{OP}: ep_size is {} on {:?}, expected 1: give each rank a device and a communicator for it, join as rank 0 and serve \
+                 as the others",
+                options.ep_size,
+                options.device.location()
+            )
+        }
         let load = |ep_rank| RankSource { checkpoint, config, options, ep_rank }.load(progress);
         // One rank is loaded by the thread that will run it, on whose stream its weights then come.
         let ranks: Vec<_> = match options.ep_size {
@@ -360,7 +367,8 @@ pub fn serve(
         bail!("{OP}: serve as rank 0, expected another; rank 0 joins")
     }
     let mut blocks = read_and_meet(checkpoint, config, options, communicator, progress)?;
-    let empty = Tensor::zeros((0, config.hidden_size), options.dtype, &Device::Cpu)?;
+    // Candle allocates nothing for no elements on CUDA.
+    let empty = Tensor::zeros((1, config.hidden_size), options.dtype, &options.device)?.narrow(0, 0, 0)?;
     loop {
         match Command::hear(communicator)? {
             Command::End => return Ok(()),
@@ -377,7 +385,6 @@ fn read_and_meet(
     communicator: &mut dyn Communicator,
     progress: &(dyn Fn() + Sync),
 ) -> Result<Vec<MoeBlock>> {
-    check_ranks(&options.device, options.ep_size)?;
     let world_size = communicator.world_size();
     if world_size != options.ep_size {
         bail!("{OP}: the communicator has {world_size} ranks, expected ep_size = {}", options.ep_size)

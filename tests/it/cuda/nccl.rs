@@ -24,7 +24,7 @@ const PATIENT: Deadlines = Deadlines { warm_up: Duration::from_secs(60), serving
 const SLACK: Duration = Duration::from_millis(500);
 
 /// Communicators that share devices must not run at the same time.
-fn one_at_a_time() -> MutexGuard<'static, ()> {
+pub(super) fn one_at_a_time() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -38,7 +38,7 @@ fn are_emulated() -> bool {
 }
 
 /// Whether there are that many devices; says so where not.
-fn there_are(devices: usize) -> bool {
+pub(super) fn there_are(devices: usize) -> bool {
     let found = num_devices();
     if found < devices {
         say(&format!("SKIPPED on CUDA: {devices} devices are needed, there are {found}"));
@@ -47,12 +47,12 @@ fn there_are(devices: usize) -> bool {
 }
 
 /// Group sizes that the devices allow, from 2.
-fn world_sizes() -> std::ops::RangeInclusive<usize> {
+pub(super) fn world_sizes() -> std::ops::RangeInclusive<usize> {
     2..=num_devices().min(4)
 }
 
 /// Runs `body` on every rank, each a thread with the device of its number; no rank may panic.
-fn on_devices<T: Send>(world_size: usize, body: impl Fn(Nccl) -> T + Sync) -> Vec<T> {
+pub(super) fn on_devices<T: Send>(world_size: usize, body: impl Fn(Nccl) -> T + Sync) -> Vec<T> {
     let ranks = launch(world_size, PATIENT, |threads| {
         let device = Device::new_cuda(threads.rank()).unwrap();
         body(Nccl::over_threads(threads, &device).unwrap())
@@ -530,13 +530,19 @@ fn injected_faults_of_devices_are_named_and_survived() {
 // Devices that do not come to their work; only emulated ones can be told to
 
 unsafe extern "C" {
+    fn dlopen(name: *const c_char, flags: c_int) -> *mut c_void;
     fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
 }
 
 /// Has the device forget the next call of this thread; false where it is none that can.
 fn stall() -> bool {
-    // SAFETY: the name ends with a zero; with a null handle all libraries of the program are searched.
-    let found = unsafe { dlsym(std::ptr::null_mut(), c"emulator_nccl_stall".as_ptr()) };
+    /// At once, and only what is loaded already.
+    const RTLD_NOW_NOLOAD: c_int = 2 | 4;
+    // SAFETY: the names end with a zero; a group was built, so the library is there, and stays.
+    let found = unsafe {
+        let library = dlopen(c"libnccl.so.2".as_ptr(), RTLD_NOW_NOLOAD);
+        if library.is_null() { library } else { dlsym(library, c"emulator_nccl_stall".as_ptr()) }
+    };
     if found.is_null() {
         return false;
     }
