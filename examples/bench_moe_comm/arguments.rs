@@ -23,7 +23,8 @@ const DEFAULT_HOT_FRACTION: f32 = 0.5;
 /// Tokens go to the ranks of their experts, which hand back what they were given, and the results come home and are summed.
 /// Before each batch size is timed, one round is compared with the sum worked out by each rank for itself.
 ///
-/// Every time is that of a rank from entering dispatch (or combine) to leaving it; all ranks leave a barrier right before.
+/// Every time is that of a rank from entering dispatch (or combine) to leaving it; all ranks leave a barrier right before. On
+/// CUDA devices it is a tenth of what ten of them take on the device in a graph, but for exchange, which no graph can hold.
 /// GB/s: "wire" counts the bytes that go to other ranks (hidden states, expert ids, weights, results); "logical" counts
 /// those of tokens and results that stay home too. Where ranks are threads the wire is memory.
 ///
@@ -36,8 +37,9 @@ pub(crate) struct Arguments {
     /// Ranks that share the experts [default: 4, or as many as a launcher started]
     #[arg(long, value_name = "N")]
     ep_size: Option<usize>,
-    /// What ranks are and how tokens travel, separated by commas: threads or procs, by the best strategy or with -gather,
-    /// -exchange, -replicated or -solo behind it; or all. With -replicated every rank holds the tokens of all ranks
+    /// What ranks are and how tokens travel, separated by commas: threads, procs or nccl (a CUDA device for each rank), by the
+    /// best strategy or with -gather, -exchange, -replicated or -solo behind it; or all, which is those of threads and procs.
+    /// With -replicated every rank holds the tokens of all ranks
     /// [default: threads, or procs where a launcher started the ranks]
     #[arg(long, value_name = "NAMES")]
     backend: Option<Wishes>,
@@ -98,7 +100,8 @@ pub(crate) struct Arguments {
     /// Report mean, median, stdev, min and max of every rank, instead of its median
     #[arg(long)]
     pub(crate) iter_stats: bool,
-    /// Time without CUDA graphs; on the CPU there are none anyway
+    /// Time every call on CUDA devices for itself, host and device, and not ten of them in a graph; on the CPU there are none
+    /// anyway
     #[arg(long)]
     no_cuda_graph: bool,
     /// What to print
@@ -207,6 +210,7 @@ impl Arguments {
             workload: self.workload(ep_size, num_experts)?,
             seed: self.seed,
             placement,
+            cuda_graph: !self.no_cuda_graph,
         })
     }
 
@@ -275,11 +279,16 @@ impl Arguments {
         let wishes = self.wishes().unwrap_or(&usual);
         if launched && wishes.name(Transport::Threads) {
             return Err(BadArguments(format!(
-                "--backend {wishes}: expected procs only, since a launcher started the ranks as processes; or ask for \
+                "--backend {wishes}: expected procs or nccl only, since a launcher started the ranks as processes; or ask for \
                  threads only"
             )));
         }
-        let transports = if launched { &[Transport::Procs][..] } else { &Transport::ALL };
+        if launched && wishes.name(Transport::Procs) && wishes.name(Transport::Nccl) {
+            return Err(BadArguments(format!(
+                "--backend {wishes}: expected procs or nccl where a launcher started the ranks, one at a time"
+            )));
+        }
+        let transports = if launched { &[Transport::Procs, Transport::Nccl][..] } else { &Transport::ALL };
         let &Settings { ep_size, top_k, reduction, .. } = settings;
         let backends = Backend::list(wishes, transports, (ep_size, top_k, reduction))
             .map_err(|error| BadArguments(format!("--backend {wishes}: {}", plain(&error))))?;
@@ -287,6 +296,9 @@ impl Arguments {
             return Err(BadArguments(format!(
                 "--ep-size {ep_size}: expected at most {MAX_PROCS} processes; choose fewer, or threads"
             )));
+        }
+        if backends.iter().any(|backend| backend.transport == Transport::Nccl) {
+            check_devices(wishes, if launched { 1 } else { ep_size })?;
         }
         check_memory(settings, &backends)?;
         Ok(backends)
@@ -296,6 +308,25 @@ impl Arguments {
     pub(crate) fn for_ranks(backends: &[Backend]) -> [OsString; 2] {
         ["--measure-for-report".into(), Backend::names(backends).into()]
     }
+}
+
+/// Whether there are as many CUDA devices as ranks of this process.
+#[cfg(feature = "nccl")]
+fn check_devices(wishes: &Wishes, needed: usize) -> Result<(), BadArguments> {
+    use candle_core::cuda_backend::cudarc::driver::CudaContext;
+    let found = CudaContext::device_count().map_or(0, |count| count.max(0) as usize);
+    match found >= needed {
+        true => Ok(()),
+        false => Err(BadArguments(format!(
+            "--backend {wishes}: expected {needed} CUDA devices, one for each rank, and there are {found}; choose --ep-size \
+             {found}, or start a process for each device"
+        ))),
+    }
+}
+
+#[cfg(not(feature = "nccl"))]
+fn check_devices(wishes: &Wishes, _: usize) -> Result<(), BadArguments> {
+    Err(BadArguments(format!("--backend {wishes}: expected a program built with --features nccl")))
 }
 
 /// Whether all ranks together find room on this machine.

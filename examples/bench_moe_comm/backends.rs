@@ -1,4 +1,4 @@
-//! What carries rows between ranks, and by which strategy: `threads-gather`, `procs-exchange` and so on.
+//! What carries rows between ranks, and by which strategy: `threads-gather`, `procs-exchange`, `nccl-gather` and so on.
 
 use candle_moe::ep::{Problem, Reduction, Strategy};
 use std::fmt;
@@ -11,15 +11,20 @@ pub(crate) enum Transport {
     Threads,
     /// Processes of this machine, over local sockets.
     Procs,
+    /// CUDA devices, as threads of this process or as the processes that a launcher started.
+    Nccl,
 }
 
 impl Transport {
-    pub(crate) const ALL: [Self; 2] = [Self::Threads, Self::Procs];
+    pub(crate) const ALL: [Self; 3] = [Self::Threads, Self::Procs, Self::Nccl];
+    /// Those that need nothing but a CPU, which is what `all` means.
+    const OF_THE_HOST: [Self; 2] = [Self::Threads, Self::Procs];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Threads => "threads",
             Self::Procs => "procs",
+            Self::Nccl => "nccl",
         }
     }
 }
@@ -57,7 +62,7 @@ impl fmt::Display for Wish {
 /// `--backend`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Wishes {
-    /// Every strategy on every transport.
+    /// Every strategy on every transport of the host.
     All,
     These(Vec<Wish>),
 }
@@ -78,6 +83,7 @@ impl Wishes {
             strategy => strategy.is_some(),
         };
         match self {
+            Self::All if !Transport::OF_THE_HOST.contains(&transport) => Vec::new(),
             Self::All => Wish::all().filter(|wish| wish.transport == transport && sensible(wish)).collect(),
             Self::These(wishes) => wishes.iter().copied().filter(|wish| wish.transport == transport).collect(),
         }
@@ -144,6 +150,11 @@ impl Backend {
             }
         }
         Ok(backends)
+    }
+
+    /// Whether a graph can hold its calls: the host need not know on the way how much goes where.
+    pub(crate) fn may_be_captured(&self) -> bool {
+        self.transport == Transport::Nccl && self.strategy != Strategy::Exchange
     }
 
     /// The names, separated by commas.

@@ -1,5 +1,5 @@
-//! Times dispatch and combine of an expert-parallel MoE layer alone, without experts, for ranks that are threads or
-//! processes.
+//! Times dispatch and combine of an expert-parallel MoE layer alone, without experts, for ranks that are threads,
+//! processes or CUDA devices.
 //!
 //! ```text
 //! cargo run --release --example bench_moe_comm -- --ep-size 8 --profile deepseek_v3 --backend all -b 1 -e 128 -f 2
@@ -16,6 +16,8 @@ mod clock;
 #[allow(dead_code, reason = "each example uses its part")]
 #[path = "../common/mod.rs"]
 mod common;
+#[cfg(feature = "nccl")]
+mod device;
 mod html;
 mod measure;
 mod measurement;
@@ -24,9 +26,14 @@ mod report;
 mod settings;
 mod workload;
 
+#[cfg(not(feature = "nccl"))]
+use anyhow::bail;
 use anyhow::{Context, Result, anyhow};
 use arguments::Arguments;
 use backends::{Backend, Transport};
+use candle_core::Device;
+#[cfg(feature = "nccl")]
+use candle_moe::ep::Nccl;
 use candle_moe::ep::{Communicator, Environment, Procs, ProcsConfig, launch};
 use common::report::{OutputFormat, Verdict, finish, print, print_json};
 use common::{processes, progress};
@@ -58,6 +65,7 @@ fn run(arguments: &Arguments) -> Result<Verdict> {
             measurements.extend(match transport {
                 Transport::Threads => with_threads(&settings, &of_transport)?,
                 Transport::Procs => with_processes(&settings, &of_transport)?,
+                Transport::Nccl => with_devices(&settings, &of_transport)?,
             });
         }
     }
@@ -67,7 +75,7 @@ fn run(arguments: &Arguments) -> Result<Verdict> {
 /// The rank that a launcher wants this process to be; `None` if it is to have all ranks itself, or to start them.
 fn launched(arguments: &Arguments) -> Result<Option<Environment>> {
     let names = |transport| arguments.wishes().is_some_and(|wishes| wishes.name(transport));
-    if names(Transport::Threads) && !names(Transport::Procs) {
+    if names(Transport::Threads) && !names(Transport::Procs) && !names(Transport::Nccl) {
         return Ok(None);
     }
     let environment = processes::launched("or use --backend threads")?;
@@ -82,9 +90,12 @@ fn take_part(
     settings: &Settings,
     backends: &[Backend],
 ) -> Result<Verdict> {
-    let mut ranks = Procs::join(ProcsConfig::from(environment), DEADLINE)?;
-    let measurements = measure_with_progress(&mut ranks, settings, backends)?;
-    if ranks.rank() > 0 {
+    let ranks = Procs::join(ProcsConfig::from(environment), DEADLINE)?;
+    let measurements = match backends.iter().any(|backend| backend.transport == Transport::Nccl) {
+        true => with_device(ranks, environment.local_rank, settings, backends)?,
+        false => measure_with_progress(&mut { ranks }, &Device::Cpu, settings, backends)?,
+    };
+    if environment.rank > 0 {
         return Ok(Verdict::Passed);
     }
     if arguments.measure_for_report.is_some() {
@@ -96,7 +107,43 @@ fn take_part(
 
 /// All ranks as threads of this process.
 fn with_threads(settings: &Settings, backends: &[Backend]) -> Result<Vec<Measurement>> {
-    let ranks = launch(settings.ep_size, DEADLINE, |mut ranks| measure_with_progress(&mut ranks, settings, backends))?;
+    let ranks = launch(settings.ep_size, DEADLINE, |mut ranks| {
+        measure_with_progress(&mut ranks, &Device::Cpu, settings, backends)
+    })?;
+    of_rank_0(ranks)
+}
+
+/// All ranks as threads of this process, with a CUDA device each.
+#[cfg(feature = "nccl")]
+fn with_devices(settings: &Settings, backends: &[Backend]) -> Result<Vec<Measurement>> {
+    let ranks = launch(settings.ep_size, DEADLINE, |threads| {
+        let device = Device::new_cuda(threads.rank())?;
+        let mut ranks = Nccl::over_threads(threads, &device)?;
+        measure_with_progress(&mut ranks, &device, settings, backends)
+    })?;
+    of_rank_0(ranks)
+}
+
+/// The rank that a launcher made of this process, with the CUDA device of its number on this machine.
+#[cfg(feature = "nccl")]
+fn with_device(ranks: Procs, local_rank: usize, settings: &Settings, backends: &[Backend]) -> Result<Vec<Measurement>> {
+    let device = Device::new_cuda(local_rank)?;
+    let mut ranks = Nccl::over_procs(ranks, &device)?;
+    measure_with_progress(&mut ranks, &device, settings, backends)
+}
+
+#[cfg(not(feature = "nccl"))]
+fn with_devices(_: &Settings, _: &[Backend]) -> Result<Vec<Measurement>> {
+    bail!("expected a program built with --features nccl")
+}
+
+#[cfg(not(feature = "nccl"))]
+fn with_device(_: Procs, _: usize, _: &Settings, _: &[Backend]) -> Result<Vec<Measurement>> {
+    bail!("expected a program built with --features nccl")
+}
+
+/// What all ranks measured, which is the same on each.
+fn of_rank_0(ranks: Vec<Result<Result<Vec<Measurement>>, String>>) -> Result<Vec<Measurement>> {
     let measurements = ranks.into_iter().map(|rank| rank.map_err(|panic| anyhow!(panic))?);
     measurements.collect::<Result<Vec<_>>>()?.into_iter().next().context("no rank")
 }
@@ -110,14 +157,15 @@ fn with_processes(settings: &Settings, backends: &[Backend]) -> Result<Vec<Measu
 /// One rank's part; rank 0 shows where it is.
 fn measure_with_progress(
     communicator: &mut dyn Communicator,
+    device: &Device,
     settings: &Settings,
     backends: &[Backend],
 ) -> Result<Vec<Measurement>> {
     if communicator.rank() > 0 {
-        return measure(communicator, settings, backends, &|_, _| ());
+        return measure(communicator, device, settings, backends, &|_, _| ());
     }
     let bar = progress::bar(backends.len() * settings.local_batch_sizes.len());
-    let measurements = measure(communicator, settings, backends, &|title, done| {
+    let measurements = measure(communicator, device, settings, backends, &|title, done| {
         bar.set_position(done as u64);
         bar.set_message(title);
     });

@@ -12,7 +12,8 @@
 //! 1. What the experts make of the tokens is worked out once, by the check, so that nothing but communication stands between
 //!    two barriers.
 //! 2. No backend may be at an advantage by its place in the order, so the allocator is settled before the first.
-//! 3. Ranks leave a barrier one after the other, and whoever leaves first waits for the others in dispatch. So every rank
+//! 3. On a device the time is the device's: `device.rs`.
+//! 4. Ranks leave a barrier one after the other, and whoever leaves first waits for the others in dispatch. So every rank
 //!    notes when it entered, on a clock that all share, and the report says how late each of them was.
 
 use crate::backends::Backend;
@@ -20,21 +21,22 @@ use crate::check::first_mismatch;
 use crate::clock::{Clock, nanoseconds};
 use crate::measurement::{Measurement, Samples, Volume};
 use crate::settings::Settings;
-use crate::workload::Tokens;
+use crate::workload::{Tokens, nothing};
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use candle_moe::ep::{Communicator, Dispatched, Metered, Sharing, Step, Strategy, Transfer, combine, dispatch};
-use candle_moe::order::ExpertOrder;
+use candle_moe::order::{ExpertOrder, NO_SLOT};
 use std::hint::black_box;
 use std::time::Instant;
 
 /// A little less than the largest block that glibc keeps.
 const SETTLING_BYTES: usize = (32 << 20) - (64 << 10);
 
-/// Measures all batch sizes with all backends; a collective, and every rank gets the same result. `begin` hears
+/// Measures all batch sizes with all backends, with tensors on `device`; a collective, and every rank gets the same result. `begin` hears
 /// what comes, and how much is done.
 pub(crate) fn measure(
     communicator: &mut dyn Communicator,
+    device: &Device,
     settings: &Settings,
     backends: &[Backend],
     begin: &dyn Fn(String, usize),
@@ -48,9 +50,9 @@ pub(crate) fn measure(
             let title = format!("{backend}, {local_batch_size} tokens per rank");
             communicator.set_label(&title);
             begin(title, measurements.len());
-            let layer = Layer::new(communicator, settings, backend, local_batch_size)?;
+            let layer = Layer::new(communicator, device, settings, backend, local_batch_size)?;
             let (round, volume) = layer.check(communicator)?;
-            let samples = layer.time(communicator, &round, clock, volume)?;
+            let samples = layer.time(communicator, &round, clock, volume, backend)?;
             let ranks = all_samples(communicator, &samples)?;
             measurements.push(Measurement::new(settings, backend, local_batch_size, ranks)?);
         }
@@ -73,23 +75,27 @@ fn all_samples(communicator: &mut dyn Communicator, samples: &Samples) -> Result
 }
 
 /// What this rank sends, and to whom.
-struct Layer<'a> {
-    settings: &'a Settings,
+pub(crate) struct Layer<'a> {
+    pub(crate) settings: &'a Settings,
     sharing: Sharing<'a>,
     step: Step,
+    /// On the host.
     tokens: Tokens,
+    /// Where they are sent from.
+    placed: Tokens,
     title: String,
 }
 
 /// What the experts of this rank were given and hand back.
-struct Round {
-    order: ExpertOrder,
-    rows: Tensor,
+pub(crate) struct Round {
+    pub(crate) order: ExpertOrder,
+    pub(crate) rows: Tensor,
 }
 
 impl<'a> Layer<'a> {
     fn new(
         communicator: &mut dyn Communicator,
+        device: &Device,
         settings: &'a Settings,
         backend: &Backend,
         local_batch_size: usize,
@@ -101,11 +107,19 @@ impl<'a> Layer<'a> {
         let step = Step::agree(communicator, tokens.hidden.dim(0)?)?;
         let Settings { reduction, placement, .. } = settings;
         let sharing = Sharing { strategy: backend.strategy, reduction: *reduction, placement };
-        Ok(Self { settings, sharing, step, tokens, title: format!("{backend}, {local_batch_size} tokens per rank") })
+        let placed = tokens.to_device(device)?;
+        Ok(Self {
+            settings,
+            sharing,
+            step,
+            tokens,
+            placed,
+            title: format!("{backend}, {local_batch_size} tokens per rank"),
+        })
     }
 
-    fn dispatch(&self, communicator: &mut dyn Communicator) -> candle_core::Result<Dispatched> {
-        dispatch(communicator, &self.step, &self.sharing, &self.tokens.hidden, &self.tokens.routing)
+    pub(crate) fn dispatch(&self, communicator: &mut dyn Communicator) -> candle_core::Result<Dispatched> {
+        dispatch(communicator, &self.step, &self.sharing, &self.placed.hidden, &self.placed.routing)
     }
 
     /// One round; an error on every rank if the result of one is wrong.
@@ -115,8 +129,10 @@ impl<'a> Layer<'a> {
         let sent = metered.take_transfers();
         let round = self.hand_back(metered.rank(), &dispatched)?;
         let combined = combine(&mut metered, &dispatched, &round.rows, &round.order)?;
-        let volume = Volume::new(round.rows.dim(0)?, &sent, &metered.take_transfers());
+        let volume = Volume::new(round.num_rows()?, &sent, &metered.take_transfers());
         let Tokens { hidden, routing } = &self.tokens;
+        communicator.settle()?;
+        let combined = combined.to_device(&Device::Cpu)?;
         let mismatch = first_mismatch(hidden, &routing.topk_weights, &combined)?.unwrap_or_default();
         let mismatches = communicator.all_gather_bytes(mismatch.as_bytes())?;
         match mismatches.iter().enumerate().find(|(_, mismatch)| !mismatch.is_empty()) {
@@ -131,14 +147,20 @@ impl<'a> Layer<'a> {
     fn hand_back(&self, rank: usize, dispatched: &Dispatched) -> Result<Round> {
         let local_experts = self.sharing.placement.local(rank)?;
         let order = ExpertOrder::new(dispatched.topk_ids(), self.settings.num_experts, local_experts)?;
-        let num_rows = order.expert_counts.to_vec1::<u32>()?.iter().sum::<u32>() as usize;
+        let hidden = dispatched.hidden();
+        // On a device there is a row for each slot, whoever it is for.
+        let num_rows = match hidden.device() {
+            Device::Cpu => order.expert_counts.to_vec1::<u32>()?.iter().sum::<u32>() as usize,
+            _ => order.num_tokens() * order.top_k(),
+        };
         let rows = match num_rows {
-            0 => Tensor::zeros((0, self.settings.hidden_size), DType::F32, &Device::Cpu)?,
+            0 => nothing((0, self.settings.hidden_size), DType::F32, hidden.device())?,
             _ => {
                 let slots = order.sorted_slots.narrow(0, 0, num_rows)?.to_vec1::<u32>()?;
-                let tokens: Vec<_> = slots.iter().map(|slot| slot / self.settings.top_k as u32).collect();
-                let tokens = Tensor::from_vec(tokens, num_rows, &Device::Cpu)?;
-                dispatched.hidden().contiguous()?.index_select(&tokens, 0)?.to_dtype(DType::F32)?
+                // Nobody reads the rows behind the last slot.
+                let token = |slot: &u32| if *slot == NO_SLOT { 0 } else { slot / self.settings.top_k as u32 };
+                let tokens = Tensor::from_vec(slots.iter().map(token).collect::<Vec<_>>(), num_rows, hidden.device())?;
+                hidden.contiguous()?.index_select(&tokens, 0)?.to_dtype(DType::F32)?
             }
         };
         Ok(Round { order, rows })
@@ -150,7 +172,14 @@ impl<'a> Layer<'a> {
         round: &Round,
         clock: Clock,
         volume: Volume,
+        backend: &Backend,
     ) -> Result<Samples> {
+        #[cfg(feature = "nccl")]
+        if let Device::Cuda(device) = self.placed.hidden.device() {
+            let is_captured = self.settings.cuda_graph && backend.may_be_captured();
+            return crate::device::time(self, communicator, round, (clock, volume), device, is_captured);
+        }
+        let _ = backend;
         let mut samples = Samples::new(volume);
         for iteration in 0..self.settings.warmup.saturating_add(self.settings.iters) {
             communicator.barrier()?;
@@ -169,6 +198,13 @@ impl<'a> Layer<'a> {
             }
         }
         Ok(samples)
+    }
+}
+
+impl Round {
+    /// Slots of this rank's experts.
+    fn num_rows(&self) -> Result<usize> {
+        Ok(self.order.expert_counts.to_vec1::<u32>()?.iter().sum::<u32>() as usize)
     }
 }
 

@@ -1,6 +1,6 @@
 //! What was measured, for people and for programs.
 
-use crate::backends::Backend;
+use crate::backends::{Backend, Transport};
 use crate::common::machine;
 use crate::common::report::{Column, digits, row, table};
 use crate::common::stats::Summary;
@@ -39,7 +39,7 @@ struct Metadata {
     /// Where ranks have different numbers of experts, the larger.
     experts_per_rank: usize,
     num_experts_total: usize,
-    device: &'static str,
+    device: String,
     cuda_graph: bool,
     /// What to bear in mind.
     warning: Option<String>,
@@ -230,11 +230,9 @@ impl Report {
                  {num_experts_total} experts, {dtype}"
             ),
             format!(
-                "{ep_size} rank{} on the CPU ({}, {} cores); workload {}, {routing}, {reduction} reduction, seed {seed}; {iters} \
-                 rounds after {warmup}",
+                "{ep_size} rank{} on {}; workload {}, {routing}, {reduction} reduction, seed {seed}; {iters} rounds after {warmup}",
                 if *ep_size == 1 { "" } else { "s" },
-                self.benchmark_metadata.cpu_model.as_deref().unwrap_or("unknown model"),
-                self.benchmark_metadata.cpu_cores,
+                self.benchmark_metadata.place(),
                 workload.name(),
             ),
         ];
@@ -356,8 +354,8 @@ impl Metadata {
             perfect_router: settings.perfect_router,
             experts_per_rank: settings.experts_per_rank(),
             num_experts_total: settings.num_experts,
-            device: "cpu",
-            cuda_graph: false,
+            device: device(backends),
+            cuda_graph: settings.cuda_graph && backends.iter().any(Backend::may_be_captured),
             warning: warning(settings, cpu_cores),
             crate_version: env!("CARGO_PKG_VERSION"),
             reduction: settings.reduction.name(),
@@ -368,6 +366,33 @@ impl Metadata {
             cpu_model: machine::cpu_model(),
             cpu_cores,
         }
+    }
+}
+
+impl Metadata {
+    /// What the ranks run on.
+    fn place(&self) -> String {
+        let cpu =
+            || format!("the CPU ({}, {} cores)", self.cpu_model.as_deref().unwrap_or("unknown model"), self.cpu_cores);
+        match self.device.as_str() {
+            "cpu" => cpu(),
+            device => {
+                let graphs = if self.cuda_graph { "from CUDA graphs" } else { "call by call" };
+                let device =
+                    device.strip_prefix("cpu, ").map_or_else(|| device.into(), |device| format!("{}, {device}", cpu()));
+                format!("{device}, {graphs}")
+            }
+        }
+    }
+}
+
+/// Where the tensors of all ranks are.
+fn device(backends: &[Backend]) -> String {
+    let is_on_device = |backend: &Backend| backend.transport == Transport::Nccl;
+    match (backends.iter().any(is_on_device), backends.iter().all(is_on_device)) {
+        (false, _) => "cpu".into(),
+        (true, true) => machine::cuda_device(),
+        (true, false) => format!("cpu, {}", machine::cuda_device()),
     }
 }
 

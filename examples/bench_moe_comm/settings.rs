@@ -24,6 +24,8 @@ pub(crate) struct Settings {
     pub(crate) workload: Workload,
     pub(crate) seed: u64,
     pub(crate) placement: Placement,
+    /// Whether calls on a device are timed as part of graphs, where a strategy allows it.
+    pub(crate) cuda_graph: bool,
 }
 
 impl Settings {
@@ -42,6 +44,7 @@ impl Settings {
             .with("perfect_router", self.perfect_router)
             .with("workload", format!("{:?}", self.workload))
             .with("seed", self.seed)
+            .with("cuda_graph", self.cuda_graph)
             .agree(communicator)
     }
 

@@ -72,7 +72,23 @@ pub(crate) struct Tokens {
     pub(crate) routing: Routing,
 }
 
+/// No rows on `device`; Candle allocates nothing for no elements on CUDA.
+pub(crate) fn nothing((_, width): (usize, usize), dtype: DType, device: &Device) -> Result<Tensor> {
+    Tensor::zeros((1, width), dtype, device)?.narrow(0, 0, 0)
+}
+
 impl Tokens {
+    /// A copy on `device`.
+    pub(crate) fn to_device(&self, device: &Device) -> Result<Self> {
+        let there = |tensor: &Tensor| match *tensor.dims() {
+            [0, width] => nothing((0, width), tensor.dtype(), device),
+            _ => tensor.to_device(device),
+        };
+        let Routing { topk_ids, topk_weights } = &self.routing;
+        let routing = Routing { topk_ids: there(topk_ids)?, topk_weights: there(topk_weights)? };
+        Ok(Self { hidden: there(&self.hidden)?, routing })
+    }
+
     /// The tokens that rank `rank` holds.
     pub(crate) fn of_rank(settings: &Settings, local_batch_size: usize, rank: usize) -> Result<Self> {
         let counts = settings.workload.token_counts(settings.ep_size, local_batch_size);

@@ -18,3 +18,15 @@ fn field(path: &str, name: &str) -> Option<String> {
     let mut fields = text.lines().filter_map(|line| line.split_once(':'));
     fields.find(|(key, _)| key.trim() == name).map(|(_, value)| value.trim().to_string())
 }
+
+/// What the first CUDA device calls itself.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda_device() -> String {
+    use candle_core::cuda_backend::cudarc::driver::CudaContext;
+    CudaContext::new(0).and_then(|context| context.name()).unwrap_or_else(|_| "cuda".into())
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn cuda_device() -> String {
+    "cuda".into()
+}

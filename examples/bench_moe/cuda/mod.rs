@@ -4,11 +4,11 @@
 //! so that logits come from memory and not from the cache (`layer` says what stands in for that in layers). The outputs of a call are freed inside the graph, which
 //! takes nodes of its own; `allocation_us` says what an allocation of one output costs beside an empty kernel.
 
-mod graph;
 mod layer;
 mod plot;
 mod report;
 
+use crate::common::graph::{self, Graph, Stopwatch};
 use crate::common::progress;
 use crate::common::random::Random;
 use crate::common::report::{BadArguments, OutputFormat, Verdict, plain, print, print_json};
@@ -18,7 +18,6 @@ use anyhow::{Context, Result, anyhow};
 use candle_core::{CudaDevice, D, DType, Device, Tensor};
 use candle_moe::order::{ExpertOrder, OrderOptions, RoutedOrder};
 use candle_moe::routing::{ExpertGroups, Router, RoutingMethod};
-use graph::{Graph, Stopwatch};
 use report::{Candle, Metadata, Report, Row, Timing};
 use std::hint::black_box;
 use std::path::PathBuf;

@@ -33,7 +33,7 @@ fn num_devices() -> usize {
     CudaContext::device_count().map_or(0, |count| count as usize)
 }
 
-fn are_emulated() -> bool {
+pub(super) fn are_emulated() -> bool {
     CudaContext::new(0).unwrap().name().unwrap().contains("emulator")
 }
 
