@@ -18,8 +18,9 @@ pub(super) fn by_token(rows: &Tensor, order: &ExpertOrder) -> Result<Tensor> {
     if num_tokens == 0 {
         return nothing_like(rows, &[0, top_k * hidden_size]);
     }
-    // A slot that is not in the order has no place, and Candle takes that for a row of zeros.
-    rows.contiguous()?.index_select(&order.slot_rank, 0)?.reshape((num_tokens, top_k * hidden_size))
+    // Each slot's sum of one row, or of none; Candle's own selection of rows cannot be captured in a graph.
+    let ones = Tensor::ones((num_tokens * top_k, 1), DType::F32, rows.device())?;
+    weighted_sum(rows, &ones, &order.of_single_slots())?.reshape((num_tokens, top_k * hidden_size))
 }
 
 /// The sums over slots, in slot order.

@@ -161,6 +161,11 @@ impl ExpertOrder {
         Self { slots_per_expert: num_slots.div_ceil(num_experts.max(1)), ..self }
     }
 
+    /// The same with each slot as a token of its own.
+    pub(crate) fn of_single_slots(&self) -> Self {
+        Self { num_tokens: self.num_tokens * self.top_k, top_k: 1, ..self.clone() }
+    }
+
     /// The experts whose slots are in the order.
     pub fn local_experts(&self) -> Range<usize> {
         self.local_experts.clone()
