@@ -52,6 +52,7 @@ pub struct ExpertOrder {
     num_tokens: usize,
     top_k: usize,
     local_experts: Range<usize>,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the CPU has kernels of one kind"))]
     slots_per_expert: usize,
 }
 
@@ -152,6 +153,7 @@ impl ExpertOrder {
 
     /// Slots that an expert has on average, of all that were ordered and, where ranks share a batch, of theirs: what the
     /// kernels of experts are chosen by, so that all ranks choose alike.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the CPU has kernels of one kind"))]
     pub(crate) fn slots_per_expert(&self) -> usize {
         self.slots_per_expert
     }
