@@ -398,7 +398,8 @@ fn ranks_of_a_launcher_join_and_rank_0_reports() {
         assert!(text(&output.stderr).contains(words), "{}", text(&output.stderr));
     };
     rejected(&["--ep-size", "2"], "--ep-size 2: expected 3");
-    rejected(&["--backend", "threads,procs"], "expected procs only");
+    rejected(&["--backend", "threads,procs"], "expected procs or nccl only");
+    rejected(&["--backend", "procs,nccl"], "one at a time");
     // mpirun with one process leaves it to that one what its ranks are.
     let open_mpi = ["RANK", "SIZE", "LOCAL_RANK"].map(|name| format!("OMPI_COMM_WORLD_{name}"));
     let variables = [(&*open_mpi[0], "0"), (&open_mpi[1], "1"), (&open_mpi[2], "0"), ("MASTER_ADDR", "127.0.0.1")];
@@ -427,6 +428,10 @@ fn bad_arguments_say_what_to_do() {
         (&["--iters", "0"], &["--iters 0"]),
         (&["--iters", "-1"], &["--iters"]),
         (&["--backend", "gather"], &["gather", "threads-gather", "procs-exchange", "all"]),
+        (
+            &["--backend", "nccl", "--ep-size", "100"],
+            if cfg!(feature = "nccl") { &["100 CUDA devices", "choose --ep-size"] } else { &["--features nccl"] },
+        ),
         (&["--backend", "threads,,procs"], &["unknown backend \"\""]),
         (&["--backend", "threads-solo"], &["--backend threads-solo", "for one rank", "ep_size is 4"]),
         (&["--profile", "gpt-5"], &["gpt-5", "gpt_oss", "qwen3p8"]),
@@ -476,4 +481,30 @@ fn the_check_finds_what_is_wrong() {
         assert!(found.contains(words), "{found}");
     }
     assert!(check::first_mismatch(&hidden, &topk_weights, &hidden.narrow(0, 0, 1).unwrap()).is_err());
+}
+
+#[cfg(feature = "nccl")]
+#[test]
+fn ranks_that_are_devices_are_measured_by_every_strategy() {
+    let devices = candle_core::cuda_backend::cudarc::driver::CudaContext::device_count().unwrap_or(0);
+    if devices < 2 {
+        return crate::devices::say("SKIPPED on CUDA: 2 devices are needed");
+    }
+    let backends = "nccl-gather,nccl-exchange,nccl-replicated";
+    let report = json_of(
+        BENCH,
+        &["--backend", backends, "--ep-size", "2", "--hidden-size", "64", "-b", "3", "-e", "3", "--no-cuda-graph"]
+            .into_iter()
+            .chain(["--iters", "3", "--warmup", "1", "--perfect-router", "--output", "json"])
+            .collect::<Vec<_>>(),
+    );
+    let metadata = &report["benchmark_metadata"];
+    assert_eq!((&metadata["backend"], &metadata["cuda_graph"]), (&json!(backends), &json!(false)));
+    assert_ne!(metadata["device"], json!("cpu"));
+    let rows = report["results"].as_array().unwrap();
+    let names: Vec<_> = rows.iter().map(|row| row["backend"].as_str().unwrap()).collect();
+    assert_eq!(names, ["nccl-gather", "nccl-exchange", "nccl-replicated"]);
+    for row in rows {
+        assert!(row["dispatch_us"]["rank1"].as_f64().unwrap() > 0.0, "{row}");
+    }
 }
