@@ -5,13 +5,13 @@
 //!        \------------------------------- shared experts -----------------------------------------------------------/
 //! ```
 //!
-//! On CUDA a block has one rank, so that nothing is sent; the rooms follow each other on the device (`alone.rs`).
+//! On CUDA the rooms follow each other on the device (`on_device.rs`).
 
 mod agreement;
-mod alone;
 mod counter;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod on_device;
 
 use crate::ep::{
     Choice, Communicator, Dispatched, Placement, Problem, Reduction, Sharing, Solo, Step, Strategy, combine, dispatch,
