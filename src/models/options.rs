@@ -11,7 +11,7 @@ const OP: &str = "moe options";
 pub struct MoeOptions {
     /// The dtype of the hidden states of a model that holds them itself (`gpt_oss`): f32 or bf16.
     pub dtype: DType,
-    /// Where weights and hidden states are: the CPU, or a CUDA device, which has one rank.
+    /// Where weights and hidden states are: the CPU, or this rank's CUDA device.
     pub device: Device,
     /// Ranks, each a thread or a process with its own experts.
     pub ep_size: usize,
