@@ -495,11 +495,7 @@ impl MoeBlock {
             Some(dtype) => self.gate.forward(&hidden.to_dtype(dtype)?)?,
             None => self.gate.forward(hidden)?,
         };
-        let (router, logits) = self.logits_in_use(&router_logits, step)?;
-        let routing = match step.num_valid_tokens() {
-            Some(num_valid_tokens) => router.route_padded(&logits, num_valid_tokens),
-            None => router.route(&logits),
-        }?;
+        let routing = self.route(&router_logits, step)?;
         let sharing =
             Sharing { strategy: self.choice.strategy(), reduction: self.reduction, placement: &self.placement };
         let dispatched = dispatch(communicator, step, &sharing, hidden, &self.placed(&routing, step)?)?;
@@ -560,6 +556,15 @@ impl MoeBlock {
         let len_of_rank = |rank| Ok(self.placement.local(rank)?.len());
         let lens = (0..self.placement.ep_size()).map(len_of_rank).collect::<Result<Vec<_>>>()?;
         Ok(communicator.all_gather(&order.expert_counts, &lens)?)
+    }
+
+    /// The routing of this rank's tokens.
+    fn route(&self, router_logits: &Tensor, step: &Step) -> Result<Routing> {
+        let (router, logits) = self.logits_in_use(router_logits, step)?;
+        match step.num_valid_tokens() {
+            Some(num_valid_tokens) => router.route_padded(&logits, num_valid_tokens),
+            None => router.route(&logits),
+        }
     }
 
     /// What is routed, and by which router: the gate's logits, or those of the perfect router.

@@ -49,11 +49,7 @@ impl MoeBlock {
         communicator: &mut dyn Communicator,
         step: &Step,
     ) -> Result<(Tensor, Routing)> {
-        let (router, logits) = self.logits_in_use(router_logits, step)?;
-        let routing = match step.num_valid_tokens() {
-            Some(num_valid_tokens) => router.route_padded(&logits, num_valid_tokens),
-            None => router.route(&logits),
-        }?;
+        let routing = self.route(router_logits, step)?;
         let sharing =
             Sharing { strategy: self.choice.strategy(), reduction: self.reduction, placement: &self.placement };
         let dispatched = dispatch(communicator, step, &sharing, hidden, &routing)?;
