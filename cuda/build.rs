@@ -15,7 +15,7 @@ use std::process::{Command, exit};
 use std::thread;
 
 /// The kernels: room and file.
-const KERNELS: [(&str, &str); 12] = [
+const KERNELS: [(&str, &str); 13] = [
     ("routing", "topk"),
     ("routing", "backward"),
     ("order", "order"),
@@ -28,6 +28,7 @@ const KERNELS: [(&str, &str); 12] = [
     ("experts", "home"),
     ("experts", "tiled"),
     ("block", "block"),
+    ("ep", "peer"),
 ];
 
 /// Least compute capability that the kernels are written for.

@@ -72,6 +72,8 @@ template <typename T> T* cluster_address(T* mine, unsigned rank) {
 
 // Lets other threads run; called in loops that wait for another thread's write.
 void yield();
+// The same where a thread of another device writes.
+void yield_to_other_devices();
 // The same now and then: every atomic operation may be part of such a loop.
 void pass_atomic();
 void check_alignment(const void* address, size_t alignment);

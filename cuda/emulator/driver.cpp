@@ -37,6 +37,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -121,7 +122,32 @@ std::vector<std::weak_ptr<CUgraph_st>> captures;
 thread_local CUcontext current_context = nullptr;
 bool initialized = false;
 
-using Guard = std::lock_guard<std::recursive_mutex>;
+thread_local int locks = 0;  // that this thread holds
+
+class Guard {
+public:
+    explicit Guard(std::recursive_mutex& mutex) : mutex_(mutex) { mutex_.lock(), ++locks; }
+    ~Guard() { --locks, mutex_.unlock(); }
+    Guard(const Guard&) = delete;
+
+private:
+    std::recursive_mutex& mutex_;
+};
+
+// Lets the other threads on while this one runs a kernel, which may wait for what a kernel on another device does.
+class Unlocked {
+public:
+    Unlocked() : held_(locks) {
+        for (locks = 0; given_back_ < held_; ++given_back_) the_lock.unlock();
+    }
+    ~Unlocked() {
+        for (; locks < held_; ++locks) the_lock.lock();
+    }
+    Unlocked(const Unlocked&) = delete;
+
+private:
+    int held_, given_back_ = 0;
+};
 
 CUstream_st& stream_of(CUstream stream) {
     thread_local CUstream_st of_thread;
@@ -213,6 +239,7 @@ public:
 
     void run() {
         launch_.arguments = pointers_.data();
+        const Unlocked unlocked;
         emulator::execute(launch_);
     }
 
@@ -346,6 +373,17 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
 EXPORT CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
 EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* active) {
     return *flags = 0, *active = 1, CUDA_SUCCESS;
+}
+EXPORT CUresult cuDeviceCanAccessPeer(int* can, CUdevice device, CUdevice peer) {
+    if (device < 0 || device >= devices() || peer < 0 || peer >= devices()) return CUDA_ERROR_INVALID_DEVICE;
+    return *can = device != peer, CUDA_SUCCESS;
+}
+EXPORT CUresult cuCtxEnablePeerAccess(CUcontext peer, unsigned flags) {
+    const Guard guard(the_lock);
+    if (const CUresult result = check_context(); result != CUDA_SUCCESS) return result;
+    if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
+    static std::set<std::pair<CUcontext, CUcontext>> enabled;
+    return enabled.emplace(current_context, peer).second ? CUDA_SUCCESS : CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED;
 }
 EXPORT CUresult cuCtxGetCurrent(CUcontext* context) { return *context = current_context, CUDA_SUCCESS; }
 EXPORT CUresult cuCtxSetCurrent(CUcontext context) { return current_context = context, CUDA_SUCCESS; }

@@ -21,6 +21,7 @@
 
 #include <dlfcn.h>
 #include <execinfo.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -32,6 +33,7 @@
 #include <cstdlib>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -296,10 +298,11 @@ void fiber_main() {
     fail("an exited thread went on");
 }
 
-char* new_stack(size_t number) {
+char* new_stack() {
+    static std::atomic<size_t> number{0};
     void* pages = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     // A process can have so many mappings only; those without a guard page count as one.
-    const bool guarded = number < kGuardedStacks;
+    const bool guarded = number++ < kGuardedStacks;
     if (pages == MAP_FAILED || (guarded && mprotect(pages, kPage, PROT_NONE) != 0)) fail("no memory for the stacks of threads");
     return static_cast<char*>(pages) + kPage;
 }
@@ -315,7 +318,7 @@ char* new_region() {
 // The stack pointer of a fiber that will start with fiber_main.
 void* fresh_stack_pointer(size_t number) {
     Machine& m = *machine;
-    while (m.stacks.size() <= number) m.stacks.push_back(new_stack(m.stacks.size()));
+    while (m.stacks.size() <= number) m.stacks.push_back(new_stack());
     // Different tops, so that fibers do not share the same lines of the cache.
     char* top = m.stacks[number] + kStack - 64 * (number % 61);
     const void** frame = reinterpret_cast<const void**>(top) - 9;
@@ -717,6 +720,11 @@ void yield() {
     suspend(*m.current, &kNothing);
 }
 
+void yield_to_other_devices() {
+    sched_yield();
+    yield();
+}
+
 void pass_atomic() {
     Machine& m = *machine;
     const bool now = m.shuffled ? next_random(m.random) % 4 == 0 : ++m.atomics % kAtomicsPerYield == 0;
@@ -817,6 +825,25 @@ uint64_t workers_for(const Work& work) {
     return threads < kThreadsWorthWaking ? 1 : std::min(most, groups);
 }
 
+// Machines that run nothing: kernels of several threads may run at once.
+std::mutex spare_lock;
+std::deque<std::deque<Machine>>& spare = *new std::deque<std::deque<Machine>>;
+
+std::deque<Machine> machines_for(uint64_t workers) {
+    std::deque<Machine> machines;
+    {
+        const std::lock_guard<std::mutex> guard(spare_lock);
+        if (!spare.empty()) machines = std::move(spare.back()), spare.pop_back();
+    }
+    if (machines.size() < workers) machines.resize(workers);
+    return machines;
+}
+
+void take_back(std::deque<Machine> machines) {
+    const std::lock_guard<std::mutex> guard(spare_lock);
+    spare.push_back(std::move(machines));
+}
+
 }  // namespace
 
 void add_kernel(Kernel* kernel) {
@@ -836,8 +863,7 @@ const Kernel* find_kernel(const char* name) {
 void execute(const Launch& launch) {
     static const uint64_t seed = number_from_environment("CANDLE_MOE_EMULATOR_SEED", 0);
     static const uint64_t resident = std::max<uint64_t>(number_from_environment("CANDLE_MOE_EMULATOR_RESIDENT", 1), 1);
-    static auto& machines = *new std::deque<Machine>;
-    static uint64_t launches = 0;
+    static std::atomic<uint64_t> launches{0};
     uint64_t random = seed + ++launches * 0x632be59bd9b4e019u;
     random = next_random(random);
     const uint64_t clusters = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z / volume(launch.cluster);
@@ -845,11 +871,12 @@ void execute(const Launch& launch) {
     const Order order = seed == 0 ? Order{clusters, 1, 0} : shuffled_order(clusters, random);
     Work work{launch, seed, random, clusters, together, order};
     const uint64_t workers = workers_for(work);
-    if (machines.size() < workers) machines.resize(workers);
+    std::deque<Machine> machines = machines_for(workers);
     std::vector<std::thread> others;
     for (uint64_t i = 1; i < workers; ++i) others.emplace_back(run_work_in_thread, std::ref(work), std::ref(machines[i]));
     run_work(work, machines[0]);
     for (std::thread& other : others) other.join();
+    take_back(std::move(machines));
 }
 
 // ------------------------------------------------------------------------------------------------------------------

@@ -143,7 +143,8 @@ impl Backend {
         let mut backends: Vec<Self> = Vec::new();
         for Wish { transport, strategy } in transports.iter().flat_map(|&transport| wishes.on(transport, ep_size)) {
             let replicated_tokens = strategy == Some(Strategy::Replicated);
-            let choice = Problem { ep_size, top_k, reduction, replicated_tokens }.choose(strategy)?;
+            let choice =
+                Problem { ep_size, top_k, reduction, replicated_tokens, peer_access: false }.choose(strategy)?;
             let backend = Self { transport, strategy: choice.strategy(), reason: choice.reason().to_string() };
             if !backends.iter().any(|other| other.to_string() == backend.to_string()) {
                 backends.push(backend);

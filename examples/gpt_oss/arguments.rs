@@ -181,7 +181,7 @@ impl Arguments {
             ReductionName::RankPartial => Reduction::RankPartial,
         };
         let strategy = self.strategy.forced();
-        let problem = Problem { ep_size, top_k: config.top_k, reduction, replicated_tokens: false };
+        let problem = Problem { ep_size, top_k: config.top_k, reduction, replicated_tokens: false, peer_access: false };
         if let Err(error) = problem.choose(strategy) {
             return bad(format!("--{}; leave it out for the best", plain(&error)));
         }

@@ -92,6 +92,7 @@ pub struct MoeBlockBuilder {
     reduction: Reduction,
     strategy: Option<Strategy>,
     replicated_tokens: bool,
+    peer_access: bool,
     perfect_router: bool,
     perfect_config: PerfectRouterConfig,
     statistics: bool,
@@ -141,6 +142,11 @@ impl MoeBlockBuilder {
     /// the tokens are the same is not checked beyond their number: ranks that hold others get results of neither.
     pub fn replicated_tokens(self, replicated: bool) -> Self {
         Self { replicated_tokens: replicated, ..self }
+    }
+
+    /// Says that the ranks are `Peer`s, so that [`Strategy::Peer`] is possible, and chosen unless every rank holds all tokens.
+    pub fn peer_access(self, peer_access: bool) -> Self {
+        Self { peer_access, ..self }
     }
 
     /// Experts that every token goes to, each with weight 1, beside those it is routed to. Every rank holds all of them and
@@ -228,8 +234,14 @@ impl MoeBlockBuilder {
             bail!("{OP}: top_k is {top_k}, expected at most num_experts, which is {num_experts}")
         }
         self.router.method().groups().check(OP, num_experts, top_k)?;
-        let problem =
-            Problem { ep_size: placement.ep_size(), top_k, reduction, replicated_tokens: self.replicated_tokens };
+        let problem = Problem {
+            ep_size: placement.ep_size(),
+            top_k,
+            reduction,
+            replicated_tokens: self.replicated_tokens,
+            // Whether the ranks are such shows when they come.
+            peer_access: self.peer_access || self.strategy == Some(Strategy::Peer),
+        };
         let mut block = MoeBlock {
             choice: problem.choose(self.strategy)?,
             perfect_config: self.perfect_config,
@@ -317,6 +329,7 @@ impl MoeBlock {
             reduction: Reduction::default(),
             strategy: None,
             replicated_tokens: false,
+            peer_access: false,
             perfect_router: false,
             perfect_config: PerfectRouterConfig::default(),
             statistics: false,

@@ -10,6 +10,8 @@
 //! Among several ranks dispatch and combine stand around the experts, as on the CPU, and the order is made of what dispatch brings.
 
 use super::{MoeBlock, MoeOutput, everyone_to};
+#[cfg(feature = "cuda")]
+use crate::ep::work_among_peers;
 use crate::ep::{Communicator, Dispatched, Sharing, Step, Strategy, combine, combine_sums, dispatch};
 use crate::order::{ExpertOrder, OrderOptions, RoutedOrder};
 use crate::routing::Routing;
@@ -58,7 +60,9 @@ impl MoeBlock {
         let num_tokens = if sharing.strategy == Strategy::Replicated { hidden.dims()[0] } else { step.num_tokens() };
         let order = ExpertOrder::new(dispatched.topk_ids(), num_physical, local)?
             .among(num_tokens.saturating_mul(self.router.top_k()), num_physical);
-        let mut sum = self.work_on_device(communicator, &dispatched, &order)?;
+        // As one rank would round them, which adds shared experts in float32.
+        let dtype = if self.shared_experts.is_some() { DType::F32 } else { hidden.dtype() };
+        let mut sum = self.work_on_device(communicator, &dispatched, &order, dtype)?;
         if let Some(load) = &self.load {
             let counts = match self.choice.strategy() {
                 Strategy::Exchange => self.counts_of_ranks(communicator, &order)?,
@@ -75,13 +79,18 @@ impl MoeBlock {
         Ok((sum.to_dtype(hidden.dtype())?, routing))
     }
 
-    /// The experts' work on what dispatch brought, and the way home.
+    /// The experts' work on what dispatch brought, and the way home, to sums in `dtype` or float32.
     fn work_on_device(
         &self,
         communicator: &mut dyn Communicator,
         dispatched: &Dispatched,
         order: &ExpertOrder,
+        dtype: DType,
     ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if self.choice.strategy() == Strategy::Peer {
+            return work_among_peers(communicator, dispatched, &self.experts, order, dtype);
+        }
         let hidden = dispatched.hidden();
         let nothing = hidden.dims()[0] == 0;
         match dispatched.weights_here() {
@@ -91,11 +100,7 @@ impl MoeBlock {
                 combine_sums(communicator, dispatched, &sums)
             }
             None if nothing => combine(communicator, dispatched, &converted(hidden, DType::F32)?, order),
-            None => {
-                // As one rank would round them, which adds shared experts in float32.
-                let sums = if self.shared_experts.is_some() { DType::F32 } else { hidden.dtype() };
-                combine(communicator, dispatched, &self.experts.forward_as_weighted(hidden, order, sums)?, order)
-            }
+            None => combine(communicator, dispatched, &self.experts.forward_as_weighted(hidden, order, dtype)?, order),
         }
     }
 

@@ -1,7 +1,7 @@
 //! One allocation for all u32 outputs of a launch, handed out as views.
 
 use candle_core::backend::BackendDevice;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut, DeviceRepr};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut, DeviceRepr, result};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, Result, Shape, Storage, Tensor, bail};
 use std::sync::Arc;
@@ -65,6 +65,24 @@ pub(crate) unsafe fn allocate<T: DeviceRepr>(device: &CudaDevice, op: &str, len:
     // SAFETY: the caller's promise.
     match unsafe { device.alloc::<T>(len) } {
         Ok(memory) => Ok(memory),
+        Err(error) => bail!("{op}: cannot allocate {bytes} bytes on {:?}: {error}", device.location()),
+    }
+}
+
+/// Memory of the device that other devices can be let to, as Candle's own cannot; all 0.
+pub(crate) fn allocate_plain(device: &CudaDevice, op: &str, bytes: usize) -> Result<u64> {
+    let stream = device.cuda_stream();
+    let allocated = stream.context().bind_to_thread().and_then(|()| {
+        // SAFETY: a context is current, and the memory is new.
+        unsafe {
+            let address = result::malloc_sync(bytes)?;
+            result::memset_d8_async(address, 0, bytes, stream.cu_stream())?;
+            Ok(address)
+        }
+    });
+    // Before another device writes there.
+    match allocated.and_then(|address| stream.synchronize().map(|()| address)) {
+        Ok(address) => Ok(address),
         Err(error) => bail!("{op}: cannot allocate {bytes} bytes on {:?}: {error}", device.location()),
     }
 }

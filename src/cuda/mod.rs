@@ -5,7 +5,7 @@
 mod buffer;
 mod workspace;
 
-pub(crate) use buffer::{Buffer, Section, Sections, allocate};
+pub(crate) use buffer::{Buffer, Section, Sections, allocate, allocate_plain};
 pub(crate) use workspace::{signals, workspace};
 
 use candle_core::cuda_backend::CudaDType;
@@ -31,6 +31,7 @@ pub(crate) enum Binary {
     ExpertsHome,
     ExpertsTiled,
     Block,
+    Peer,
 }
 
 impl Binary {
@@ -53,6 +54,7 @@ impl Binary {
             Self::ExpertsHome => built!("experts_home"),
             Self::ExpertsTiled => built!("experts_tiled"),
             Self::Block => built!("block_block"),
+            Self::Peer => built!("ep_peer"),
         }
     }
 }

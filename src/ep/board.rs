@@ -224,7 +224,7 @@ impl Board {
     }
 
     /// The first rank that is gone without a proper farewell, and how.
-    #[cfg_attr(not(feature = "nccl"), allow(dead_code, reason = "for devices"))]
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "for devices"))]
     pub(super) fn lost(&self) -> Option<EpErrorKind> {
         let lost = |(rank, presence): (usize, &Presence)| match presence {
             Presence::Panicked => Some(EpErrorKind::RankPanicked { rank }),

@@ -15,6 +15,8 @@ pub struct Problem {
     pub reduction: Reduction,
     /// Whether every rank holds all tokens, in the same order, instead of its own.
     pub replicated_tokens: bool,
+    /// Whether the ranks are `Peer`s: CUDA devices of one process that reach each other's memory.
+    pub peer_access: bool,
 }
 
 /// Rows of a token that travel between ranks, on average, if each slot goes to any rank with the same probability. A token's
@@ -36,6 +38,7 @@ pub struct Traffic {
 ///     top_k: 4,
 ///     reduction: Reduction::SlotOrder,
 ///     replicated_tokens: false,
+///     peer_access: false,
 /// };
 /// let choice = problem.choose(None)?;
 /// assert_eq!(choice.strategy(), Strategy::Exchange);
@@ -43,7 +46,8 @@ pub struct Traffic {
 ///     choice.to_string(),
 ///     "exchange, since a token reaches 2.9 of 7 other ranks only; not solo, which is for one rank, and ep_size is 8; not \
 ///      replicated, which needs all tokens on every rank, and each rank holds its own; not gather, which sends a token to all \
-///      of them, and ep_size 8 is above top_k 4"
+///      of them, and ep_size 8 is above top_k 4; not peer, which needs ranks whose devices reach each other's memory, and these \
+///      are none"
 /// );
 /// // A strategy that cannot be is an error.
 /// assert!(problem.choose(Some(Strategy::Replicated)).is_err());
@@ -61,12 +65,15 @@ impl Problem {
     ///
     /// * `Solo` on one rank;
     /// * `Replicated` where every rank holds all tokens, which need not travel then;
+    /// * `Peer` where devices reach each other's memory: a token goes once to each rank that has some of its slots, and nothing
+    ///   asks the host;
     /// * `Gather` up to `ep_size == top_k`: nearly every token has slots on nearly every rank, and an all-gather has nothing to
     ///   pack and shapes that follow from the numbers of tokens;
     /// * `Exchange` above.
     ///
     /// # Errors
-    /// No ranks. The forced strategy is not possible: `Solo` with several ranks, `Replicated` where ranks hold their own tokens.
+    /// No ranks. The forced strategy is not possible: `Solo` with several ranks, `Replicated` where ranks hold their own tokens, `Peer`
+    /// where they hold all, or where they are no `Peer`s.
     pub fn choose(&self, forced: Option<Strategy>) -> Result<Choice> {
         if self.ep_size == 0 {
             bail!("strategy: ep_size is 0, expected at least 1")
@@ -106,7 +113,7 @@ impl Problem {
             // Each slot's row to all others; or partial sums to who adds them, and the sum back to all.
             Strategy::Replicated => (0.0, by_reduction(top_k * other_ranks, 2.0 * other_ranks)),
             Strategy::Gather => (copies * other_ranks, copies * by_reduction(rows_of_slots, other_ranks)),
-            Strategy::Exchange => {
+            Strategy::Exchange | Strategy::Peer => {
                 let reached = copies * self.reached_ranks();
                 (reached, by_reduction(copies * rows_of_slots, reached))
             }
@@ -128,6 +135,13 @@ impl Problem {
             Strategy::Replicated if ep_size != 1 && !self.replicated_tokens => {
                 Some("which needs all tokens on every rank, and each rank holds its own".into())
             }
+            Strategy::Peer if ep_size == 1 => Some("which is for several ranks, and ep_size is 1".into()),
+            Strategy::Peer if self.replicated_tokens => {
+                Some("which is for ranks with tokens of their own, and each holds all".into())
+            }
+            Strategy::Peer if !self.peer_access => {
+                Some("which needs ranks whose devices reach each other's memory, and these are none".into())
+            }
             _ => None,
         }
     }
@@ -138,6 +152,8 @@ impl Problem {
             (Strategy::Solo, "since there is one rank".into())
         } else if self.replicated_tokens {
             (Strategy::Replicated, "since every rank holds all tokens".into())
+        } else if self.peer_access {
+            (Strategy::Peer, "since the devices reach each other's memory".into())
         } else if ep_size <= top_k {
             (Strategy::Gather, format!("since a token reaches {} anyway", self.reached()))
         } else {
@@ -153,6 +169,7 @@ impl Problem {
             _ if self.replicated_tokens => {
                 format!("which would work on every token {ep_size} times, once for each rank")
             }
+            _ if self.peer_access => "which takes the way through a library".into(),
             Strategy::Gather => {
                 format!("which sends a token to all of them, and ep_size {ep_size} is above top_k {top_k}")
             }

@@ -132,6 +132,12 @@ pub trait Communicator: Send {
         Ok(())
     }
 
+    /// The rank itself, where its device reaches the memory of the others': what [`Strategy::Peer`](super::Strategy::Peer) needs.
+    #[cfg(feature = "cuda")]
+    fn as_peer(&mut self) -> Option<&mut super::Peer> {
+        None
+    }
+
     /// A handle with which any thread can give the group up.
     fn abort_handle(&self) -> AbortHandle;
 

@@ -7,6 +7,8 @@
 //! The checks and the types are here, the bodies in a file for each strategy. What dispatch knows of the way home it leaves in
 //! [`Dispatched`], so that combine needs nothing but the rows.
 
+#[cfg(feature = "cuda")]
+use super::pushed;
 use super::{Communicator, Placement, Reduction, Step, Strategy, exchange, gather, home, replicated, slots};
 use crate::experts::weighted_sum;
 use crate::order::ExpertOrder;
@@ -55,6 +57,9 @@ pub(super) enum WayHome {
     Summed { topk_weights: Tensor, counts: Vec<usize>, destinations: ExpertOrder },
     /// Rows go to the rank that has the token, where they arrive in the order `by_owner`.
     RowByRow { topk_weights: Tensor, counts: Vec<usize>, by_owner: ExpertOrder },
+    /// The rank that has the token fetches rows or sums from the others' memory.
+    #[cfg(feature = "cuda")]
+    Pulled(pushed::Pulled),
 }
 
 impl Dispatched {
@@ -71,6 +76,8 @@ impl Dispatched {
             | WayHome::AllReduced { topk_weights }
             | WayHome::Scattered { topk_weights, .. }
             | WayHome::Summed { topk_weights, .. } => Some(topk_weights),
+            #[cfg(feature = "cuda")]
+            WayHome::Pulled(pulled) => pulled.weights_here.as_ref(),
             _ => None,
         }
     }
@@ -112,6 +119,10 @@ pub fn dispatch(
         Strategy::Replicated => replicated::dispatch(step, sharing, hidden, routing),
         Strategy::Gather => gather::dispatch(communicator, step, sharing, hidden, routing),
         Strategy::Exchange => exchange::dispatch(communicator, sharing, hidden, routing),
+        #[cfg(feature = "cuda")]
+        Strategy::Peer => pushed::dispatch(communicator, step, sharing, hidden, routing),
+        #[cfg(not(feature = "cuda"))]
+        Strategy::Peer => bail!("{DISPATCH}: the strategy is peer, expected another without the feature `cuda`"),
     }
 }
 
@@ -150,6 +161,8 @@ pub fn combine(
             let (received, _) = communicator.all_to_all(&sent, &counts)?;
             home::sum_received(&received, topk_weights, by_owner)
         }
+        #[cfg(feature = "cuda")]
+        WayHome::Pulled(pulled) => pushed::combine_rows(communicator, pulled, rows, order),
         WayHome::Here { .. } | WayHome::AllReduced { .. } | WayHome::Scattered { .. } | WayHome::Summed { .. } => {
             bail!("{COMBINE}: rows were not summed where they are, expected that")
         }
@@ -171,6 +184,8 @@ pub fn combine_sums(communicator: &mut dyn Communicator, dispatched: &Dispatched
         WayHome::AllReduced { .. } => Ok(communicator.all_reduce(sums)?),
         WayHome::Scattered { counts, .. } => Ok(communicator.reduce_scatter(sums, counts)?),
         WayHome::Summed { counts, destinations, .. } => exchange::add_partial(communicator, sums, counts, destinations),
+        #[cfg(feature = "cuda")]
+        WayHome::Pulled(pulled) if pulled.weights_here.is_some() => pushed::combine_sums(communicator, pulled, sums),
         _ => bail!("{COMBINE}: sums were given, expected rows, which are summed at home"),
     }
 }

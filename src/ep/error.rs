@@ -20,6 +20,10 @@ pub enum Collective {
     AllGatherBytes,
     /// [`Communicator::barrier`](super::Communicator::barrier)
     Barrier,
+    /// Tokens go to their experts through the devices' memory, with [`Strategy::Peer`](super::Strategy::Peer).
+    Dispatch,
+    /// Their results come home the same way.
+    Combine,
     /// Not a collective: somebody used an [`AbortHandle`](super::AbortHandle).
     Abort,
     /// Not a collective: the ranks meet for the first time, or anew. Its step is 0.
@@ -36,6 +40,8 @@ impl Collective {
             Self::AllReduce => "all_reduce",
             Self::AllGatherBytes => "all_gather_bytes",
             Self::Barrier => "barrier",
+            Self::Dispatch => "dispatch",
+            Self::Combine => "combine",
             Self::Abort => "abort",
             Self::Rendezvous => "rendezvous",
         }

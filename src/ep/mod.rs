@@ -5,7 +5,7 @@
 //!   return within a deadline, name who is missing or out of step, and never hand out a partial
 //!   result. [`Solo`] is the group of one, [`Threads`] has its ranks as threads of one process, [`Procs`] as processes of
 //!   one machine; the three give the same bits and the same errors. With the feature `nccl`, `Nccl` puts ranks of either kind
-//!   on a CUDA device each.
+//!   on a CUDA device each; with the feature `cuda`, `Peer` does so for threads whose devices reach each other's memory.
 //! * [`Deadlines`] are how long ranks wait for each other: for warm-up and for serving.
 //! * A group that failed is built anew as the next generation: [`Threads::rebuild`] and [`Procs::rebuild`] for ranks that are
 //!   still there, a [`Lobby`] or [`Procs::join`] for those that take another's place.
@@ -44,8 +44,10 @@ mod board;
 mod call;
 mod choice;
 mod communicator;
-#[cfg(feature = "nccl")]
+#[cfg(feature = "cuda")]
 mod control;
+#[cfg(feature = "cuda")]
+mod device;
 mod dispatch;
 mod environment;
 mod error;
@@ -60,8 +62,12 @@ mod member;
 mod metered;
 #[cfg(feature = "nccl")]
 mod nccl;
+#[cfg(feature = "cuda")]
+mod peer;
 mod placement;
 mod procs;
+#[cfg(feature = "cuda")]
+mod pushed;
 mod rendezvous;
 mod replicated;
 mod rows;
@@ -86,8 +92,12 @@ pub use lobby::Lobby;
 pub use metered::{Metered, Transfer};
 #[cfg(feature = "nccl")]
 pub use nccl::Nccl;
+#[cfg(feature = "cuda")]
+pub use peer::Peer;
 pub use placement::{Placement, Rebalancing};
 pub use procs::{MAX_PROCS, Procs, ProcsConfig};
+#[cfg(feature = "cuda")]
+pub(crate) use pushed::work as work_among_peers;
 pub use solo::Solo;
 pub use step::Step;
 pub use strategy::{Reduction, Strategy};

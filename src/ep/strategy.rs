@@ -12,9 +12,10 @@ use std::str::FromStr;
 /// | `Replicated` | nothing: every rank holds all tokens | all-gather of rows | all-reduce of partial sums |
 /// | `Gather` | all-gather: every token to every rank | all-to-all of rows | reduce-scatter of partial sums |
 /// | `Exchange` | all-to-all: a token once to each rank that has some of its slots | all-to-all of rows | all-to-all of partial sums |
+/// | `Peer` | a token once to each rank that has some of its slots, written to its device's memory | rows are read from there | partial sums are read from there |
 ///
 /// All of them give the same results: in slot order for any number of ranks and any placement, as partial sums for the same
-/// placement, bit for bit. [`Problem::choose`](super::Problem::choose) knows which is best.
+/// placement, bit for bit, but those of `Peer`, which are rounded on their way. [`Problem::choose`](super::Problem::choose) knows which is best.
 ///
 /// ```
 /// use candle_moe::ep::Strategy;
@@ -34,11 +35,14 @@ pub enum Strategy {
     Gather,
     /// A rank sees the tokens that have slots there.
     Exchange,
+    /// The same without a library between the ranks, which are `Peer`s: threads of one process with CUDA devices that reach each
+    /// other's memory. Partial sums travel in the dtype of the hidden states.
+    Peer,
 }
 
 impl Strategy {
     /// Every strategy.
-    pub const ALL: [Self; 4] = [Self::Solo, Self::Replicated, Self::Gather, Self::Exchange];
+    pub const ALL: [Self; 5] = [Self::Solo, Self::Replicated, Self::Gather, Self::Exchange, Self::Peer];
 
     /// The name that [`FromStr`] accepts.
     pub fn name(&self) -> &'static str {
@@ -47,6 +51,7 @@ impl Strategy {
             Self::Replicated => "replicated",
             Self::Gather => "gather",
             Self::Exchange => "exchange",
+            Self::Peer => "peer",
         }
     }
 }
@@ -60,7 +65,8 @@ pub enum Reduction {
     SlotOrder,
     /// Each rank sums its own rows in slot order, the partial sums are added in rank order, all in float32: the same bits for
     /// the same placement, and fewer bytes to move. Before the last rounding it is within `top_k * 2^-23` times the sum of the
-    /// terms' magnitudes of what slot order gives.
+    /// terms' magnitudes of what slot order gives; with [`Strategy::Peer`], which rounds each partial sum to the dtype of the hidden
+    /// states on its way, within that dtype's half unit in the last place of each.
     RankPartial,
 }
 

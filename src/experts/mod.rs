@@ -247,13 +247,41 @@ impl Experts {
     /// in `dtype`, so that rows that travel first give the same bits.
     pub(crate) fn forward_as_weighted(&self, hidden: &Tensor, order: &ExpertOrder, dtype: DType) -> Result<Tensor> {
         let rows = self.forward(hidden, order)?;
+        let rounded = self.rows_dtype(hidden, order, dtype)?;
+        if rounded == DType::F32 { Ok(rows) } else { rows.to_dtype(rounded)?.to_dtype(DType::F32) }
+    }
+
+    /// The dtype of rows on their way to sums in `dtype`.
+    pub(crate) fn rows_dtype(&self, hidden: &Tensor, order: &ExpertOrder, dtype: DType) -> Result<DType> {
         #[cfg(feature = "cuda")]
         if let Device::Cuda(device) = hidden.device() {
-            let rounded = cuda::rows_dtype(self, order, hidden.dtype(), dtype, device)?;
-            return if rounded == DType::F32 { Ok(rows) } else { rows.to_dtype(rounded)?.to_dtype(DType::F32) };
+            return cuda::rows_dtype(self, order, hidden.dtype(), dtype, device);
         }
-        let _ = dtype;
-        Ok(rows)
+        let _ = (hidden, order, dtype);
+        Ok(DType::F32)
+    }
+
+    /// Writes the rows of [`forward`](Self::forward) to the memory of `rows`, `[num_slots, hidden_size]` in
+    /// [`rows_dtype`](Self::rows_dtype); what lies behind the last place in use is left as it is.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn forward_to(&self, hidden: &Tensor, order: &ExpertOrder, rows: &Tensor) -> Result<()> {
+        self.check_order(hidden, order)?;
+        cuda::forward_to(self, hidden, order, rows)
+    }
+
+    /// Writes the sums of [`forward_weighted`](Self::forward_weighted) to the memory of `sums`, `[num_tokens, hidden_size]` in
+    /// their dtype.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn forward_weighted_to(
+        &self,
+        hidden: &Tensor,
+        topk_weights: &Tensor,
+        order: &ExpertOrder,
+        sums: &Tensor,
+    ) -> Result<()> {
+        self.check_order(hidden, order)?;
+        check_topk_weights(topk_weights, order)?;
+        cuda::forward_weighted_to(self, hidden, topk_weights, order, sums)
     }
 
     /// [`forward`](Self::forward) and [`weighted_sum`] in one: `[num_tokens, hidden_size]` in `dtype`, which is f32 or that of

@@ -5,7 +5,8 @@ mod blocks;
 mod large;
 #[cfg(feature = "nccl")]
 mod nccl;
-#[cfg(feature = "nccl")]
+mod peer;
+mod ranks;
 mod sharded;
 
 use crate::devices::{self, RouteEverywhere, assert_same_order, assert_same_routing, line, to_host};

@@ -578,7 +578,8 @@ fn choices() {
     for ep_size in [0, 1, 2, MAX] {
         for top_k in [0, 1, MAX] {
             for replicated_tokens in [false, true] {
-                let problem = Problem { ep_size, top_k, reduction: Reduction::SlotOrder, replicated_tokens };
+                let problem =
+                    Problem { ep_size, top_k, reduction: Reduction::SlotOrder, replicated_tokens, peer_access: false };
                 for strategy in Strategy::ALL {
                     let traffic = problem.traffic(strategy);
                     assert!(traffic.dispatched_rows.is_finite() && traffic.combined_rows.is_finite());

@@ -420,7 +420,7 @@ fn replicas_take_turns_when_a_sequence_continues_token_by_token() {
 // The choice
 
 fn problem(ep_size: usize, top_k: usize, replicated_tokens: bool) -> Problem {
-    Problem { ep_size, top_k, reduction: Reduction::SlotOrder, replicated_tokens }
+    Problem { ep_size, top_k, reduction: Reduction::SlotOrder, replicated_tokens, peer_access: false }
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! NCCL as it is called: the few functions that this crate needs, looked up in the library when the first group is built, so
 //! that programs start without it and hear what is missing. Errors say what the library said; only what version 2.18 has is called.
 
+use super::super::device::Carrier;
+use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use libloading::Library;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
@@ -153,21 +155,15 @@ impl Comm {
             false => Ok(Self { functions, handle }),
         }
     }
+}
 
-    /// Gives it up: whatever waits for other ranks, on the device or in a call, ends without a result.
-    ///
-    /// # Safety
-    /// No copy is used for another call afterwards.
-    pub(super) unsafe fn abort(self) -> Result<(), String> {
+impl Carrier for Comm {
+    unsafe fn abort(self) -> Result<(), String> {
         // SAFETY: the caller's promise.
         self.functions.checked("ncclCommAbort", unsafe { (self.functions.comm_abort)(self.handle) })
     }
 
-    /// Ends it, when what was enqueued is done.
-    ///
-    /// # Safety
-    /// No copy is used for another call afterwards.
-    pub(super) unsafe fn destroy(self) -> Result<(), String> {
+    unsafe fn destroy(self) -> Result<(), String> {
         // SAFETY: the caller's promise.
         self.functions.checked("ncclCommDestroy", unsafe { (self.functions.comm_destroy)(self.handle) })
     }
@@ -198,11 +194,15 @@ pub(super) struct Span {
 /// All calls have in common: the spans are memory of the device that stays alive until the stream has come to the work, and
 /// what is received is written by nobody else. What a call is given for the other ranks is the same on all of them.
 pub(super) struct Queue {
-    pub(super) comm: Comm,
-    pub(super) stream: *mut c_void,
+    comm: Comm,
+    stream: Stream,
 }
 
 impl Queue {
+    pub(super) fn of(comm: &Comm, stream: &CudaStream) -> Self {
+        Self { comm: *comm, stream: stream.cu_stream().cast() }
+    }
+
     /// Work that is enqueued as one. The group is closed even where something in it was refused.
     pub(super) fn grouped(&self, work: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
         let functions = self.comm.functions;

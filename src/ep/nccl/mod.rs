@@ -8,27 +8,25 @@
 //! ```
 
 mod library;
-mod memory;
-mod watchdog;
 
-use super::call::{Place, Site, Terms};
+use super::call::Site;
 use super::communicator::{AbortHandle, Communicator, Deadlines, Health};
-use super::control::{Control, Notes};
-use super::error::{Collective, EpError, EpErrorKind, reason};
+use super::control::Control;
+use super::device::Carrier as _;
+use super::device::{OnDevice, Shares, group_given_up};
+use super::error::{Collective, EpError, EpErrorKind};
 use super::procs::Procs;
 use super::threads::Threads;
 use super::wire::rendezvous_error;
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaEvent, sys as driver};
+use candle_core::cuda_backend::cudarc::driver::CudaContext;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use library::{Comm, Element, OLDEST_VERSION, Queue, Span, UniqueId, version_name};
-use memory::{Shares, fresh, with_address};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
-use watchdog::{GivenUp, Watchdog};
 
 /// How often is looked whether the group fails while the library brings the ranks together.
 const LOOK: Duration = Duration::from_millis(10);
@@ -55,15 +53,7 @@ const LOOK: Duration = Duration::from_millis(10);
 ///
 /// The library, `libnccl.so.2` of version 2.18 or newer, is looked for by the rules of the system's loader when the first group is
 /// built; programs start without it.
-pub struct Nccl {
-    // Ends before the host group hears that this rank leaves.
-    watchdog: Watchdog,
-    control: Box<dyn Control>,
-    device: Device,
-    cuda: CudaDevice,
-    /// The last call that put work on the device.
-    last: Option<Site>,
-}
+pub struct Nccl(OnDevice<Comm>);
 
 /// What a rank tells the others at the start.
 #[derive(Serialize, Deserialize)]
@@ -105,14 +95,13 @@ impl Nccl {
     ///
     /// Those of [`Threads::rebuild`] or [`Procs::rebuild`], and of [`Nccl::over_threads`].
     pub fn rebuild(self) -> Result<Self, EpError> {
-        let Self { watchdog, control, device, .. } = self;
-        drop(watchdog);
-        Self::over(control.rebuilt()?, &device)
+        let (control, device) = self.0.rebuilt()?;
+        Self::over(control, &device)
     }
 
     /// The device of this rank.
     pub fn device(&self) -> &Device {
-        &self.device
+        &self.0.device
     }
 
     fn over(mut control: Box<dyn Control>, device: &Device) -> Result<Self, EpError> {
@@ -127,132 +116,42 @@ impl Nccl {
         let id = agree(&hellos).map_err(|kind| rendezvous_error(rank, generation, kind))?;
         let context = Arc::clone(cuda.cuda_stream().context());
         let comm = bring_together(&*control, id, &context).map_err(|kind| control.give_up(&site, kind))?;
-        let watchdog = Watchdog::start(comm, context, control.overseer(), rank).map_err(|error| {
-            let what = format!("the device cannot be watched: {error}");
-            control.give_up(&site, EpErrorKind::Library(what))
-        })?;
-        Ok(Self { watchdog, control, device: device.clone(), cuda: cuda.clone(), last: None })
-    }
-
-    fn place(&self) -> Place<'_> {
-        Place { device: &self.device, rank: self.rank(), world_size: self.world_size() }
-    }
-
-    fn announce(
-        &mut self,
-        op: Collective,
-        terms: Result<Terms, String>,
-        note: Vec<u8>,
-    ) -> Result<(Site, Notes, Instant), EpError> {
-        let arrived = Instant::now();
-        let (site, notes) = self.control.announce(op, terms.map(|terms| (terms, note)))?;
-        Ok((site, notes, arrived))
-    }
-
-    /// Has `work` enqueue what fills a new tensor of `shape` from `rows`.
-    fn carry(
-        &mut self,
-        (site, arrived): (&Site, Instant),
-        rows: &Tensor,
-        shape: &[usize],
-        work: impl FnOnce(&Queue, u64, u64) -> Result<(), String>,
-    ) -> Result<Tensor, EpError> {
-        let carried = rows.contiguous().map_err(|error| tensor_kind(&error)).and_then(|rows| {
-            fresh(&self.cuda, rows.dtype(), shape, |to| {
-                with_address(&rows, &self.cuda, |from| self.enqueue(site, arrived, |queue| work(queue, from, to)))
-            })
-        });
-        self.last = Some(site.clone());
-        carried.map_err(|kind| self.control.give_up(site, kind))
-    }
-
-    /// Enters the library, and hands the watchdog an event behind the work.
-    fn enqueue(
-        &self,
-        site: &Site,
-        arrived: Instant,
-        work: impl FnOnce(&Queue) -> Result<(), String>,
-    ) -> Result<(), EpErrorKind> {
-        let stream = self.cuda.cuda_stream();
-        let is_captured = self.is_captured()?;
-        stream.context().bind_to_thread().map_err(|error| device_kind(&error))?;
-        let comm = self.watchdog.enter(site, arrived, self.deadline()).map_err(given_up)?;
-        let done = work(&Queue { comm, stream: stream.cu_stream().cast() });
-        let behind = match &done {
-            Ok(()) if !is_captured => Some(self.event()),
-            _ => None,
-        };
-        let (behind, recorded) = match behind {
-            Some(Ok(event)) => (Some(event), Ok(())),
-            Some(Err(kind)) => (None, Err(kind)),
-            None => (None, Ok(())),
-        };
-        self.watchdog.leave(behind).map_err(given_up)?;
-        done.map_err(EpErrorKind::Library)?;
-        recorded
-    }
-
-    /// An event behind everything that the stream has been given.
-    fn event(&self) -> Result<CudaEvent, EpErrorKind> {
-        let stream = self.cuda.cuda_stream();
-        let event = stream.context().new_event(None).map_err(|error| device_kind(&error))?;
-        event.record(&stream).map_err(|error| device_kind(&error))?;
-        Ok(event)
-    }
-
-    fn is_captured(&self) -> Result<bool, EpErrorKind> {
-        let status = self.cuda.cuda_stream().capture_status().map_err(|error| device_kind(&error))?;
-        Ok(status != driver::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
-    }
-
-    /// Watches over what the stream has been given besides calls, such as graphs.
-    fn watch_everything(&self, site: &Site) -> Result<(), EpErrorKind> {
-        if self.is_captured()? {
-            return Err(EpErrorKind::BadArgument(
-                "the stream is being captured, there is nothing to wait for".to_string(),
-            ));
-        }
-        self.watchdog.enter(site, Instant::now(), self.deadline()).map_err(given_up)?;
-        let (event, recorded) = match self.event() {
-            Ok(event) => (Some(event), Ok(())),
-            Err(kind) => (None, Err(kind)),
-        };
-        self.watchdog.leave(event).map_err(given_up)?;
-        recorded
+        Ok(Self(OnDevice::start(comm, control, device, cuda, &site)?))
     }
 }
 
 impl Communicator for Nccl {
     fn rank(&self) -> usize {
-        self.control.rank()
+        self.0.control.rank()
     }
 
     fn world_size(&self) -> usize {
-        self.control.world_size()
+        self.0.control.world_size()
     }
 
     fn set_label(&mut self, label: &str) {
-        self.control.set_label(label);
+        self.0.control.set_label(label);
     }
 
     fn deadline(&self) -> Duration {
-        self.control.deadline()
+        self.0.control.deadline()
     }
 
     fn set_deadline(&mut self, deadline: Duration) {
-        self.control.set_deadline(deadline);
+        self.0.control.set_deadline(deadline);
     }
 
     fn deadlines(&self) -> Deadlines {
-        self.control.deadlines()
+        self.0.control.deadlines()
     }
 
     fn all_gather(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {
-        let terms = self.place().all_gather(rows, counts);
-        let (site, _, arrived) = self.announce(Collective::AllGather, terms, Vec::new())?;
+        let terms = self.0.place().all_gather(rows, counts);
+        let (site, _, arrived) = self.0.announce(Collective::AllGather, terms, Vec::new())?;
         let shares = Shares::new(rows, counts);
         let rank = self.rank();
-        self.carry((&site, arrived), rows, &shares.shape(shares.num_rows()), |queue, from, to| {
+        self.0.carry((&site, arrived), rows, &shares.shape(shares.num_rows()), |comm, stream, from, to| {
+            let queue = Queue::of(comm, stream);
             let own = Span { address: from, len: shares.bytes(rank), element: Element::Byte };
             if shares.are_empty() {
                 return Ok(());
@@ -274,11 +173,12 @@ impl Communicator for Nccl {
     }
 
     fn reduce_scatter(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {
-        let terms = self.place().reduce_scatter(rows, counts);
-        let (site, _, arrived) = self.announce(Collective::ReduceScatter, terms, Vec::new())?;
+        let terms = self.0.place().reduce_scatter(rows, counts);
+        let (site, _, arrived) = self.0.announce(Collective::ReduceScatter, terms, Vec::new())?;
         let shares = Shares::new(rows, counts);
         let (rank, element) = (self.rank(), element_of(rows.dtype()));
-        self.carry((&site, arrived), rows, &shares.shape(shares.rows(rank)), |queue, from, to| {
+        self.0.carry((&site, arrived), rows, &shares.shape(shares.rows(rank)), |comm, stream, from, to| {
+            let queue = Queue::of(comm, stream);
             if shares.are_empty() {
                 return Ok(());
             }
@@ -296,68 +196,67 @@ impl Communicator for Nccl {
     }
 
     fn all_to_all(&mut self, rows: &Tensor, send_counts: &[usize]) -> Result<(Tensor, Vec<usize>), EpError> {
-        let terms = self.place().all_to_all(rows, send_counts);
-        let (site, notes, arrived) = self.announce(Collective::AllToAll, terms, note_of(send_counts))?;
+        let terms = self.0.place().all_to_all(rows, send_counts);
+        let (site, notes, arrived) = self.0.announce(Collective::AllToAll, terms, note_of(send_counts))?;
         let rank = self.rank();
         let counts: Option<Vec<usize>> = notes.iter().map(|note| count_of(note, rank)).collect();
         let Some(counts) = counts else {
             let what = "a rank did not say how many rows it sends".to_string();
-            return Err(self.control.give_up(&site, EpErrorKind::Tensor(what)));
+            return Err(self.0.control.give_up(&site, EpErrorKind::Tensor(what)));
         };
         let (sent, received) = (Shares::new(rows, send_counts), Shares::new(rows, &counts));
-        let tensor = self.carry((&site, arrived), rows, &received.shape(received.num_rows()), |queue, from, to| {
-            if sent.are_empty() && received.are_empty() {
-                return Ok(());
-            }
-            let send = |peer| Span { address: from + sent.offset(peer), len: sent.bytes(peer), element: Element::Byte };
-            let receive =
-                |peer| Span { address: to + received.offset(peer), len: received.bytes(peer), element: Element::Byte };
-            queue.grouped(|| {
-                // SAFETY: the parts are rows of this rank, and room for what each source said that it sends.
-                sent.filled().try_for_each(|peer| unsafe { queue.send(send(peer), peer) })?;
-                // SAFETY: as above.
-                received.filled().try_for_each(|peer| unsafe { queue.receive(receive(peer), peer) })
-            })
-        })?;
+        let tensor =
+            self.0.carry((&site, arrived), rows, &received.shape(received.num_rows()), |comm, stream, from, to| {
+                let queue = Queue::of(comm, stream);
+                if sent.are_empty() && received.are_empty() {
+                    return Ok(());
+                }
+                let send =
+                    |peer| Span { address: from + sent.offset(peer), len: sent.bytes(peer), element: Element::Byte };
+                let receive = |peer| Span {
+                    address: to + received.offset(peer),
+                    len: received.bytes(peer),
+                    element: Element::Byte,
+                };
+                queue.grouped(|| {
+                    // SAFETY: the parts are rows of this rank, and room for what each source said that it sends.
+                    sent.filled().try_for_each(|peer| unsafe { queue.send(send(peer), peer) })?;
+                    // SAFETY: as above.
+                    received.filled().try_for_each(|peer| unsafe { queue.receive(receive(peer), peer) })
+                })
+            })?;
         Ok((tensor, counts))
     }
 
     fn all_reduce(&mut self, values: &Tensor) -> Result<Tensor, EpError> {
-        let terms = self.place().all_reduce(values);
-        let (site, _, arrived) = self.announce(Collective::AllReduce, terms, Vec::new())?;
+        let terms = self.0.place().all_reduce(values);
+        let (site, _, arrived) = self.0.announce(Collective::AllReduce, terms, Vec::new())?;
         let (len, element) = (values.elem_count(), element_of(values.dtype()));
-        self.carry((&site, arrived), values, values.dims(), |queue, from, to| match len {
+        self.0.carry((&site, arrived), values, values.dims(), |comm, stream, from, to| match len {
             0 => Ok(()),
             // SAFETY: `from` and `to` are `len` values and room for as many, contiguous.
-            len => unsafe { queue.all_reduce(Span { address: from, len, element }, to) },
+            len => unsafe { Queue::of(comm, stream).all_reduce(Span { address: from, len, element }, to) },
         })
     }
 
     fn all_gather_bytes(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, EpError> {
-        self.control.all_gather_bytes(bytes)
+        self.0.control.all_gather_bytes(bytes)
     }
 
     fn barrier(&mut self) -> Result<(), EpError> {
-        self.control.barrier()
+        self.0.control.barrier()
     }
 
     fn settle(&mut self) -> Result<(), EpError> {
-        let Some(site) = self.last.clone() else { return Ok(()) };
-        let watched = self.watch_everything(&site);
-        // What was torn counts more: it has the name of the call.
-        self.watchdog.wait().map_err(|torn| {
-            let what = "the group was given up before the device was done with it".to_string();
-            self.control.give_up(&torn, EpErrorKind::Library(what))
-        })?;
-        watched.map_err(|kind| self.control.give_up(&site, kind))
+        self.0.settle()
     }
 
     fn abort_handle(&self) -> AbortHandle {
-        self.control.abort_handle()
+        self.0.control.abort_handle()
     }
 
     fn health(&self) -> Health {
-        self.control.health()
+        self.0.control.health()
     }
 }
 
@@ -367,7 +266,7 @@ impl fmt::Debug for Nccl {
             .field("rank", &self.rank())
             .field("world_size", &self.world_size())
             .field("generation", &self.generation())
-            .field("device", &self.device.location())
+            .field("device", &self.0.device.location())
             .finish_non_exhaustive()
     }
 }
@@ -449,7 +348,7 @@ fn bring_together(control: &dyn Control, id: UniqueId, context: &Arc<CudaContext
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(EpErrorKind::Library("ncclCommInitRank panicked".to_string()));
             }
-            Err(RecvTimeoutError::Timeout) if overseer.has_failed() => return Err(given_up(GivenUp)),
+            Err(RecvTimeoutError::Timeout) if overseer.has_failed() => return Err(group_given_up()),
             Err(RecvTimeoutError::Timeout) => {}
         }
         if let Some(kind) = overseer.lost() {
@@ -480,17 +379,4 @@ fn element_of(dtype: DType) -> Element {
         DType::F64 => Element::F64,
         _ => Element::Byte,
     }
-}
-
-fn tensor_kind(error: &candle_core::Error) -> EpErrorKind {
-    EpErrorKind::Tensor(reason(error))
-}
-
-fn device_kind(error: &impl fmt::Display) -> EpErrorKind {
-    EpErrorKind::Library(format!("the device failed: {error}"))
-}
-
-/// There is a cause, which counts more than this.
-fn given_up(_: GivenUp) -> EpErrorKind {
-    EpErrorKind::Library("the group was given up".to_string())
 }

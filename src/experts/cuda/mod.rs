@@ -328,6 +328,40 @@ pub(super) fn forward_weighted(
     })
 }
 
+/// As [`forward`], to the memory of `rows`, in their dtype.
+pub(super) fn forward_to(experts: &Experts, hidden: &Tensor, order: &ExpertOrder, rows: &Tensor) -> Result<()> {
+    let device = hidden.device().as_cuda_device()?;
+    let call = Call::new(experts, hidden, order, None, device)?;
+    let (between, _) = call.workspace(None)?;
+    call.project(between, room(rows, call.num_slots, experts.hidden_size(), device)?.address()?, rows.dtype())
+}
+
+/// As [`forward_weighted`], to the memory of `sums`, in their dtype.
+pub(super) fn forward_weighted_to(
+    experts: &Experts,
+    hidden: &Tensor,
+    topk_weights: &Tensor,
+    order: &ExpertOrder,
+    sums: &Tensor,
+) -> Result<()> {
+    let device = hidden.device().as_cuda_device()?;
+    let call = Call::new(experts, hidden, order, None, device)?;
+    let home = Home::new(topk_weights, order, experts.hidden_size(), device)?;
+    let rows_dtype = call.path.rows_dtype(call.dtype, sums.dtype(), experts.hidden_size());
+    let (between, rows) = call.workspace(Some(rows_dtype))?;
+    let room = room(sums, order.num_tokens(), experts.hidden_size(), device)?;
+    call.project(between, rows, rows_dtype)?;
+    home.put(rows_dtype, rows, sums.dtype(), room.address()?, !call.is_empty())
+}
+
+/// Memory of somebody else's for that many rows.
+fn room(tensor: &Tensor, num_rows: usize, hidden_size: usize, device: &CudaDevice) -> Result<Held> {
+    if tensor.dims() != [num_rows, hidden_size] || !tensor.is_contiguous() {
+        bail!("{OP}: there is room for {:?}, expected [{num_rows}, {hidden_size}] side by side", tensor.shape())
+    }
+    Held::new(tensor, device, "room")
+}
+
 pub(super) fn linear(projection: &ExpertProjection, hidden: &Tensor, device: &CudaDevice) -> Result<Tensor> {
     let (dtype, num_tokens) = (hidden.dtype(), hidden.dims()[0]);
     let out_features = projection.weights.out_features();
@@ -403,28 +437,37 @@ impl<'a> Home<'a> {
         starts_early: bool,
         rows: impl FnOnce() -> Result<u64>,
     ) -> Result<Tensor> {
-        let len = checked_product(OP, ("num_tokens", self.num_tokens), ("hidden_size", self.hidden_size))?;
+        checked_product(OP, ("num_tokens", self.num_tokens), ("hidden_size", self.hidden_size))?;
         output(dtype, self.device, (self.num_tokens, self.hidden_size), Fresh::Undefined, |sums| {
-            if len == 0 {
+            if self.num_tokens * self.hidden_size == 0 {
                 return Ok(());
             }
-            let arguments = HomeArguments {
-                rows: rows()?,
-                topk_weights: self.topk_weights.address()?,
-                slot_rank: self.slot_rank.address()?,
-                sums,
-                num_tokens: self.num_tokens as u64,
-                top_k: self.top_k as u32,
-                hidden_size: self.hidden_size as u32,
-            };
-            let width = HOME_BYTES / rows_dtype.size_in_bytes();
-            let width = if self.hidden_size.is_multiple_of(width) { width } else { 1 };
-            let how = Launch::new((len / width).div_ceil(HOME_THREADS as usize), HOME_THREADS, 0);
-            let how = Launch { starts_early, ..how };
-            let name = format!("home_{}_{}_{width}", rows_dtype.as_str(), dtype.as_str());
-            // SAFETY: `HomeArguments` is the kernel's parameter; ranks of the order are below its slots, which the rows have
-            // a row for, the sums have `len` elements, and the kernel waits for the one in front of it.
-            unsafe { launch(self.device, Binary::ExpertsHome, &name, how, arguments) }
+            self.put(rows_dtype, rows()?, dtype, sums, starts_early)
         })
+    }
+
+    /// Puts the sums of the rows that lie at `rows` to `sums`.
+    fn put(&self, rows_dtype: DType, rows: u64, dtype: DType, sums: u64, starts_early: bool) -> Result<()> {
+        let len = self.num_tokens * self.hidden_size;
+        if len == 0 {
+            return Ok(());
+        }
+        let arguments = HomeArguments {
+            rows,
+            topk_weights: self.topk_weights.address()?,
+            slot_rank: self.slot_rank.address()?,
+            sums,
+            num_tokens: self.num_tokens as u64,
+            top_k: self.top_k as u32,
+            hidden_size: self.hidden_size as u32,
+        };
+        let width = HOME_BYTES / rows_dtype.size_in_bytes();
+        let width = if self.hidden_size.is_multiple_of(width) { width } else { 1 };
+        let how = Launch::new((len / width).div_ceil(HOME_THREADS as usize), HOME_THREADS, 0);
+        let how = Launch { starts_early, ..how };
+        let name = format!("home_{}_{}_{width}", rows_dtype.as_str(), dtype.as_str());
+        // SAFETY: `HomeArguments` is the kernel's parameter; ranks of the order are below its slots, which the rows have
+        // a row for, the sums have `len` elements, and the kernel waits for the one in front of it.
+        unsafe { launch(self.device, Binary::ExpertsHome, &name, how, arguments) }
     }
 }

@@ -1,14 +1,16 @@
 //! Blocks of several ranks with a device each against one rank on one device: the same bits in slot order, and close otherwise,
 //! for every strategy, token counts and shapes of every kernel.
 
-use super::nccl::{are_emulated, on_devices, one_at_a_time, there_are, world_sizes};
+use super::ranks::{DeviceRank, are_emulated, on_devices, one_at_a_time, there_are, world_sizes};
 use super::{captured, overwrite};
 use crate::devices::to_host;
 use crate::oracle::{self, Random};
 use candle_core::cuda_backend::cudarc::driver::result;
 use candle_core::{DType, Device, Tensor};
 use candle_moe::block::{MoeBlock, MoeBlockBuilder, MoeOutput};
-use candle_moe::ep::{Communicator, Nccl, Placement, Reduction, Step, Strategy};
+#[cfg(feature = "nccl")]
+use candle_moe::ep::Nccl;
+use candle_moe::ep::{Peer, Placement, Reduction, Step, Strategy};
 use candle_moe::experts::{Activation, ExpertProjection, ExpertWeights, Experts, GateUpRows, Linear};
 use candle_moe::routing::{Router, RoutingMethod};
 use half::bf16;
@@ -16,6 +18,7 @@ use half::bf16;
 const NUM_EXPERTS: usize = 10;
 const TOP_K: usize = 3;
 const SENDING: [Strategy; 3] = [Strategy::Replicated, Strategy::Gather, Strategy::Exchange];
+const PUSHING: [Strategy; 2] = [Strategy::Peer, Strategy::Exchange];
 
 /// The numbers of a layer, on the host.
 struct Layer {
@@ -74,9 +77,9 @@ fn there(tensor: &Tensor, device: &Device) -> Tensor {
 }
 
 /// What a rank gets of its own tokens, and the slots of each expert that it has counted.
-fn run(
+fn run<R: DeviceRank>(
     layer: &Layer,
-    ranks: &mut Nccl,
+    ranks: &mut R,
     hidden: &Tensor,
     strategy: Strategy,
     reduction: Reduction,
@@ -110,15 +113,30 @@ fn assert_near(found: &Tensor, expected: &Tensor, dtype: DType, context: &str) {
         |tensor: &Tensor| tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
     let (found, expected) = (numbers(found), numbers(expected));
     let largest = expected.iter().fold(0f64, |largest, value| largest.max(value.abs()));
-    let bound = largest * if dtype == DType::BF16 { 1.0 / 64.0 } else { 1e-5 };
+    let bound = largest
+        * match dtype {
+            DType::BF16 => 1.0 / 64.0,
+            DType::F16 => 1.0 / 512.0,
+            _ => 1e-5,
+        };
     assert_eq!(found.len(), expected.len(), "{context}");
     for (found, expected) in found.iter().zip(&expected) {
         assert!((found - expected).abs() <= bound, "{context}: {found}, expected {expected}");
     }
 }
 
+#[cfg(feature = "nccl")]
 #[test]
 fn every_strategy_gives_what_one_device_does() {
+    give_what_one_device_does::<Nccl>(&SENDING);
+}
+
+#[test]
+fn peers_give_what_one_device_does() {
+    give_what_one_device_does::<Peer>(&PUSHING);
+}
+
+fn give_what_one_device_does<R: DeviceRank>(strategies: &[Strategy]) {
     let _turn = one_at_a_time();
     if !there_are(2) {
         return;
@@ -135,10 +153,10 @@ fn every_strategy_gives_what_one_device_does() {
                 let hidden: Vec<Tensor> = counts.iter().map(|&count| layer.hidden(&mut random, count)).collect();
                 let all = stacked(&hidden);
                 let (expected, slots) = alone(&layer, &all);
-                for strategy in SENDING {
+                for &strategy in strategies {
                     for reduction in Reduction::ALL {
                         let context = format!("{counts:?} {hidden_size} {dtype:?} {strategy} {reduction}");
-                        let of_ranks = on_devices(world_size, |mut ranks| {
+                        let of_ranks = on_devices(world_size, |mut ranks: R| {
                             let own = if strategy == Strategy::Replicated { &all } else { &hidden[ranks.rank()] };
                             run(&layer, &mut ranks, own, strategy, reduction)
                         });
@@ -164,13 +182,13 @@ fn every_strategy_gives_what_one_device_does() {
 }
 
 /// A rank's block and what it needs for steps.
-struct Member {
-    ranks: Nccl,
+struct Member<R> {
+    ranks: R,
     block: MoeBlock,
 }
 
-impl Member {
-    fn new(layer: &Layer, ranks: Nccl, strategy: Strategy, reduction: Reduction) -> Self {
+impl<R: DeviceRank> Member<R> {
+    fn new(layer: &Layer, ranks: R, strategy: Strategy, reduction: Reduction) -> Self {
         let options = |builder: MoeBlockBuilder| {
             builder.strategy(strategy).reduction(reduction).replicated_tokens(strategy == Strategy::Replicated)
         };
@@ -184,22 +202,33 @@ impl Member {
     }
 }
 
+#[cfg(feature = "nccl")]
 #[test]
 fn a_captured_graph_of_several_ranks_follows_its_inputs() {
+    if !are_emulated() {
+        graphs_follow_their_inputs::<Nccl>(&[Strategy::Gather, Strategy::Replicated]);
+    }
+}
+
+#[test]
+fn a_captured_graph_of_peers_follows_its_inputs() {
+    graphs_follow_their_inputs::<Peer>(&[Strategy::Peer, Strategy::Gather]);
+}
+
+fn graphs_follow_their_inputs<R: DeviceRank>(strategies: &[Strategy]) {
     let _turn = one_at_a_time();
-    if !there_are(2) || are_emulated() {
+    if !there_are(2) {
         return;
     }
     let mut random = Random(92);
     let layer = Layer::new(&mut random, 128, 192, DType::BF16, true);
     let num_tokens = 9;
-    for (strategy, reduction) in [Strategy::Gather, Strategy::Replicated]
-        .into_iter()
-        .flat_map(|strategy| Reduction::ALL.into_iter().map(move |reduction| (strategy, reduction)))
+    for (strategy, reduction) in
+        strategies.iter().flat_map(|&strategy| Reduction::ALL.into_iter().map(move |reduction| (strategy, reduction)))
     {
         // One for all ranks, so that replicated tokens are the same.
         let inputs: Vec<_> = (0..3).map(|_| layer.hidden(&mut random, num_tokens)).collect();
-        on_devices(2, |ranks| {
+        on_devices(2, |ranks: R| {
             let device = ranks.device().clone();
             let mut member = Member::new(&layer, ranks, strategy, reduction);
             let input = inputs[0].to_device(&device).unwrap();
@@ -222,17 +251,28 @@ fn a_captured_graph_of_several_ranks_follows_its_inputs() {
     }
 }
 
+#[cfg(feature = "nccl")]
 #[test]
 #[ignore = "takes long: ten thousand steps for each strategy"]
 fn ten_thousand_steps_leave_no_memory_behind() {
+    steps_leave_no_memory_behind::<Nccl>(&[Strategy::Gather, Strategy::Exchange]);
+}
+
+#[test]
+#[ignore = "takes long: ten thousand steps for each reduction"]
+fn ten_thousand_steps_of_peers_leave_no_memory_behind() {
+    steps_leave_no_memory_behind::<Peer>(&[Strategy::Peer]);
+}
+
+fn steps_leave_no_memory_behind<R: DeviceRank>(strategies: &[Strategy]) {
     let _turn = one_at_a_time();
     if !there_are(2) || are_emulated() {
         return;
     }
     let mut random = Random(93);
     let layer = Layer::new(&mut random, 128, 192, DType::BF16, false);
-    for strategy in [Strategy::Gather, Strategy::Exchange] {
-        on_devices(2, |ranks| {
+    for &strategy in strategies {
+        on_devices(2, |ranks: R| {
             let (rank, device) = (ranks.rank(), ranks.device().clone());
             let mut random = Random(94 + rank as u64);
             let all = layer.hidden(&mut random, 40).to_device(&device).unwrap();

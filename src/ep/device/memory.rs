@@ -10,7 +10,7 @@ use float8::F8E4M3;
 use half::{bf16, f16};
 
 /// How rows are shared out among the ranks, in rank order.
-pub(super) struct Shares<'a> {
+pub(in super::super) struct Shares<'a> {
     counts: &'a [usize],
     /// The shape of one row, and its elements.
     row: &'a [usize],
@@ -20,7 +20,7 @@ pub(super) struct Shares<'a> {
 
 impl<'a> Shares<'a> {
     /// `rows` has rows of the shape that all have. The sum of `counts` fits: it was checked.
-    pub(super) fn new(rows: &'a Tensor, counts: &'a [usize]) -> Self {
+    pub(in super::super) fn new(rows: &'a Tensor, counts: &'a [usize]) -> Self {
         let row = rows.dims().get(1..).unwrap_or_default();
         // A zero may stand behind sizes that are too large.
         let product = row.iter().fold(1usize, |product, &size| product.saturating_mul(size));
@@ -28,48 +28,52 @@ impl<'a> Shares<'a> {
         Self { counts, row, row_elements, element_bytes: rows.dtype().size_in_bytes() }
     }
 
-    pub(super) fn rows(&self, rank: usize) -> usize {
+    pub(in super::super) fn rows(&self, rank: usize) -> usize {
         self.counts.get(rank).copied().unwrap_or(0)
     }
 
-    pub(super) fn num_rows(&self) -> usize {
+    pub(in super::super) fn num_rows(&self) -> usize {
         self.counts.iter().fold(0, |sum: usize, &count| sum.saturating_add(count))
     }
 
     /// Of a tensor with `num_rows` such rows.
-    pub(super) fn shape(&self, num_rows: usize) -> Vec<usize> {
+    pub(in super::super) fn shape(&self, num_rows: usize) -> Vec<usize> {
         [&[num_rows], self.row].concat()
     }
 
-    pub(super) fn elements(&self, rank: usize) -> usize {
+    pub(in super::super) fn elements(&self, rank: usize) -> usize {
         self.rows(rank).saturating_mul(self.row_elements)
     }
 
-    pub(super) fn bytes(&self, rank: usize) -> usize {
+    pub(in super::super) fn bytes(&self, rank: usize) -> usize {
         self.elements(rank).saturating_mul(self.element_bytes)
     }
 
+    pub(in super::super) fn row_bytes(&self) -> usize {
+        self.row_elements.saturating_mul(self.element_bytes)
+    }
+
     /// Where the share of `rank` begins, in bytes.
-    pub(super) fn offset(&self, rank: usize) -> u64 {
+    pub(in super::super) fn offset(&self, rank: usize) -> u64 {
         (0..rank).fold(0u64, |sum, rank| sum.saturating_add(self.bytes(rank) as u64))
     }
 
-    pub(super) fn are_empty(&self) -> bool {
+    pub(in super::super) fn are_empty(&self) -> bool {
         self.filled().next().is_none()
     }
 
-    pub(super) fn are_equal(&self) -> bool {
+    pub(in super::super) fn are_equal(&self) -> bool {
         self.counts.iter().all(|&count| count == self.rows(0))
     }
 
     /// The ranks that have anything.
-    pub(super) fn filled(&self) -> impl Iterator<Item = usize> {
+    pub(in super::super) fn filled(&self) -> impl Iterator<Item = usize> {
         (0..self.counts.len()).filter(|&rank| self.elements(rank) > 0)
     }
 }
 
 /// A new tensor whose memory `fill` enqueues the writing of, given its address: never null, even without elements.
-pub(super) fn fresh(
+pub(in super::super) fn fresh(
     device: &CudaDevice,
     dtype: DType,
     shape: &[usize],
@@ -105,11 +109,50 @@ fn fresh_of<T: CudaDType + DeviceRepr>(
     Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
 }
 
+/// Memory that was not Candle's before as a tensor, which frees it.
+///
+/// # Safety
+/// At `address` are as many elements of the device's memory, which nobody else frees.
+pub(in super::super) unsafe fn room_of(
+    device: &CudaDevice,
+    dtype: DType,
+    address: u64,
+    elements: usize,
+) -> Result<Tensor, EpErrorKind> {
+    let stream = device.cuda_stream();
+    macro_rules! of {
+        ($type:ty) => {{
+            // SAFETY: the caller's promise.
+            let slice = unsafe { stream.upgrade_device_ptr::<$type>(address, elements) };
+            Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()))
+        }};
+    }
+    let storage = match dtype {
+        DType::U8 => of!(u8),
+        DType::U32 => of!(u32),
+        DType::BF16 => of!(bf16),
+        DType::F16 => of!(f16),
+        DType::F32 => of!(f32),
+        other => return Err(EpErrorKind::Tensor(format!("there are no rooms of dtype {}", other.as_str()))),
+    };
+    Ok(Tensor::from_storage(storage, elements, BackpropOp::none(), false))
+}
+
 fn room_for<T: DeviceRepr>(device: &CudaDevice, shape: &[usize]) -> CandleResult<CudaSlice<T>> {
     let elements = shape.iter().fold(1usize, |product, &size| product.saturating_mul(size));
     let elements = if shape.contains(&0) { 0 } else { elements };
     // SAFETY: what is read of it is what was received, which is all of it.
-    unsafe { allocate(device, "nccl", elements) }
+    unsafe { allocate(device, "rows", elements) }
+}
+
+/// Where the first element of a contiguous tensor lies; good until the tensor is dropped, and memory is freed in the stream's order.
+pub(in super::super) fn address_of(tensor: &Tensor, device: &CudaDevice) -> Result<u64, EpErrorKind> {
+    let mut found = 0;
+    with_address(tensor, device, |address| {
+        found = address;
+        Ok(())
+    })?;
+    Ok(found)
 }
 
 /// Gives `work` the address of the first element of a contiguous tensor. Without elements it may be null.

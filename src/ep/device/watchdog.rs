@@ -17,7 +17,6 @@
 use super::super::call::Site;
 use super::super::control::Overseer;
 use super::super::error::EpErrorKind;
-use super::library::Comm;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaEvent, sys};
 use std::collections::VecDeque;
 use std::io;
@@ -38,21 +37,41 @@ const ENDING: Duration = Duration::from_secs(2);
 /// The longest that work under way is waited for when a rank leaves.
 const LEAVING: Duration = Duration::from_secs(30);
 
+/// What carries rows between devices, as its rank's watchdog has it.
+pub(in super::super) trait Carrier: Clone + Send + 'static {
+    /// Makes the device drop whatever waits for other ranks, from any thread.
+    ///
+    /// # Safety
+    /// No copy of it is used any more, but by calls that are under way.
+    unsafe fn abort(self) -> Result<(), String>;
+
+    /// Ends it where nothing is under way.
+    ///
+    /// # Safety
+    /// No copy of it is used any more.
+    unsafe fn destroy(self) -> Result<(), String>;
+
+    /// The ranks that the device has waited long for, if it says so.
+    fn missing(&self) -> Vec<usize> {
+        Vec::new()
+    }
+}
+
 /// The owner's side.
-pub(super) struct Watchdog {
-    shared: Arc<Shared>,
+pub(super) struct Watchdog<C: Carrier> {
+    shared: Arc<Shared<C>>,
     overseer: Overseer,
     thread: Option<JoinHandle<()>>,
 }
 
-struct Shared {
-    state: Mutex<State>,
+struct Shared<C> {
+    state: Mutex<State<C>>,
     changed: Condvar,
 }
 
-struct State {
+struct State<C> {
     /// `None` when it was ended.
-    comm: Option<Comm>,
+    carrier: Option<C>,
     /// Whether the owner is in a call of the library.
     inside: bool,
     /// Calls under way, oldest first.
@@ -79,12 +98,12 @@ struct Watched {
 }
 
 /// The group was given up before the call could be made, or while it was made.
-pub(super) struct GivenUp;
+pub(in super::super) struct GivenUp;
 
-impl Watchdog {
-    pub(super) fn start(comm: Comm, context: Arc<CudaContext>, overseer: Overseer, rank: usize) -> io::Result<Self> {
+impl<C: Carrier> Watchdog<C> {
+    pub(super) fn start(carrier: C, context: Arc<CudaContext>, overseer: Overseer, rank: usize) -> io::Result<Self> {
         let state = State {
-            comm: Some(comm),
+            carrier: Some(carrier),
             inside: false,
             watched: VecDeque::new(),
             torn: None,
@@ -99,12 +118,12 @@ impl Watchdog {
     }
 
     /// The owner enters the library for the call at `site`, which began at `since`. [`Watchdog::leave`] follows.
-    pub(super) fn enter(&self, site: &Site, since: Instant, deadline: Duration) -> Result<Comm, GivenUp> {
+    pub(super) fn enter(&self, site: &Site, since: Instant, deadline: Duration) -> Result<C, GivenUp> {
         let mut state = self.shared.lock();
-        let comm = state.comm.ok_or(GivenUp)?;
+        let carrier = state.carrier.clone().ok_or(GivenUp)?;
         state.inside = true;
         state.watched.push_back(Watched { site: site.clone(), since, deadline, behind: None });
-        Ok(comm)
+        Ok(carrier)
     }
 
     /// The owner has come out; `behind` is recorded behind its work, which has a whole deadline from now on. Without it
@@ -113,7 +132,7 @@ impl Watchdog {
         let mut state = self.shared.lock();
         state.inside = false;
         self.shared.changed.notify_all();
-        if state.comm.is_none() {
+        if state.carrier.is_none() {
             return Err(GivenUp);
         }
         match behind {
@@ -137,7 +156,7 @@ impl Watchdog {
             if let Some(site) = &state.torn {
                 return Err(site.clone());
             }
-            if state.watched.is_empty() || state.comm.is_none() {
+            if state.watched.is_empty() || state.carrier.is_none() {
                 return Ok(());
             }
             state = self.shared.wait(state, OWNER);
@@ -165,7 +184,7 @@ impl Watchdog {
     }
 }
 
-impl Drop for Watchdog {
+impl<C: Carrier> Drop for Watchdog<C> {
     fn drop(&mut self) {
         if self.thread.is_some() {
             self.end();
@@ -173,7 +192,7 @@ impl Drop for Watchdog {
     }
 }
 
-impl Shared {
+impl<C: Carrier> Shared<C> {
     /// The life of the thread.
     fn run(&self, context: &Arc<CudaContext>, overseer: &Overseer) {
         if let Err(error) = context.bind_to_thread() {
@@ -190,12 +209,12 @@ impl Shared {
     }
 
     /// Looks once, and waits.
-    fn look<'a>(&'a self, mut state: MutexGuard<'a, State>, overseer: &Overseer) -> MutexGuard<'a, State> {
-        if state.comm.is_some() && state.must_abort(overseer) {
+    fn look<'a>(&'a self, mut state: MutexGuard<'a, State<C>>, overseer: &Overseer) -> MutexGuard<'a, State<C>> {
+        if state.carrier.is_some() && state.must_abort(overseer) {
             state = self.abort(state);
         }
         match state.leaving {
-            Some(Leaving::InPeace) if state.comm.is_some() && !state.watched.is_empty() => {}
+            Some(Leaving::InPeace) if state.carrier.is_some() && !state.watched.is_empty() => {}
             Some(leaving) => return self.finish(state, leaving),
             None => {}
         }
@@ -206,15 +225,15 @@ impl Shared {
         self.wait(state, pause)
     }
 
-    fn abort<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        let Some(comm) = state.comm.take() else { return state };
+    fn abort<'a>(&'a self, mut state: MutexGuard<'a, State<C>>) -> MutexGuard<'a, State<C>> {
+        let Some(carrier) = state.carrier.take() else { return state };
         state.torn = state.watched.front().map(|watched| watched.site.clone());
         self.changed.notify_all();
-        let inside = |state: &mut State| state.inside;
+        let inside = |state: &mut State<C>| state.inside;
         let waited = self.changed.wait_timeout_while(state, COMING_OUT, inside);
         drop(waited.unwrap_or_else(PoisonError::into_inner).0);
         // SAFETY: nobody is let in any more, and whoever is inside has the library's word that it comes out.
-        if let Err(what) = unsafe { comm.abort() } {
+        if let Err(what) = unsafe { carrier.abort() } {
             tracing::warn!(what, "the communicator was not given up in order");
         }
         let mut state = self.lock();
@@ -223,14 +242,14 @@ impl Shared {
         state
     }
 
-    fn finish<'a>(&'a self, mut state: MutexGuard<'a, State>, leaving: Leaving) -> MutexGuard<'a, State> {
+    fn finish<'a>(&'a self, mut state: MutexGuard<'a, State<C>>, leaving: Leaving) -> MutexGuard<'a, State<C>> {
         if leaving == Leaving::AtOnce {
             state = self.abort(state);
         }
-        if let Some(comm) = state.comm.take() {
+        if let Some(carrier) = state.carrier.take() {
             drop(state);
             // SAFETY: the owner is leaving, and the communicator is nobody else's.
-            if let Err(what) = unsafe { comm.destroy() } {
+            if let Err(what) = unsafe { carrier.destroy() } {
                 tracing::warn!(what, "the communicator did not end in order");
             }
             state = self.lock();
@@ -239,21 +258,21 @@ impl Shared {
         state
     }
 
-    fn wait<'a>(&'a self, state: MutexGuard<'a, State>, pause: Duration) -> MutexGuard<'a, State> {
+    fn wait<'a>(&'a self, state: MutexGuard<'a, State<C>>, pause: Duration) -> MutexGuard<'a, State<C>> {
         self.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0
     }
 
-    fn wait_for_end(&self, state: MutexGuard<'_, State>, patience: Duration) -> bool {
-        let going = |state: &mut State| !state.ended;
+    fn wait_for_end(&self, state: MutexGuard<'_, State<C>>, patience: Duration) -> bool {
+        let going = |state: &mut State<C>| !state.ended;
         self.changed.wait_timeout_while(state, patience, going).unwrap_or_else(PoisonError::into_inner).0.ended
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<C>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl<C: Carrier> State<C> {
     /// Poisons the group where a call went wrong; is it poisoned?
     fn must_abort(&mut self, overseer: &Overseer) -> bool {
         let failed = self.forget_what_is_done();
@@ -263,7 +282,7 @@ impl State {
         let Some(oldest) = self.watched.front() else { return false };
         let kind = match failed {
             Err(what) => Some(EpErrorKind::Library(what)),
-            Ok(()) => overseer.lost().or_else(|| oldest.overdue()),
+            Ok(()) => overseer.lost().or_else(|| oldest.overdue(self.carrier.as_ref())),
         };
         if let Some(kind) = kind {
             overseer.fail(&oldest.site, kind);
@@ -276,7 +295,7 @@ impl State {
     fn forget_what_is_done(&mut self) -> Result<(), String> {
         while let Some(event) = self.watched.front().and_then(|oldest| oldest.behind.as_ref()) {
             match event.try_is_complete() {
-                Ok(true) if self.comm.is_some() => drop(self.watched.pop_front()),
+                Ok(true) if self.carrier.is_some() => drop(self.watched.pop_front()),
                 Ok(_) => break,
                 Err(error) => return Err(format!("the device failed: {error}")),
             }
@@ -286,9 +305,15 @@ impl State {
 }
 
 impl Watched {
-    fn overdue(&self) -> Option<EpErrorKind> {
-        let is_over = self.since.elapsed() >= self.deadline;
+    fn overdue(&self, carrier: Option<&impl Carrier>) -> Option<EpErrorKind> {
+        if self.since.elapsed() < self.deadline {
+            return None;
+        }
         let (op, step, deadline) = (self.site.op, self.site.step, self.deadline);
-        is_over.then_some(EpErrorKind::Unfinished { op, step, deadline })
+        let missing = carrier.map(Carrier::missing).unwrap_or_default();
+        Some(match missing.is_empty() {
+            true => EpErrorKind::Unfinished { op, step, deadline },
+            false => EpErrorKind::Timeout { missing, deadline },
+        })
     }
 }

@@ -1,0 +1,679 @@
+//! Ranks of one process whose devices reach each other's memory: kernels write and read there, and no library is between them.
+//!
+//! ```text
+//! dispatch   meet on the host; one kernel pushes tokens to the rooms of the ranks that have their experts, and waits for theirs
+//! combine    meet on the host; one kernel waits for the ranks, and pulls what they have made of this rank's tokens
+//! others     meet on the host; copies to the others' rooms, a round, a copy out of the own room, a round
+//! ```
+//!
+//! The kernels and why one set of rooms is enough are in `cuda/ep/peer.cu`, the flags in `cuda/ep/mailbox.cuh`.
+
+mod kernels;
+mod links;
+
+use super::call::{Site, Terms};
+use super::communicator::{AbortHandle, Communicator, Deadlines, Health};
+use super::control::Control;
+use super::device::{Carrier, OnDevice, Shares, address_of, device_kind, fresh, tensor_kind};
+use super::error::{Collective, EpError, EpErrorKind};
+use super::placement::Placement;
+use super::rows;
+use super::threads::Threads;
+use super::wire::rendezvous_error;
+use crate::routing::Routing;
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, sys};
+use candle_core::{CudaDevice, DType, Device, Tensor};
+use kernels::{CombineArguments, DispatchArguments, Group, Owners, Pulled};
+use links::{Lifeline, Links, MAILBOX_WORDS, MAX_RANKS, reach};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long the device is waited for when a rank leaves, before the memory that others may still write to is left to itself.
+const DRAINING: Duration = Duration::from_secs(2);
+
+/// A rank that is a thread of this process with a CUDA device of its own, where devices reach each other's memory.
+///
+/// It stands on a group on the host as `Nccl` does, and promises what that does: calls are compared there first, the work goes
+/// to Candle's current stream, [`Communicator::settle`] waits for it, a captured call meets the others on the host when it is captured.
+/// What differs:
+///
+/// * [`Strategy::Peer`](super::Strategy::Peer) is for it alone: tokens are pushed to, and results pulled from, the other
+///   devices' memory, one kernel each.
+/// * The other collectives are there for everything else; they copy twice, and sums are in rank order.
+/// * Nothing traps or hangs: a kernel that waits for a rank that does not come is called off when the deadline is over or
+///   the group fails, and the error is a [`Timeout`](EpErrorKind::Timeout) that names whom the device waited for.
+/// * Rooms grow to the largest call so far, and a capture needs a call of its size before. They are freed when the last rank of
+///   the group is dropped; graphs must be dropped before.
+/// * Ranks may share a device, for tests; then each has a part of it only.
+pub struct Peer {
+    ground: OnDevice<Line>,
+    ties: Ties,
+    group: Group,
+    /// Ranks on the device of this one, it included.
+    sharers: usize,
+    rooms: HashMap<(Use, DType), Room>,
+    /// Whether tokens were dispatched whose results have not been combined.
+    is_owed: bool,
+}
+
+/// What kernels of this rank may use until they have ended.
+struct Ties {
+    cuda: CudaDevice,
+    links: Arc<Links>,
+    lifeline: Arc<Lifeline>,
+}
+
+/// What a room is for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Use {
+    Hidden,
+    Ids,
+    Weights,
+    /// Sums or rows of slots.
+    Results,
+    /// Where rows of slots are.
+    Places,
+    Anything,
+}
+
+/// Memory of the same size on every rank.
+#[derive(Clone)]
+struct Room {
+    /// All of this rank's.
+    own: Tensor,
+    /// By rank.
+    addresses: Vec<u64>,
+}
+
+/// How the watchdog calls off what waits.
+#[derive(Clone)]
+struct Line(Arc<Lifeline>);
+
+impl Carrier for Line {
+    unsafe fn abort(self) -> Result<(), String> {
+        self.0.give_up();
+        Ok(())
+    }
+
+    unsafe fn destroy(self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn missing(&self) -> Vec<usize> {
+        self.0.waits_for()
+    }
+}
+
+/// The tokens of all ranks of which this rank has experts, in the rooms, with the ids and weights of all tokens.
+pub(super) struct Pushed {
+    pub(super) hidden: Tensor,
+    pub(super) topk_ids: Tensor,
+    pub(super) topk_weights: Tensor,
+}
+
+/// How a rank's tokens come home.
+#[derive(Clone, Copy)]
+pub(super) struct Way<'a> {
+    pub(super) counts: &'a [usize],
+    pub(super) placement: &'a Placement,
+    /// Of this rank's own tokens.
+    pub(super) routing: &'a Routing,
+    /// Of the sums.
+    pub(super) dtype: DType,
+}
+
+/// What a rank tells the others at the start.
+#[derive(Serialize, Deserialize)]
+struct Hello {
+    ordinal: usize,
+    /// Of rank 0: the number under which [`Links`] are found.
+    links: Option<u64>,
+}
+
+impl Peer {
+    /// Makes a rank that is a thread of this process one of a CUDA device. All ranks call it, and wait for each other at most
+    /// for the current deadline.
+    ///
+    /// # Errors
+    ///
+    /// [`BadArgument`](EpErrorKind::BadArgument): `device` is no CUDA device, or there are more than 16 ranks.
+    /// [`Library`](EpErrorKind::Library): a device does not reach the memory of another, or it fails. And
+    /// [those of every call](Communicator#).
+    pub fn over_threads(threads: Threads, device: &Device) -> Result<Self, EpError> {
+        Self::over(Box::new(threads), device)
+    }
+
+    /// Leaves this group, and joins the next generation of it as the same rank on the same device.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Threads::rebuild`] and of [`Peer::over_threads`].
+    pub fn rebuild(self) -> Result<Self, EpError> {
+        let Self { ground, ties, .. } = self;
+        drop(ties);
+        let (control, device) = ground.rebuilt()?;
+        Self::over(control, &device)
+    }
+
+    /// The device of this rank.
+    pub fn device(&self) -> &Device {
+        &self.ground.device
+    }
+
+    fn over(mut control: Box<dyn Control>, device: &Device) -> Result<Self, EpError> {
+        let (rank, generation, num_ranks) = (control.rank(), control.generation(), control.world_size());
+        let label = format!("generation {generation}").into();
+        let site = Site { op: Collective::Rendezvous, step: 0, label };
+        let cuda = match device {
+            Device::Cuda(cuda) if num_ranks <= MAX_RANKS => cuda,
+            Device::Cuda(_) => {
+                let what = format!("there are {num_ranks} ranks, there must be at most {MAX_RANKS}");
+                return Err(control.give_up(&site, EpErrorKind::BadArgument(what)));
+            }
+            _ => {
+                let what = format!("device is {:?}, it must be a CUDA device", device.location());
+                return Err(control.give_up(&site, EpErrorKind::BadArgument(what)));
+            }
+        };
+        let (links, ordinals) = greet(&mut *control, cuda).map_err(|kind| match kind {
+            Greeting::Refused(kind) => rendezvous_error(rank, generation, kind),
+            Greeting::Failed(error) => error,
+        })?;
+        let begun = ordinals.iter().try_for_each(|&ordinal| reach(cuda, ordinal)).and_then(|()| {
+            let mailbox = links.room(cuda, DType::U32, MAILBOX_WORDS)?;
+            Ok((mailbox, Arc::new(Lifeline::new(cuda)?)))
+        });
+        let (mailbox, lifeline) = begun.map_err(|kind| control.give_up(&site, kind))?;
+        let own = address_of(&mailbox, cuda).map_err(|kind| control.give_up(&site, kind))?;
+        let addresses = gather_words(&mut *control, own)?;
+        let mut group =
+            Group { lifeline: lifeline.address(), rank: rank as u32, num_ranks: num_ranks as u32, ..Group::default() };
+        group.mailboxes[..num_ranks].copy_from_slice(&addresses);
+        let own_ordinal = cuda.cuda_stream().context().ordinal();
+        let sharers = ordinals.iter().filter(|&&ordinal| ordinal == own_ordinal).count();
+        let ground = OnDevice::start(Line(Arc::clone(&lifeline)), control, device, cuda, &site)?;
+        let ties = Ties { cuda: cuda.clone(), links, lifeline };
+        Ok(Self { ground, ties, group, sharers, rooms: HashMap::new(), is_owed: false })
+    }
+
+    /// Sends each of this rank's tokens to the ranks that have some of its experts. `hidden` and `routing` have
+    /// `counts[rank]` rows, and the ids are physical experts.
+    pub(super) fn push(
+        &mut self,
+        counts: &[usize],
+        placement: &Placement,
+        hidden: &Tensor,
+        routing: &Routing,
+    ) -> Result<Pushed, EpError> {
+        let terms = self.ground.place().all_gather(hidden, counts).map(|terms| Terms {
+            shape: [terms.shape, vec![routing.topk_ids.dims()[1], placement.num_physical()]].concat(),
+            ..terms
+        });
+        let (site, _, arrived) = self.ground.announce(Collective::Dispatch, terms, Vec::new())?;
+        if std::mem::replace(&mut self.is_owed, true) {
+            // Nobody overwrites what others may still be reading.
+            self.put(&site, arrived, |cuda, group, _| meet(cuda, group))?;
+        }
+        let (hidden_size, top_k) = (hidden.dims()[1], routing.topk_ids.dims()[1]);
+        let total: usize = counts.iter().sum();
+        let to_hidden = self.room(&site, Use::Hidden, hidden.dtype(), total * hidden_size)?;
+        let to_ids = self.room(&site, Use::Ids, DType::U32, total * top_k)?;
+        let to_weights = self.room(&site, Use::Weights, DType::F32, total * top_k)?;
+        let first = first_of(counts, self.rank());
+        let row_bytes = hidden_size * hidden.dtype().size_in_bytes();
+        let sharers = self.sharers;
+        let done = self.prepared(&site, || {
+            Ok((
+                aligned(hidden)?,
+                aligned(&routing.topk_ids)?,
+                aligned(&routing.topk_weights)?,
+                Owners::new(placement)?,
+            ))
+        })?;
+        let (own_hidden, own_ids, own_weights, owners) = done;
+        self.put(&site, arrived, |cuda, group, num_ranks| {
+            let arguments = DispatchArguments {
+                group,
+                owners,
+                hidden: address_of(&own_hidden, cuda)?,
+                topk_ids: address_of(&own_ids, cuda)?,
+                topk_weights: address_of(&own_weights, cuda)?,
+                to_hidden: to_hidden.at(first * row_bytes, num_ranks),
+                to_topk_ids: to_ids.at(first * top_k * size_of::<u32>(), num_ranks),
+                to_topk_weights: to_weights.at(first * top_k * size_of::<f32>(), num_ranks),
+                num_tokens: own_ids.dims()[0] as u32,
+                top_k: top_k as u32,
+                row_units: 0,
+            };
+            // SAFETY: every rank has rooms for the tokens of all, this one's from `first` on, and all ranks have met.
+            unsafe { kernels::push(cuda, arguments, row_bytes, sharers) }.map_err(|error| tensor_kind(&error))
+        })?;
+        let view = |room: &Room, columns| room.view(total, columns);
+        self.prepared(&site, || {
+            Ok(Pushed {
+                hidden: view(&to_hidden, hidden_size)?,
+                topk_ids: view(&to_ids, top_k)?,
+                topk_weights: view(&to_weights, top_k)?,
+            })
+        })
+    }
+
+    /// Where the others pull from: `[num_rows, hidden_size]`. A collective of its own where it must grow; all ranks ask for as much.
+    pub(super) fn room_for_results(
+        &mut self,
+        dtype: DType,
+        num_rows: usize,
+        hidden_size: usize,
+    ) -> Result<Tensor, EpError> {
+        let site = self.ground.last().unwrap_or(Site { op: Collective::Combine, step: 0, label: "".into() });
+        let room = self.room(&site, Use::Results, dtype, num_rows * hidden_size)?;
+        self.prepared(&site, || room.view(num_rows, hidden_size))
+    }
+
+    /// Pulls the ranks' sums over their slots, `[num_received, hidden_size]` on each, and adds them in rank order:
+    /// `[counts[rank], hidden_size]`.
+    pub(super) fn pull_sums(&mut self, sums: &Tensor, way: Way<'_>) -> Result<Tensor, EpError> {
+        self.pull(Pulled::Sums, sums, None, way)
+    }
+
+    /// Pulls the rows of slots, `[num_slots, hidden_size]` on each rank where `slot_rank` says, and adds them in slot order.
+    pub(super) fn pull_rows(&mut self, rows: &Tensor, slot_rank: &Tensor, way: Way<'_>) -> Result<Tensor, EpError> {
+        self.pull(Pulled::Rows, rows, Some(slot_rank), way)
+    }
+
+    fn pull(
+        &mut self,
+        what: Pulled,
+        results: &Tensor,
+        slot_rank: Option<&Tensor>,
+        way: Way<'_>,
+    ) -> Result<Tensor, EpError> {
+        let (hidden_size, top_k) = (results.dims()[1], way.routing.topk_ids.dims()[1]);
+        let shape = vec![hidden_size, top_k, usize::from(what == Pulled::Rows)];
+        let terms = Terms { dtype: Some(results.dtype()), shape, counts: way.counts.to_vec() };
+        let (site, _, arrived) = self.ground.announce(Collective::Combine, Ok(terms), Vec::new())?;
+        self.is_owed = false;
+        let total: usize = way.counts.iter().sum();
+        let num_results = if what == Pulled::Rows { total * top_k } else { total };
+        let room = self.room(&site, Use::Results, results.dtype(), num_results * hidden_size)?;
+        let places = match slot_rank {
+            Some(_) => Some(self.room(&site, Use::Places, DType::U32, total * top_k)?),
+            None => None,
+        };
+        let first = first_of(way.counts, self.rank());
+        let num_tokens = way.counts[self.rank()];
+        let (row_bytes, sharers) = (hidden_size * results.dtype().size_in_bytes(), self.sharers);
+        let (ids, weights, results, slot_rank, owners) = self.prepared(&site, || {
+            let Routing { topk_ids, topk_weights } = way.routing;
+            let slot_rank = slot_rank.map(Tensor::contiguous).transpose()?;
+            let owners = Owners::new(way.placement)?;
+            Ok((aligned(topk_ids)?, aligned(topk_weights)?, results.contiguous()?, slot_rank, owners))
+        })?;
+        let result = fresh(&self.ground.cuda, way.dtype, &[num_tokens, hidden_size], |to| {
+            self.ground.enqueue(&site, arrived, |_, stream| {
+                let cuda = &self.ground.cuda;
+                let group = self.group;
+                let num_ranks = group.num_ranks as usize;
+                let put = || {
+                    copy(
+                        address_of(&results, cuda)?,
+                        room.own_address(group.rank),
+                        results.elem_count() * results.dtype().size_in_bytes(),
+                        stream,
+                    )?;
+                    if let (Some(slot_rank), Some(places)) = (&slot_rank, &places) {
+                        let bytes = slot_rank.elem_count() * size_of::<u32>();
+                        copy(address_of(slot_rank, cuda)?, places.own_address(group.rank), bytes, stream)?;
+                    }
+                    let before = if what == Pulled::Sums { first * row_bytes } else { 0 };
+                    let arguments = CombineArguments {
+                        group,
+                        owners,
+                        rows: room.at(before, num_ranks),
+                        slot_rank: places
+                            .as_ref()
+                            .map_or([0; MAX_RANKS], |places| places.at(first * top_k * size_of::<u32>(), num_ranks)),
+                        topk_ids: address_of(&ids, cuda)?,
+                        topk_weights: address_of(&weights, cuda)?,
+                        sums: to,
+                        num_tokens: num_tokens as u32,
+                        top_k: top_k as u32,
+                        hidden_size: hidden_size as u32,
+                    };
+                    // SAFETY: every rank has a room with results for the tokens of all, and all ranks have met.
+                    unsafe { kernels::pull(cuda, arguments, what, (results.dtype(), way.dtype), sharers) }
+                        .map_err(|error| tensor_kind(&error))
+                };
+                put().map_err(words)
+            })
+        });
+        self.ground.note(&site);
+        result.map_err(|kind| self.ground.control.give_up(&site, kind))
+    }
+
+    /// A room for `elements` on every rank, which all ranks ask for in the same call.
+    fn room(&mut self, site: &Site, what: Use, dtype: DType, elements: usize) -> Result<Room, EpError> {
+        let old = self.rooms.get(&(what, dtype));
+        if let Some(room) = old.filter(|room| room.own.elem_count() >= elements.max(1)) {
+            return Ok(room.clone());
+        }
+        // A little more each time, so that growing token by token does not fill the memory.
+        let elements = elements.max(old.map_or(0, |room| room.own.elem_count() / 2 * 3));
+        let is_captured = self.ground.is_captured().map_err(|kind| self.ground.control.give_up(site, kind))?;
+        if is_captured {
+            let what = "a call in a capture is larger than any before it; make one of its size first".to_string();
+            return Err(self.ground.control.give_up(site, EpErrorKind::BadArgument(what)));
+        }
+        let made = self.ties.links.room(&self.ground.cuda, dtype, elements).and_then(|own| {
+            let address = address_of(&own, &self.ground.cuda)?;
+            Ok((own, address))
+        });
+        let (own, address) = made.map_err(|kind| self.ground.control.give_up(site, kind))?;
+        let addresses = gather_words(&mut *self.ground.control, address)?;
+        let room = Room { own, addresses };
+        self.rooms.insert((what, dtype), room.clone());
+        Ok(room)
+    }
+
+    /// Puts work on the stream, watched.
+    fn put(
+        &mut self,
+        site: &Site,
+        arrived: Instant,
+        work: impl FnOnce(&CudaDevice, Group, usize) -> Result<(), EpErrorKind>,
+    ) -> Result<(), EpError> {
+        let (cuda, group) = (self.ground.cuda.clone(), self.group);
+        let done =
+            self.ground.enqueue(site, arrived, |_, _| work(&cuda, group, group.num_ranks as usize).map_err(words));
+        self.ground.note(site);
+        done.map_err(|kind| self.ground.control.give_up(site, kind))
+    }
+
+    /// What must not fail any more, now that all ranks have met; if it does, the group is given up.
+    fn prepared<T>(&mut self, site: &Site, made: impl FnOnce() -> candle_core::Result<T>) -> Result<T, EpError> {
+        made().map_err(|error| self.ground.control.give_up(site, tensor_kind(&error)))
+    }
+
+    /// Copies parts of `rows` to the others' rooms, and what came to a new tensor of `shape`.
+    fn exchange(
+        &mut self,
+        (site, arrived): (&Site, Instant),
+        rows: &Tensor,
+        sends: &[Send],
+        (room_bytes, shape): (usize, &[usize]),
+    ) -> Result<Tensor, EpError> {
+        let room = self.room(site, Use::Anything, DType::U8, room_bytes)?;
+        let (cuda, group) = (self.ground.cuda.clone(), self.group);
+        let bytes = if shape.contains(&0) { 0 } else { shape.iter().product::<usize>() * rows.dtype().size_in_bytes() };
+        self.ground.carry((site, arrived), rows, shape, |_, stream, from, to| {
+            let put = || {
+                for send in sends {
+                    let there = room.addresses[send.rank] + send.to;
+                    copy(from + send.from, there, send.bytes, stream)?;
+                }
+                meet(&cuda, group)?;
+                copy(room.own_address(group.rank), to, bytes, stream)?;
+                // Nobody sends the next rows before all have taken these.
+                meet(&cuda, group)
+            };
+            put().map_err(words)
+        })
+    }
+}
+
+/// Some bytes for a rank, and where they go in its room.
+struct Send {
+    rank: usize,
+    from: u64,
+    to: u64,
+    bytes: usize,
+}
+
+impl Room {
+    fn view(&self, rows: usize, columns: usize) -> candle_core::Result<Tensor> {
+        self.own.narrow(0, 0, rows * columns)?.reshape((rows, columns))
+    }
+
+    fn own_address(&self, rank: u32) -> u64 {
+        self.addresses[rank as usize]
+    }
+
+    /// By rank, `bytes` behind the start.
+    fn at(&self, bytes: usize, num_ranks: usize) -> [u64; MAX_RANKS] {
+        let mut places = [0; MAX_RANKS];
+        for (place, address) in places.iter_mut().zip(&self.addresses).take(num_ranks) {
+            *place = address + bytes as u64;
+        }
+        places
+    }
+}
+
+impl Ties {
+    /// Whether the device has ended what it was given, which is waited for.
+    fn are_free(&self) -> bool {
+        let stream = self.cuda.cuda_stream();
+        let began = Instant::now();
+        let free = stream.context().bind_to_thread().and_then(|()| stream.record_event(None)).and_then(|behind| {
+            while began.elapsed() < DRAINING {
+                if behind.try_is_complete()? {
+                    return Ok(true);
+                }
+                thread::sleep(Duration::from_micros(100));
+            }
+            Ok(false)
+        });
+        free.is_ok_and(|free| free)
+    }
+}
+
+impl Drop for Ties {
+    fn drop(&mut self) {
+        if self.are_free() {
+            return;
+        }
+        self.lifeline.give_up();
+        if !self.are_free() {
+            tracing::warn!("a device is not done with the memory of its group; left to itself");
+            std::mem::forget((Arc::clone(&self.links), Arc::clone(&self.lifeline)));
+        }
+    }
+}
+
+impl Communicator for Peer {
+    fn rank(&self) -> usize {
+        self.ground.control.rank()
+    }
+
+    fn world_size(&self) -> usize {
+        self.ground.control.world_size()
+    }
+
+    fn set_label(&mut self, label: &str) {
+        self.ground.control.set_label(label);
+    }
+
+    fn deadline(&self) -> Duration {
+        self.ground.control.deadline()
+    }
+
+    fn set_deadline(&mut self, deadline: Duration) {
+        self.ground.control.set_deadline(deadline);
+    }
+
+    fn deadlines(&self) -> Deadlines {
+        self.ground.control.deadlines()
+    }
+
+    fn all_gather(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {
+        let terms = self.ground.place().all_gather(rows, counts);
+        let (site, _, arrived) = self.ground.announce(Collective::AllGather, terms, Vec::new())?;
+        let (shares, own) = (Shares::new(rows, counts), self.rank());
+        let sends: Vec<_> = (0..counts.len())
+            .map(|rank| Send { rank, from: 0, to: shares.offset(own), bytes: shares.bytes(own) })
+            .collect();
+        let all = shares.offset(counts.len()) as usize;
+        self.exchange((&site, arrived), rows, &sends, (all, &shares.shape(shares.num_rows())))
+    }
+
+    fn reduce_scatter(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {
+        let terms = self.ground.place().reduce_scatter(rows, counts);
+        let (site, _, arrived) = self.ground.announce(Collective::ReduceScatter, terms, Vec::new())?;
+        let (shares, own) = (Shares::new(rows, counts), self.rank());
+        let part = |rank: usize| {
+            let to = (own * shares.bytes(rank)) as u64;
+            Send { rank, from: shares.offset(rank), to, bytes: shares.bytes(rank) }
+        };
+        let sends: Vec<_> = (0..counts.len()).map(part).collect();
+        let most = (0..counts.len()).map(|rank| shares.bytes(rank)).max().unwrap_or(0) * counts.len();
+        let shape = [&[counts.len()], shares.shape(shares.rows(own)).as_slice()].concat();
+        let parts = self.exchange((&site, arrived), rows, &sends, (most, &shape))?;
+        self.sum(&site, &parts)
+    }
+
+    fn all_to_all(&mut self, rows: &Tensor, send_counts: &[usize]) -> Result<(Tensor, Vec<usize>), EpError> {
+        let terms = self.ground.place().all_to_all(rows, send_counts);
+        let note = serde_json::to_vec(send_counts).unwrap_or_default();
+        let (site, notes, arrived) = self.ground.announce(Collective::AllToAll, terms, note)?;
+        let read: Option<Vec<Vec<usize>>> = notes.iter().map(|note| serde_json::from_slice(note).ok()).collect();
+        let Some(counts) = read.filter(|counts| counts.iter().all(|counts| counts.len() == send_counts.len())) else {
+            let what = "a rank did not say how many rows it sends".to_string();
+            return Err(self.ground.control.give_up(&site, EpErrorKind::Tensor(what)));
+        };
+        let own = self.rank();
+        // Rows that a rank gets from those before `source`.
+        let before = |rank: usize, source: usize| counts.iter().take(source).map(|counts| counts[rank]).sum::<usize>();
+        let shares = Shares::new(rows, send_counts);
+        let part = |rank: usize| {
+            let to = (before(rank, own) * shares.row_bytes()) as u64;
+            Send { rank, from: shares.offset(rank), to, bytes: shares.bytes(rank) }
+        };
+        let sends: Vec<_> = (0..send_counts.len()).map(part).collect();
+        let most = (0..counts.len()).map(|rank| before(rank, counts.len())).max().unwrap_or(0) * shares.row_bytes();
+        let received: Vec<usize> = counts.iter().map(|counts| counts[own]).collect();
+        let shape = shares.shape(received.iter().sum());
+        Ok((self.exchange((&site, arrived), rows, &sends, (most, &shape))?, received))
+    }
+
+    fn all_reduce(&mut self, values: &Tensor) -> Result<Tensor, EpError> {
+        let terms = self.ground.place().all_reduce(values);
+        let (site, _, arrived) = self.ground.announce(Collective::AllReduce, terms, Vec::new())?;
+        let (own, num_ranks) = (self.rank(), self.world_size());
+        let bytes = values.elem_count() * values.dtype().size_in_bytes();
+        let sends: Vec<_> =
+            (0..num_ranks).map(|rank| Send { rank, from: 0, to: (own * bytes) as u64, bytes }).collect();
+        let shape = [&[num_ranks], values.dims()].concat();
+        let parts = self.exchange((&site, arrived), values, &sends, (num_ranks * bytes, &shape))?;
+        self.sum(&site, &parts)
+    }
+
+    fn all_gather_bytes(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, EpError> {
+        self.ground.control.all_gather_bytes(bytes)
+    }
+
+    fn barrier(&mut self) -> Result<(), EpError> {
+        self.ground.control.barrier()
+    }
+
+    fn settle(&mut self) -> Result<(), EpError> {
+        self.ground.settle()
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        self.ground.control.abort_handle()
+    }
+
+    fn health(&self) -> Health {
+        self.ground.control.health()
+    }
+
+    fn as_peer(&mut self) -> Option<&mut Peer> {
+        Some(self)
+    }
+}
+
+impl Peer {
+    /// The sum over the first dimension, in its order.
+    fn sum(&mut self, site: &Site, parts: &Tensor) -> Result<Tensor, EpError> {
+        let summed = || rows::sum((0..parts.dims()[0]).map(|rank| parts.get(rank)));
+        self.prepared(site, summed)
+    }
+}
+
+impl fmt::Debug for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Peer")
+            .field("rank", &self.rank())
+            .field("world_size", &self.world_size())
+            .field("generation", &self.generation())
+            .field("device", &self.ground.device.location())
+            .finish_non_exhaustive()
+    }
+}
+
+enum Greeting {
+    Refused(EpErrorKind),
+    Failed(EpError),
+}
+
+/// What the group shares, and the ordinals of all ranks' devices.
+fn greet(control: &mut dyn Control, cuda: &CudaDevice) -> Result<(Arc<Links>, Vec<usize>), Greeting> {
+    let opened = (control.rank() == 0).then(Links::open);
+    let hello =
+        Hello { ordinal: cuda.cuda_stream().context().ordinal(), links: opened.as_ref().map(|(number, _)| *number) };
+    let unreadable = |error: serde_json::Error| {
+        Greeting::Refused(EpErrorKind::Library(format!("a rank says what none would: {error}")))
+    };
+    let bytes = serde_json::to_vec(&hello).map_err(unreadable)?;
+    let hellos = control.all_gather_bytes(&bytes).map_err(Greeting::Failed)?;
+    let hellos: Vec<Hello> =
+        hellos.iter().map(|bytes| serde_json::from_slice(bytes).map_err(unreadable)).collect::<Result<_, _>>()?;
+    let number = hellos.first().and_then(|hello| hello.links);
+    let joined = number.and_then(Links::join);
+    // Rank 0 holds them until everybody has them.
+    control.barrier().map_err(Greeting::Failed)?;
+    drop(opened);
+    match joined {
+        Some(links) => Ok((links, hellos.iter().map(|hello| hello.ordinal).collect())),
+        None => Err(Greeting::Refused(EpErrorKind::Library("rank 0 is not in this process".to_string()))),
+    }
+}
+
+/// Every rank's number.
+fn gather_words(control: &mut dyn Control, word: u64) -> Result<Vec<u64>, EpError> {
+    let words = control.all_gather_bytes(&word.to_le_bytes())?;
+    let word = |bytes: &Vec<u8>| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes);
+    Ok(words.iter().map(word).collect())
+}
+
+fn first_of(counts: &[usize], rank: usize) -> usize {
+    counts.iter().take(rank).sum()
+}
+
+/// Contiguous, at a multiple of 16 bytes where rows have such.
+fn aligned(tensor: &Tensor) -> candle_core::Result<Tensor> {
+    let tensor = tensor.contiguous()?;
+    let start = tensor.layout().start_offset() * tensor.dtype().size_in_bytes();
+    if start.is_multiple_of(16) { Ok(tensor) } else { tensor.force_contiguous() }
+}
+
+fn meet(cuda: &CudaDevice, group: Group) -> Result<(), EpErrorKind> {
+    // SAFETY: the ranks have met on the host for the call that this belongs to.
+    unsafe { kernels::meet(cuda, group) }.map_err(|error| tensor_kind(&error))
+}
+
+/// Copies between memory of any devices; nothing where it is there already.
+fn copy(from: u64, to: u64, bytes: usize, stream: &CudaStream) -> Result<(), EpErrorKind> {
+    if bytes == 0 || from == to {
+        return Ok(());
+    }
+    // SAFETY: rows of this rank, and room for them, which stay until the stream has come here.
+    unsafe { sys::cuMemcpyAsync(to, from, bytes, stream.cu_stream()) }.result().map_err(|error| device_kind(&error))
+}
+
+fn words(kind: EpErrorKind) -> String {
+    kind.to_string()
+}
