@@ -10,10 +10,14 @@
 // Rows land where all tokens of all ranks have a place, in rank order: shapes follow from numbers of tokens that everybody knows,
 // and nothing needs the host. What nobody sent is not read either: the order of a rank names its own slots only.
 //
-// Why that needs no second set of buffers: rows of the next dispatch may overwrite this one's only when the receiver's experts
-// are done with them. The sender comes to that dispatch after its combine, in which it waited for the receiver to come, which that
-// did behind its experts. And experts may overwrite what the others pull only when they have; they come to the next dispatch
-// behind their pulling, and this rank waits for them there before its experts begin.
+// Two rooms of each kind take turns, and nobody waits for one to be free:
+//
+// 1. Who comes to a dispatch has waited, in the one before, for everybody to come there; that is behind their reading of the tokens
+//    of the second last, whose room is the one that this dispatch fills.
+// 2. Results of a combine are written behind the combine before it, where this rank waited for everybody to come; that is behind their
+//    pulling of the second last, whose room is the one that is written.
+// 3. A dispatch and its combine in turn are safe in one room each: tokens are overwritten behind the combine, for which the reader
+//    came when its experts were done, and results behind the next dispatch. So a graph may have an odd number of both.
 //
 // Why it is fast: one launch each, one flag each way. Writes over the links are posted, so pushing needs few threads; pulling has
 // 16 bytes of each thread under way, some 4 MB in all, where the links hold less than one at a time. A token of one row goes out

@@ -38,8 +38,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N")]
     ep_size: Option<usize>,
     /// What ranks are and how tokens travel, separated by commas: threads, procs or nccl (a CUDA device for each rank), by the
-    /// best strategy or with -gather, -exchange, -replicated or -solo behind it; or all, which is those of threads and procs.
-    /// With -replicated every rank holds the tokens of all ranks
+    /// best strategy or with -gather, -exchange, -replicated or -solo behind it; peer (CUDA devices that reach each other's
+    /// memory); or all, which is those of threads and procs. With -replicated every rank holds the tokens of all ranks
     /// [default: threads, or procs where a launcher started the ranks]
     #[arg(long, value_name = "NAMES")]
     backend: Option<Wishes>,
@@ -55,7 +55,7 @@ pub(crate) struct Arguments {
     /// Another number of experts than the profile's
     #[arg(long, value_name = "N")]
     num_experts: Option<usize>,
-    /// Dtype of the hidden states; results are float32
+    /// Dtype of the hidden states; results travel in float32, or with peer in this
     #[arg(long, value_enum, default_value_t = Precision::Bf16)]
     dtype: Precision,
     /// How the results of a token's experts are summed
@@ -277,10 +277,10 @@ impl Arguments {
         let usual = if launched { Transport::Procs } else { Transport::Threads };
         let usual = Wishes::These(vec![Wish::best(usual)]);
         let wishes = self.wishes().unwrap_or(&usual);
-        if launched && wishes.name(Transport::Threads) {
+        if launched && (wishes.name(Transport::Threads) || wishes.name(Transport::Peer)) {
             return Err(BadArguments(format!(
                 "--backend {wishes}: expected procs or nccl only, since a launcher started the ranks as processes; or ask for \
-                 threads only"
+                 threads or peer only"
             )));
         }
         if launched && wishes.name(Transport::Procs) && wishes.name(Transport::Nccl) {
@@ -297,8 +297,10 @@ impl Arguments {
                 "--ep-size {ep_size}: expected at most {MAX_PROCS} processes; choose fewer, or threads"
             )));
         }
-        if backends.iter().any(|backend| backend.transport == Transport::Nccl) {
-            check_devices(wishes, if launched { 1 } else { ep_size })?;
+        for transport in [Transport::Nccl, Transport::Peer] {
+            if backends.iter().any(|backend| backend.transport == transport) {
+                check_devices(wishes, transport, if launched { 1 } else { ep_size })?;
+            }
         }
         check_memory(settings, &backends)?;
         Ok(backends)
@@ -311,8 +313,11 @@ impl Arguments {
 }
 
 /// Whether there are as many CUDA devices as ranks of this process.
-#[cfg(feature = "nccl")]
-fn check_devices(wishes: &Wishes, needed: usize) -> Result<(), BadArguments> {
+#[cfg(feature = "cuda")]
+fn check_devices(wishes: &Wishes, transport: Transport, needed: usize) -> Result<(), BadArguments> {
+    if transport == Transport::Nccl && !cfg!(feature = "nccl") {
+        return Err(BadArguments(format!("--backend {wishes}: expected a program built with --features nccl")));
+    }
     use candle_core::cuda_backend::cudarc::driver::CudaContext;
     let found = CudaContext::device_count().map_or(0, |count| count.max(0) as usize);
     match found >= needed {
@@ -324,9 +329,10 @@ fn check_devices(wishes: &Wishes, needed: usize) -> Result<(), BadArguments> {
     }
 }
 
-#[cfg(not(feature = "nccl"))]
-fn check_devices(wishes: &Wishes, _: usize) -> Result<(), BadArguments> {
-    Err(BadArguments(format!("--backend {wishes}: expected a program built with --features nccl")))
+#[cfg(not(feature = "cuda"))]
+fn check_devices(wishes: &Wishes, transport: Transport, _: usize) -> Result<(), BadArguments> {
+    let feature = if transport == Transport::Nccl { "nccl" } else { "cuda" };
+    Err(BadArguments(format!("--backend {wishes}: expected a program built with --features {feature}")))
 }
 
 /// Whether all ranks together find room on this machine.

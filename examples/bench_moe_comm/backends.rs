@@ -1,4 +1,4 @@
-//! What carries rows between ranks, and by which strategy: `threads-gather`, `procs-exchange`, `nccl-gather` and so on.
+//! What carries rows between ranks, and by which strategy: `threads-gather`, `procs-exchange`, `nccl-gather`, `peer` and so on.
 
 use candle_moe::ep::{Problem, Reduction, Strategy};
 use std::fmt;
@@ -13,18 +13,26 @@ pub(crate) enum Transport {
     Procs,
     /// CUDA devices, as threads of this process or as the processes that a launcher started.
     Nccl,
+    /// CUDA devices that reach each other's memory, as threads of this process; a strategy of its own.
+    Peer,
 }
 
 impl Transport {
-    pub(crate) const ALL: [Self; 3] = [Self::Threads, Self::Procs, Self::Nccl];
+    pub(crate) const ALL: [Self; 4] = [Self::Threads, Self::Procs, Self::Nccl, Self::Peer];
     /// Those that need nothing but a CPU, which is what `all` means.
     const OF_THE_HOST: [Self; 2] = [Self::Threads, Self::Procs];
+
+    /// Whether ranks have a CUDA device each.
+    pub(crate) fn has_devices(self) -> bool {
+        matches!(self, Self::Nccl | Self::Peer)
+    }
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Threads => "threads",
             Self::Procs => "procs",
             Self::Nccl => "nccl",
+            Self::Peer => "peer",
         }
     }
 }
@@ -45,8 +53,11 @@ impl Wish {
     /// Every name.
     fn all() -> impl Iterator<Item = Self> {
         Transport::ALL.into_iter().flat_map(|transport| {
-            let strategies = [Strategy::Gather, Strategy::Exchange, Strategy::Replicated, Strategy::Solo];
-            let forced = strategies.map(|strategy| Self { transport, strategy: Some(strategy) });
+            let strategies: &[_] = match transport {
+                Transport::Peer => &[],
+                _ => &[Strategy::Gather, Strategy::Exchange, Strategy::Replicated, Strategy::Solo],
+            };
+            let forced = strategies.iter().map(move |&strategy| Self { transport, strategy: Some(strategy) });
             std::iter::once(Self::best(transport)).chain(forced)
         })
     }
@@ -129,7 +140,10 @@ pub(crate) struct Backend {
 
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.transport.name(), self.strategy)
+        match self.transport {
+            Transport::Peer => f.write_str(self.transport.name()),
+            _ => write!(f, "{}-{}", self.transport.name(), self.strategy),
+        }
     }
 }
 
@@ -143,8 +157,8 @@ impl Backend {
         let mut backends: Vec<Self> = Vec::new();
         for Wish { transport, strategy } in transports.iter().flat_map(|&transport| wishes.on(transport, ep_size)) {
             let replicated_tokens = strategy == Some(Strategy::Replicated);
-            let choice =
-                Problem { ep_size, top_k, reduction, replicated_tokens, peer_access: false }.choose(strategy)?;
+            let peer_access = transport == Transport::Peer;
+            let choice = Problem { ep_size, top_k, reduction, replicated_tokens, peer_access }.choose(strategy)?;
             let backend = Self { transport, strategy: choice.strategy(), reason: choice.reason().to_string() };
             if !backends.iter().any(|other| other.to_string() == backend.to_string()) {
                 backends.push(backend);
@@ -155,7 +169,7 @@ impl Backend {
 
     /// Whether a graph can hold its calls: the host need not know on the way how much goes where.
     pub(crate) fn may_be_captured(&self) -> bool {
-        self.transport == Transport::Nccl && self.strategy != Strategy::Exchange
+        self.transport.has_devices() && self.strategy != Strategy::Exchange
     }
 
     /// The names, separated by commas.

@@ -5,6 +5,8 @@
 //! without      again and again: barrier, call                          a sample is the time between two events
 //! ```
 //!
+//! Where ranks fetch results from each other, the results lie there before: a layer's experts write them there.
+//!
 //! Ranks replay alike, and the first of ten calls waits for whoever left the barrier last.
 
 use crate::clock::{Clock, nanoseconds};
@@ -13,7 +15,7 @@ use crate::measure::{Layer, Round};
 use crate::measurement::{Samples, Volume};
 use anyhow::Result;
 use candle_core::CudaDevice;
-use candle_moe::ep::{Communicator, combine};
+use candle_moe::ep::Communicator;
 use std::time::Instant;
 
 /// Calls in a graph.
@@ -32,9 +34,11 @@ pub(crate) fn time(
     let mut samples = Samples::new(volume);
     let dispatched = layer.dispatch(communicator)?;
     let combined = |communicator: &mut dyn Communicator| -> Result<()> {
-        combine(communicator, &dispatched, &round.rows, &round.order)?;
+        layer.combine_in_place(communicator, &dispatched, round)?;
         Ok(())
     };
+    // With the check's that is two rounds, after which all places have their results.
+    layer.combine(communicator, &dispatched, round)?;
     combined(communicator)?;
     communicator.settle()?;
     let graphs = match is_captured {

@@ -16,7 +16,7 @@ mod clock;
 #[allow(dead_code, reason = "each example uses its part")]
 #[path = "../common/mod.rs"]
 mod common;
-#[cfg(feature = "nccl")]
+#[cfg(feature = "cuda")]
 mod device;
 mod html;
 mod measure;
@@ -34,6 +34,8 @@ use backends::{Backend, Transport};
 use candle_core::Device;
 #[cfg(feature = "nccl")]
 use candle_moe::ep::Nccl;
+#[cfg(feature = "cuda")]
+use candle_moe::ep::Peer;
 use candle_moe::ep::{Communicator, Environment, Procs, ProcsConfig, launch};
 use common::report::{OutputFormat, Verdict, finish, print, print_json};
 use common::{processes, progress};
@@ -66,6 +68,7 @@ fn run(arguments: &Arguments) -> Result<Verdict> {
                 Transport::Threads => with_threads(&settings, &of_transport)?,
                 Transport::Procs => with_processes(&settings, &of_transport)?,
                 Transport::Nccl => with_devices(&settings, &of_transport)?,
+                Transport::Peer => with_peers(&settings, &of_transport)?,
             });
         }
     }
@@ -75,7 +78,8 @@ fn run(arguments: &Arguments) -> Result<Verdict> {
 /// The rank that a launcher wants this process to be; `None` if it is to have all ranks itself, or to start them.
 fn launched(arguments: &Arguments) -> Result<Option<Environment>> {
     let names = |transport| arguments.wishes().is_some_and(|wishes| wishes.name(transport));
-    if names(Transport::Threads) && !names(Transport::Procs) && !names(Transport::Nccl) {
+    let in_one_process = names(Transport::Threads) || names(Transport::Peer);
+    if in_one_process && !names(Transport::Procs) && !names(Transport::Nccl) {
         return Ok(None);
     }
     let environment = processes::launched("or use --backend threads")?;
@@ -132,6 +136,17 @@ fn with_device(ranks: Procs, local_rank: usize, settings: &Settings, backends: &
     measure_with_progress(&mut ranks, &device, settings, backends)
 }
 
+/// All ranks as threads of this process, with a CUDA device each that reaches the memory of the others.
+#[cfg(feature = "cuda")]
+fn with_peers(settings: &Settings, backends: &[Backend]) -> Result<Vec<Measurement>> {
+    let ranks = launch(settings.ep_size, DEADLINE, |threads| {
+        let device = Device::new_cuda(threads.rank())?;
+        let mut ranks = Peer::over_threads(threads, &device)?;
+        measure_with_progress(&mut ranks, &device, settings, backends)
+    })?;
+    of_rank_0(ranks)
+}
+
 #[cfg(not(feature = "nccl"))]
 fn with_devices(_: &Settings, _: &[Backend]) -> Result<Vec<Measurement>> {
     bail!("expected a program built with --features nccl")
@@ -140,6 +155,11 @@ fn with_devices(_: &Settings, _: &[Backend]) -> Result<Vec<Measurement>> {
 #[cfg(not(feature = "nccl"))]
 fn with_device(_: Procs, _: usize, _: &Settings, _: &[Backend]) -> Result<Vec<Measurement>> {
     bail!("expected a program built with --features nccl")
+}
+
+#[cfg(not(feature = "cuda"))]
+fn with_peers(_: &Settings, _: &[Backend]) -> Result<Vec<Measurement>> {
+    bail!("expected a program built with --features cuda")
 }
 
 /// What all ranks measured, which is the same on each.

@@ -24,7 +24,10 @@ use crate::settings::Settings;
 use crate::workload::{Tokens, nothing};
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
-use candle_moe::ep::{Communicator, Dispatched, Metered, Sharing, Step, Strategy, Transfer, combine, dispatch};
+use candle_moe::ep::{
+    Communicator, Dispatched, Metered, Reduction, Sharing, Step, Strategy, Transfer, combine, combine_sums, dispatch,
+};
+use candle_moe::experts::weighted_sum;
 use candle_moe::order::{ExpertOrder, NO_SLOT};
 use std::hint::black_box;
 use std::time::Instant;
@@ -88,8 +91,17 @@ pub(crate) struct Layer<'a> {
 
 /// What the experts of this rank were given and hand back.
 pub(crate) struct Round {
-    pub(crate) order: ExpertOrder,
-    pub(crate) rows: Tensor,
+    order: ExpertOrder,
+    results: Results,
+}
+
+/// As combine takes them.
+enum Results {
+    /// Of each slot.
+    Rows(Tensor),
+    /// Of each token.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "for devices that reach each other's memory"))]
+    Sums(Tensor),
 }
 
 impl<'a> Layer<'a> {
@@ -128,12 +140,15 @@ impl<'a> Layer<'a> {
         let dispatched = self.dispatch(&mut metered)?;
         let sent = metered.take_transfers();
         let round = self.hand_back(metered.rank(), &dispatched)?;
-        let combined = combine(&mut metered, &dispatched, &round.rows, &round.order)?;
-        let volume = Volume::new(round.num_rows()?, &sent, &metered.take_transfers());
+        let combined = self.combine(&mut metered, &dispatched, &round)?;
+        let volume = match self.sharing.strategy {
+            Strategy::Peer => self.volume_of_peer(metered.rank(), &dispatched, &round)?,
+            _ => Volume::new(round.num_rows()?, &sent, &metered.take_transfers()),
+        };
         let Tokens { hidden, routing } = &self.tokens;
         communicator.settle()?;
         let combined = combined.to_device(&Device::Cpu)?;
-        let mismatch = first_mismatch(hidden, &routing.topk_weights, &combined)?.unwrap_or_default();
+        let mismatch = first_mismatch(hidden, &routing.topk_weights, &combined, self.rounding())?.unwrap_or_default();
         let mismatches = communicator.all_gather_bytes(mismatch.as_bytes())?;
         match mismatches.iter().enumerate().find(|(_, mismatch)| !mismatch.is_empty()) {
             Some((rank, mismatch)) => {
@@ -163,7 +178,104 @@ impl<'a> Layer<'a> {
                 hidden.contiguous()?.index_select(&tokens, 0)?.to_dtype(DType::F32)?
             }
         };
-        Ok(Round { order, rows })
+        if self.sharing.strategy != Strategy::Peer {
+            return Ok(Round { order, results: Results::Rows(rows) });
+        }
+        let dtype = hidden.dtype();
+        let results = match dispatched.weights_here() {
+            Some(topk_weights) => Results::Sums(weighted_sum(&rows, topk_weights, &order)?.to_dtype(dtype)?),
+            None => Results::Rows(rows.to_dtype(dtype)?),
+        };
+        Ok(Round { order, results })
+    }
+
+    pub(crate) fn combine(
+        &self,
+        communicator: &mut dyn Communicator,
+        dispatched: &Dispatched,
+        round: &Round,
+    ) -> candle_core::Result<Tensor> {
+        match &round.results {
+            Results::Rows(rows) => combine(communicator, dispatched, rows, &round.order),
+            Results::Sums(sums) => combine_sums(communicator, dispatched, sums),
+        }
+    }
+
+    /// As [`combine`](Self::combine), of results that lie where the others fetch them from, where there is such a place: those of two
+    /// rounds before.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn combine_in_place(
+        &self,
+        communicator: &mut dyn Communicator,
+        dispatched: &Dispatched,
+        round: &Round,
+    ) -> candle_core::Result<Tensor> {
+        let (Results::Rows(results) | Results::Sums(results)) = &round.results;
+        let (num_rows, hidden_size) = results.dims2()?;
+        let Some(peer) = communicator.as_peer().filter(|_| num_rows > 0) else {
+            return self.combine(communicator, dispatched, round);
+        };
+        let results = peer.room_for_results(results.dtype(), num_rows, hidden_size)?;
+        match &round.results {
+            Results::Rows(_) => combine(communicator, dispatched, &results, &round.order),
+            Results::Sums(_) => combine_sums(communicator, dispatched, &results),
+        }
+    }
+
+    /// What partial sums lose on their way, relative to their terms.
+    fn rounding(&self) -> f64 {
+        match (self.sharing.strategy, self.sharing.reduction, self.settings.dtype) {
+            (Strategy::Peer, Reduction::RankPartial, DType::BF16) => 2f64.powi(-8),
+            (Strategy::Peer, Reduction::RankPartial, DType::F16) => 2f64.powi(-11),
+            _ => 0.0,
+        }
+    }
+
+    /// What kernels move, as it follows from where tokens go.
+    fn volume_of_peer(&self, rank: usize, dispatched: &Dispatched, round: &Round) -> Result<Volume> {
+        let Settings { ep_size, hidden_size, top_k, dtype, placement, .. } = self.settings;
+        let all = dispatched.topk_ids().to_vec2::<u32>()?;
+        let owners = |ids: &Vec<u32>| -> Result<Vec<usize>> {
+            ids.iter().map(|&id| Ok(placement.owner(id as usize)?)).collect()
+        };
+        let counts = self.step.token_counts();
+        let first: usize = counts[..rank].iter().sum();
+        let (mut to, mut from, mut slots_to, mut slots_from) = (vec![0; *ep_size], 0, vec![0; *ep_size], 0);
+        for (token, ids) in all.iter().enumerate() {
+            let owners = owners(ids)?;
+            let is_own = (first..first + counts[rank]).contains(&token);
+            let here = owners.iter().filter(|&&owner| owner == rank).count();
+            if !is_own {
+                from += usize::from(here > 0);
+                slots_from += here;
+                continue;
+            }
+            for other in 0..*ep_size {
+                let there = owners.iter().filter(|&&owner| owner == other).count();
+                to[other] += usize::from(there > 0);
+                slots_to[other] += there;
+            }
+        }
+        let others = |of: &[usize]| of.iter().sum::<usize>() - of[rank];
+        let row_bytes = hidden_size * dtype.size_in_bytes();
+        let told = counts[rank] * top_k * (size_of::<u32>() + size_of::<f32>());
+        // Rows that come home are those that went, or one for each slot.
+        let (back, handed_back, kept) = match self.sharing.reduction {
+            Reduction::RankPartial => (others(&to), from, to[rank]),
+            Reduction::SlotOrder => (others(&slots_to), slots_from, slots_to[rank]),
+        };
+        Ok(Volume {
+            expert_rows: round.num_rows()?,
+            rows_sent: others(&to),
+            rows_received: from,
+            rows_kept: to[rank],
+            combine_rows_sent: handed_back,
+            combine_rows_received: back,
+            dispatch_bytes_sent: others(&to) * row_bytes + told * (ep_size - 1),
+            dispatch_bytes_kept: to[rank] * row_bytes + told,
+            combine_bytes_sent: handed_back * row_bytes,
+            combine_bytes_kept: kept * row_bytes,
+        })
     }
 
     fn time(
@@ -174,7 +286,7 @@ impl<'a> Layer<'a> {
         volume: Volume,
         backend: &Backend,
     ) -> Result<Samples> {
-        #[cfg(feature = "nccl")]
+        #[cfg(feature = "cuda")]
         if let Device::Cuda(device) = self.placed.hidden.device() {
             let is_captured = self.settings.cuda_graph && backend.may_be_captured();
             return crate::device::time(self, communicator, round, (clock, volume), device, is_captured);
@@ -188,7 +300,7 @@ impl<'a> Layer<'a> {
             let dispatch_time = arrived.elapsed();
             communicator.barrier()?;
             let started = Instant::now();
-            let combined = combine(communicator, &dispatched, &round.rows, &round.order)?;
+            let combined = self.combine(communicator, &dispatched, round)?;
             let combine_time = started.elapsed();
             black_box(combined);
             if iteration >= self.settings.warmup {

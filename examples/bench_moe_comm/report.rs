@@ -1,6 +1,6 @@
 //! What was measured, for people and for programs.
 
-use crate::backends::{Backend, Transport};
+use crate::backends::Backend;
 use crate::common::machine;
 use crate::common::report::{Column, digits, row, table};
 use crate::common::stats::Summary;
@@ -388,7 +388,7 @@ impl Metadata {
 
 /// Where the tensors of all ranks are.
 fn device(backends: &[Backend]) -> String {
-    let is_on_device = |backend: &Backend| backend.transport == Transport::Nccl;
+    let is_on_device = |backend: &Backend| backend.transport.has_devices();
     match (backends.iter().any(is_on_device), backends.iter().all(is_on_device)) {
         (false, _) => "cpu".into(),
         (true, true) => machine::cuda_device(),

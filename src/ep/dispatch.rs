@@ -82,6 +82,16 @@ impl Dispatched {
         }
     }
 
+    /// Whether results may travel in this dtype, which is not f32.
+    fn may_travel_in(&self, dtype: DType) -> bool {
+        #[cfg(feature = "cuda")]
+        if matches!(self.way_home, WayHome::Pulled(_)) {
+            return dtype == self.hidden.dtype();
+        }
+        let _ = dtype;
+        false
+    }
+
     /// u32 `[num_received, top_k]`: physical experts, those of other ranks included, or
     /// [`NO_EXPERT`](crate::order::NO_EXPERT).
     pub fn topk_ids(&self) -> &Tensor {
@@ -128,7 +138,7 @@ pub fn dispatch(
 
 /// Brings the results of this rank's tokens home and sums them: f32 `[token_counts[rank], hidden_size]`. A collective.
 ///
-/// `rows` is f32 `[num_rows, hidden_size]`, what the local experts made of the dispatched tokens, in the order `order` of
+/// `rows` is f32 `[num_rows, hidden_size]`, or with [`Strategy::Peer`] in the dtype of the hidden states, what the local experts made of the dispatched tokens, in the order `order` of
 /// [`Dispatched::topk_ids`].
 ///
 /// # Errors
@@ -140,7 +150,7 @@ pub fn combine(
     order: &ExpertOrder,
 ) -> Result<Tensor> {
     check_order(dispatched, order)?;
-    if rows.dtype() != DType::F32 {
+    if rows.dtype() != DType::F32 && !dispatched.may_travel_in(rows.dtype()) {
         bail!("{COMBINE}: rows has dtype {:?}, expected F32", rows.dtype())
     }
     if let Some(topk_weights) = dispatched.weights_here() {
@@ -169,14 +179,17 @@ pub fn combine(
     }
 }
 
-/// As [`combine`], of what is summed already: `sums` is f32 `[num_received, hidden_size]`, the sums over the local slots of each
-/// token with the weights of [`Dispatched::weights_here`], where there are such.
+/// As [`combine`], of what is summed already: `sums` is f32 `[num_received, hidden_size]`, or with [`Strategy::Peer`] in the dtype of the hidden states, the sums over the local
+/// slots of each token with the weights of [`Dispatched::weights_here`], where there are such.
 ///
 /// # Errors
 /// Those of the communicator; sums of other tokens; a way home on which nothing is summed here.
 pub fn combine_sums(communicator: &mut dyn Communicator, dispatched: &Dispatched, sums: &Tensor) -> Result<Tensor> {
     let num_received = dispatched.topk_ids.dims()[0];
-    if sums.rank() != 2 || sums.dims()[0] != num_received || sums.dtype() != DType::F32 {
+    if sums.rank() != 2
+        || sums.dims()[0] != num_received
+        || (sums.dtype() != DType::F32 && !dispatched.may_travel_in(sums.dtype()))
+    {
         bail!("{COMBINE}: sums has shape {:?}, {:?}, expected {num_received} rows of F32", sums.shape(), sums.dtype())
     }
     match &dispatched.way_home {

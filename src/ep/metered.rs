@@ -40,7 +40,8 @@ impl Transfer {
     }
 }
 
-/// A rank that notes the [`Transfer`] of every collective of tensors; all calls are those of the communicator within.
+/// A rank that notes the [`Transfer`] of every collective of tensors; all calls are those of the communicator within. What kernels
+/// move by themselves, with [`Strategy::Peer`](super::Strategy::Peer), is not noted.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -160,6 +161,11 @@ impl Communicator for Metered<'_> {
 
     fn settle(&mut self) -> Result<(), EpError> {
         self.inner.settle()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn as_peer(&mut self) -> Option<&mut super::Peer> {
+        self.inner.as_peer()
     }
 
     fn abort_handle(&self) -> AbortHandle {

@@ -467,7 +467,7 @@ fn the_check_finds_what_is_wrong() {
     let hidden = Tensor::new(&[[1f32, -2.0, 3.0], [0.5, 0.25, -1.0]], &Device::Cpu).unwrap();
     let topk_weights = Tensor::new(&[[0.75f32, 0.25], [0.5, 0.125]], &Device::Cpu).unwrap();
     let of = |combined: [[f32; 3]; 2]| {
-        check::first_mismatch(&hidden, &topk_weights, &Tensor::new(&combined, &Device::Cpu).unwrap()).unwrap()
+        check::first_mismatch(&hidden, &topk_weights, &Tensor::new(&combined, &Device::Cpu).unwrap(), 0.0).unwrap()
     };
     let right = [[1.0, -2.0, 3.0], [0.3125, 0.15625, -0.625]];
     assert_eq!(of(right), None);
@@ -480,7 +480,7 @@ fn the_check_finds_what_is_wrong() {
         let found = of(wrong).unwrap();
         assert!(found.contains(words), "{found}");
     }
-    assert!(check::first_mismatch(&hidden, &topk_weights, &hidden.narrow(0, 0, 1).unwrap()).is_err());
+    assert!(check::first_mismatch(&hidden, &topk_weights, &hidden.narrow(0, 0, 1).unwrap(), 0.0).is_err());
 }
 
 #[cfg(feature = "nccl")]
@@ -506,5 +506,29 @@ fn ranks_that_are_devices_are_measured_by_every_strategy() {
     assert_eq!(names, ["nccl-gather", "nccl-exchange", "nccl-replicated"]);
     for row in rows {
         assert!(row["dispatch_us"]["rank1"].as_f64().unwrap() > 0.0, "{row}");
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn peers_are_measured_from_graphs_and_without() {
+    let devices = candle_core::cuda_backend::cudarc::driver::CudaContext::device_count().unwrap_or(0);
+    if devices < 2 {
+        return crate::devices::say("SKIPPED on CUDA: 2 devices are needed");
+    }
+    for (reduction, rest) in [("slot-order", &["--no-cuda-graph"][..]), ("rank-partial", &[])] {
+        let arguments = ["--backend", "peer", "--ep-size", "2", "--hidden-size", "64", "-b", "3", "-e", "12"];
+        let times = ["--iters", "3", "--warmup", "1", "--output", "json", "--reduction", reduction];
+        let report = json_of(BENCH, &[&arguments[..], &times, rest].concat());
+        assert_eq!(report["benchmark_metadata"]["backend"], json!("peer"));
+        for row in report["results"].as_array().unwrap() {
+            let number = |key: &str| row[key]["rank1"].as_f64().unwrap();
+            assert!(number("dispatch_us") > 0.0 && number("combine_us") > 0.0, "{row}");
+            let tokens = row["local_batch_size"].as_f64().unwrap();
+            // A token goes to the other rank at most once, and its results come home once, or once for each slot.
+            assert!(number("rows_sent") <= tokens, "{row}");
+            let most = if reduction == "slot-order" { 4.0 * tokens } else { tokens };
+            assert!(number("combine_rows_sent") <= most, "{row}");
+        }
     }
 }

@@ -6,27 +6,29 @@
 //! others     meet on the host; copies to the others' rooms, a round, a copy out of the own room, a round
 //! ```
 //!
-//! The kernels and why one set of rooms is enough are in `cuda/ep/peer.cu`, the flags in `cuda/ep/mailbox.cuh`.
+//! The kernels, and why two rooms of each kind are enough, are in `cuda/ep/peer.cu`, the flags in `cuda/ep/mailbox.cuh`.
 
 mod kernels;
+mod layer;
 mod links;
+mod rooms;
 
-use super::call::{Site, Terms};
+pub(super) use layer::Way;
+
+use super::call::Site;
 use super::communicator::{AbortHandle, Communicator, Deadlines, Health};
 use super::control::Control;
-use super::device::{Carrier, OnDevice, Shares, address_of, device_kind, fresh, tensor_kind};
+use super::device::{Carrier, OnDevice, Shares, address_of, device_kind, tensor_kind};
 use super::error::{Collective, EpError, EpErrorKind};
-use super::placement::Placement;
 use super::rows;
 use super::threads::Threads;
 use super::wire::rendezvous_error;
-use crate::routing::Routing;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, sys};
 use candle_core::{CudaDevice, DType, Device, Tensor};
-use kernels::{CombineArguments, DispatchArguments, Group, Owners, Pulled};
+use kernels::Group;
 use links::{Lifeline, Links, MAILBOX_WORDS, MAX_RANKS, reach};
+use rooms::{Room, Rooms, Use, gather_words};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::thread;
@@ -55,9 +57,10 @@ pub struct Peer {
     group: Group,
     /// Ranks on the device of this one, it included.
     sharers: usize,
-    rooms: HashMap<(Use, DType), Room>,
-    /// Whether tokens were dispatched whose results have not been combined.
-    is_owed: bool,
+    rooms: Rooms,
+    /// How many there were; the rooms take turns.
+    dispatches: usize,
+    combines: usize,
 }
 
 /// What kernels of this rank may use until they have ended.
@@ -65,28 +68,6 @@ struct Ties {
     cuda: CudaDevice,
     links: Arc<Links>,
     lifeline: Arc<Lifeline>,
-}
-
-/// What a room is for.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum Use {
-    Hidden,
-    Ids,
-    Weights,
-    /// Sums or rows of slots.
-    Results,
-    /// Where rows of slots are.
-    Places,
-    Anything,
-}
-
-/// Memory of the same size on every rank.
-#[derive(Clone)]
-struct Room {
-    /// All of this rank's.
-    own: Tensor,
-    /// By rank.
-    addresses: Vec<u64>,
 }
 
 /// How the watchdog calls off what waits.
@@ -106,24 +87,6 @@ impl Carrier for Line {
     fn missing(&self) -> Vec<usize> {
         self.0.waits_for()
     }
-}
-
-/// The tokens of all ranks of which this rank has experts, in the rooms, with the ids and weights of all tokens.
-pub(super) struct Pushed {
-    pub(super) hidden: Tensor,
-    pub(super) topk_ids: Tensor,
-    pub(super) topk_weights: Tensor,
-}
-
-/// How a rank's tokens come home.
-#[derive(Clone, Copy)]
-pub(super) struct Way<'a> {
-    pub(super) counts: &'a [usize],
-    pub(super) placement: &'a Placement,
-    /// Of this rank's own tokens.
-    pub(super) routing: &'a Routing,
-    /// Of the sums.
-    pub(super) dtype: DType,
 }
 
 /// What a rank tells the others at the start.
@@ -197,200 +160,40 @@ impl Peer {
         let sharers = ordinals.iter().filter(|&&ordinal| ordinal == own_ordinal).count();
         let ground = OnDevice::start(Line(Arc::clone(&lifeline)), control, device, cuda, &site)?;
         let ties = Ties { cuda: cuda.clone(), links, lifeline };
-        Ok(Self { ground, ties, group, sharers, rooms: HashMap::new(), is_owed: false })
+        Ok(Self { ground, ties, group, sharers, rooms: Rooms::default(), dispatches: 0, combines: 0 })
     }
 
-    /// Sends each of this rank's tokens to the ranks that have some of its experts. `hidden` and `routing` have
-    /// `counts[rank]` rows, and the ids are physical experts.
-    pub(super) fn push(
-        &mut self,
-        counts: &[usize],
-        placement: &Placement,
-        hidden: &Tensor,
-        routing: &Routing,
-    ) -> Result<Pushed, EpError> {
-        let terms = self.ground.place().all_gather(hidden, counts).map(|terms| Terms {
-            shape: [terms.shape, vec![routing.topk_ids.dims()[1], placement.num_physical()]].concat(),
-            ..terms
-        });
-        let (site, _, arrived) = self.ground.announce(Collective::Dispatch, terms, Vec::new())?;
-        if std::mem::replace(&mut self.is_owed, true) {
-            // Nobody overwrites what others may still be reading.
-            self.put(&site, arrived, |cuda, group, _| meet(cuda, group))?;
-        }
-        let (hidden_size, top_k) = (hidden.dims()[1], routing.topk_ids.dims()[1]);
-        let total: usize = counts.iter().sum();
-        let to_hidden = self.room(&site, Use::Hidden, hidden.dtype(), total * hidden_size)?;
-        let to_ids = self.room(&site, Use::Ids, DType::U32, total * top_k)?;
-        let to_weights = self.room(&site, Use::Weights, DType::F32, total * top_k)?;
-        let first = first_of(counts, self.rank());
-        let row_bytes = hidden_size * hidden.dtype().size_in_bytes();
-        let sharers = self.sharers;
-        let done = self.prepared(&site, || {
-            Ok((
-                aligned(hidden)?,
-                aligned(&routing.topk_ids)?,
-                aligned(&routing.topk_weights)?,
-                Owners::new(placement)?,
-            ))
-        })?;
-        let (own_hidden, own_ids, own_weights, owners) = done;
-        self.put(&site, arrived, |cuda, group, num_ranks| {
-            let arguments = DispatchArguments {
-                group,
-                owners,
-                hidden: address_of(&own_hidden, cuda)?,
-                topk_ids: address_of(&own_ids, cuda)?,
-                topk_weights: address_of(&own_weights, cuda)?,
-                to_hidden: to_hidden.at(first * row_bytes, num_ranks),
-                to_topk_ids: to_ids.at(first * top_k * size_of::<u32>(), num_ranks),
-                to_topk_weights: to_weights.at(first * top_k * size_of::<f32>(), num_ranks),
-                num_tokens: own_ids.dims()[0] as u32,
-                top_k: top_k as u32,
-                row_units: 0,
-            };
-            // SAFETY: every rank has rooms for the tokens of all, this one's from `first` on, and all ranks have met.
-            unsafe { kernels::push(cuda, arguments, row_bytes, sharers) }.map_err(|error| tensor_kind(&error))
-        })?;
-        let view = |room: &Room, columns| room.view(total, columns);
-        self.prepared(&site, || {
-            Ok(Pushed {
-                hidden: view(&to_hidden, hidden_size)?,
-                topk_ids: view(&to_ids, top_k)?,
-                topk_weights: view(&to_weights, top_k)?,
-            })
-        })
-    }
-
-    /// Where the others pull from: `[num_rows, hidden_size]`. A collective of its own where it must grow; all ranks ask for as much.
-    pub(super) fn room_for_results(
-        &mut self,
-        dtype: DType,
-        num_rows: usize,
-        hidden_size: usize,
-    ) -> Result<Tensor, EpError> {
-        let site = self.ground.last().unwrap_or(Site { op: Collective::Combine, step: 0, label: "".into() });
-        let room = self.room(&site, Use::Results, dtype, num_rows * hidden_size)?;
+    /// Where the others will pull the results of the next combine from: `[num_rows, hidden_size]`. Results that are written there
+    /// before need not be copied. Where there was no such room before, all ranks meet on the host to make it, so they all ask,
+    /// and for as many rows.
+    ///
+    /// # Errors
+    ///
+    /// No memory; a dtype that results cannot have; and [those of every call](Communicator#).
+    pub fn room_for_results(&mut self, dtype: DType, num_rows: usize, hidden_size: usize) -> Result<Tensor, EpError> {
+        let none = || Site { op: Collective::Combine, step: 0, label: "".into() };
+        let site = self.ground.last().unwrap_or_else(none);
+        let elements = num_rows.saturating_mul(hidden_size);
+        let room = self.room(&site, (Use::Results, dtype), elements, self.combines)?;
         self.prepared(&site, || room.view(num_rows, hidden_size))
     }
 
-    /// Pulls the ranks' sums over their slots, `[num_received, hidden_size]` on each, and adds them in rank order:
-    /// `[counts[rank], hidden_size]`.
-    pub(super) fn pull_sums(&mut self, sums: &Tensor, way: Way<'_>) -> Result<Tensor, EpError> {
-        self.pull(Pulled::Sums, sums, None, way)
-    }
-
-    /// Pulls the rows of slots, `[num_slots, hidden_size]` on each rank where `slot_rank` says, and adds them in slot order.
-    pub(super) fn pull_rows(&mut self, rows: &Tensor, slot_rank: &Tensor, way: Way<'_>) -> Result<Tensor, EpError> {
-        self.pull(Pulled::Rows, rows, Some(slot_rank), way)
-    }
-
-    fn pull(
-        &mut self,
-        what: Pulled,
-        results: &Tensor,
-        slot_rank: Option<&Tensor>,
-        way: Way<'_>,
-    ) -> Result<Tensor, EpError> {
-        let (hidden_size, top_k) = (results.dims()[1], way.routing.topk_ids.dims()[1]);
-        let shape = vec![hidden_size, top_k, usize::from(what == Pulled::Rows)];
-        let terms = Terms { dtype: Some(results.dtype()), shape, counts: way.counts.to_vec() };
-        let (site, _, arrived) = self.ground.announce(Collective::Combine, Ok(terms), Vec::new())?;
-        self.is_owed = false;
-        let total: usize = way.counts.iter().sum();
-        let num_results = if what == Pulled::Rows { total * top_k } else { total };
-        let room = self.room(&site, Use::Results, results.dtype(), num_results * hidden_size)?;
-        let places = match slot_rank {
-            Some(_) => Some(self.room(&site, Use::Places, DType::U32, total * top_k)?),
-            None => None,
-        };
-        let first = first_of(way.counts, self.rank());
-        let num_tokens = way.counts[self.rank()];
-        let (row_bytes, sharers) = (hidden_size * results.dtype().size_in_bytes(), self.sharers);
-        let (ids, weights, results, slot_rank, owners) = self.prepared(&site, || {
-            let Routing { topk_ids, topk_weights } = way.routing;
-            let slot_rank = slot_rank.map(Tensor::contiguous).transpose()?;
-            let owners = Owners::new(way.placement)?;
-            Ok((aligned(topk_ids)?, aligned(topk_weights)?, results.contiguous()?, slot_rank, owners))
-        })?;
-        let result = fresh(&self.ground.cuda, way.dtype, &[num_tokens, hidden_size], |to| {
-            self.ground.enqueue(&site, arrived, |_, stream| {
-                let cuda = &self.ground.cuda;
-                let group = self.group;
-                let num_ranks = group.num_ranks as usize;
-                let put = || {
-                    copy(
-                        address_of(&results, cuda)?,
-                        room.own_address(group.rank),
-                        results.elem_count() * results.dtype().size_in_bytes(),
-                        stream,
-                    )?;
-                    if let (Some(slot_rank), Some(places)) = (&slot_rank, &places) {
-                        let bytes = slot_rank.elem_count() * size_of::<u32>();
-                        copy(address_of(slot_rank, cuda)?, places.own_address(group.rank), bytes, stream)?;
-                    }
-                    let before = if what == Pulled::Sums { first * row_bytes } else { 0 };
-                    let arguments = CombineArguments {
-                        group,
-                        owners,
-                        rows: room.at(before, num_ranks),
-                        slot_rank: places
-                            .as_ref()
-                            .map_or([0; MAX_RANKS], |places| places.at(first * top_k * size_of::<u32>(), num_ranks)),
-                        topk_ids: address_of(&ids, cuda)?,
-                        topk_weights: address_of(&weights, cuda)?,
-                        sums: to,
-                        num_tokens: num_tokens as u32,
-                        top_k: top_k as u32,
-                        hidden_size: hidden_size as u32,
-                    };
-                    // SAFETY: every rank has a room with results for the tokens of all, and all ranks have met.
-                    unsafe { kernels::pull(cuda, arguments, what, (results.dtype(), way.dtype), sharers) }
-                        .map_err(|error| tensor_kind(&error))
-                };
-                put().map_err(words)
-            })
-        });
-        self.ground.note(&site);
-        result.map_err(|kind| self.ground.control.give_up(&site, kind))
-    }
-
     /// A room for `elements` on every rank, which all ranks ask for in the same call.
-    fn room(&mut self, site: &Site, what: Use, dtype: DType, elements: usize) -> Result<Room, EpError> {
-        let old = self.rooms.get(&(what, dtype));
-        if let Some(room) = old.filter(|room| room.own.elem_count() >= elements.max(1)) {
-            return Ok(room.clone());
+    fn room(&mut self, site: &Site, what: (Use, DType), elements: usize, turn: usize) -> Result<Room, EpError> {
+        if let Some(room) = self.rooms.get(what, elements, turn) {
+            return Ok(room);
         }
-        // A little more each time, so that growing token by token does not fill the memory.
-        let elements = elements.max(old.map_or(0, |room| room.own.elem_count() / 2 * 3));
-        let is_captured = self.ground.is_captured().map_err(|kind| self.ground.control.give_up(site, kind))?;
-        if is_captured {
+        let ground = &mut self.ground;
+        if ground.is_captured().map_err(|kind| ground.control.give_up(site, kind))? {
             let what = "a call in a capture is larger than any before it; make one of its size first".to_string();
-            return Err(self.ground.control.give_up(site, EpErrorKind::BadArgument(what)));
+            return Err(ground.control.give_up(site, EpErrorKind::BadArgument(what)));
         }
-        let made = self.ties.links.room(&self.ground.cuda, dtype, elements).and_then(|own| {
-            let address = address_of(&own, &self.ground.cuda)?;
-            Ok((own, address))
-        });
-        let (own, address) = made.map_err(|kind| self.ground.control.give_up(site, kind))?;
-        let addresses = gather_words(&mut *self.ground.control, address)?;
-        let room = Room { own, addresses };
-        self.rooms.insert((what, dtype), room.clone());
-        Ok(room)
-    }
-
-    /// Puts work on the stream, watched.
-    fn put(
-        &mut self,
-        site: &Site,
-        arrived: Instant,
-        work: impl FnOnce(&CudaDevice, Group, usize) -> Result<(), EpErrorKind>,
-    ) -> Result<(), EpError> {
-        let (cuda, group) = (self.ground.cuda.clone(), self.group);
-        let done =
-            self.ground.enqueue(site, arrived, |_, _| work(&cuda, group, group.num_ranks as usize).map_err(words));
-        self.ground.note(site);
-        done.map_err(|kind| self.ground.control.give_up(site, kind))
+        let grown = self.rooms.grow(what, elements, &self.ties, &mut *ground.control)?;
+        grown.map_err(|kind| ground.control.give_up(site, kind))?;
+        match self.rooms.get(what, elements, turn) {
+            Some(room) => Ok(room),
+            None => Err(ground.control.give_up(site, EpErrorKind::Tensor("a room did not grow".to_string()))),
+        }
     }
 
     /// What must not fail any more, now that all ranks have met; if it does, the group is given up.
@@ -406,17 +209,17 @@ impl Peer {
         sends: &[Send],
         (room_bytes, shape): (usize, &[usize]),
     ) -> Result<Tensor, EpError> {
-        let room = self.room(site, Use::Anything, DType::U8, room_bytes)?;
+        let room = self.room(site, (Use::Anything, DType::U8), room_bytes, 0)?;
         let (cuda, group) = (self.ground.cuda.clone(), self.group);
         let bytes = if shape.contains(&0) { 0 } else { shape.iter().product::<usize>() * rows.dtype().size_in_bytes() };
         self.ground.carry((site, arrived), rows, shape, |_, stream, from, to| {
             let put = || {
                 for send in sends {
-                    let there = room.addresses[send.rank] + send.to;
+                    let there = room.begin(send.rank) + send.to;
                     copy(from + send.from, there, send.bytes, stream)?;
                 }
                 meet(&cuda, group)?;
-                copy(room.own_address(group.rank), to, bytes, stream)?;
+                copy(room.begin(group.rank as usize), to, bytes, stream)?;
                 // Nobody sends the next rows before all have taken these.
                 meet(&cuda, group)
             };
@@ -431,25 +234,6 @@ struct Send {
     from: u64,
     to: u64,
     bytes: usize,
-}
-
-impl Room {
-    fn view(&self, rows: usize, columns: usize) -> candle_core::Result<Tensor> {
-        self.own.narrow(0, 0, rows * columns)?.reshape((rows, columns))
-    }
-
-    fn own_address(&self, rank: u32) -> u64 {
-        self.addresses[rank as usize]
-    }
-
-    /// By rank, `bytes` behind the start.
-    fn at(&self, bytes: usize, num_ranks: usize) -> [u64; MAX_RANKS] {
-        let mut places = [0; MAX_RANKS];
-        for (place, address) in places.iter_mut().zip(&self.addresses).take(num_ranks) {
-            *place = address + bytes as u64;
-        }
-        places
-    }
 }
 
 impl Ties {
@@ -640,24 +424,6 @@ fn greet(control: &mut dyn Control, cuda: &CudaDevice) -> Result<(Arc<Links>, Ve
         Some(links) => Ok((links, hellos.iter().map(|hello| hello.ordinal).collect())),
         None => Err(Greeting::Refused(EpErrorKind::Library("rank 0 is not in this process".to_string()))),
     }
-}
-
-/// Every rank's number.
-fn gather_words(control: &mut dyn Control, word: u64) -> Result<Vec<u64>, EpError> {
-    let words = control.all_gather_bytes(&word.to_le_bytes())?;
-    let word = |bytes: &Vec<u8>| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes);
-    Ok(words.iter().map(word).collect())
-}
-
-fn first_of(counts: &[usize], rank: usize) -> usize {
-    counts.iter().take(rank).sum()
-}
-
-/// Contiguous, at a multiple of 16 bytes where rows have such.
-fn aligned(tensor: &Tensor) -> candle_core::Result<Tensor> {
-    let tensor = tensor.contiguous()?;
-    let start = tensor.layout().start_offset() * tensor.dtype().size_in_bytes();
-    if start.is_multiple_of(16) { Ok(tensor) } else { tensor.force_contiguous() }
 }
 
 fn meet(cuda: &CudaDevice, group: Group) -> Result<(), EpErrorKind> {
