@@ -108,19 +108,34 @@ __device__ __forceinline__ void wait_for_ranks(const Group& g, uint32_t round) {
     __syncthreads();
 }
 
-// Whether this is the last block to come here; then everything that the others did before lies behind it: at every rank, where
-// they have written to other devices.
-__device__ __forceinline__ bool is_last_block(const Group& g, bool wrote_to_others) {
+// Adds 1; what was done before by the threads that this one has met is behind it, and what is done after is behind what others had
+// done before they did the same.
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* at) {
+#ifdef CANDLE_MOE_EMULATOR
+    return __atomic_fetch_add(at, 1u, __ATOMIC_ACQ_REL);
+#else
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+    return before;
+#endif
+}
+
+// Whether this is the last block to come here; then everything that the others did before lies behind it.
+__device__ __forceinline__ bool is_last_block(const Group& g) {
     __shared__ uint32_t before;
     __syncthreads();
     if (gridDim.x == 1) return true;
-    if (threadIdx.x == 0) {
-        wrote_to_others ? __threadfence_system() : __threadfence();
-        before = atomicAdd(&own_mailbox(g).ended, 1u);
-        wrote_to_others ? __threadfence_system() : __threadfence();
-    }
+    if (threadIdx.x == 0) before = add_acquire_release(&own_mailbox(g).ended);
     __syncthreads();
     return before + 1 == gridDim.x;
+}
+
+// Notes that this block knows the round; the last one to do so ends it. For one thread of each block.
+__device__ __forceinline__ void let_round_end(const Group& g, uint32_t round) {
+    Mailbox& own = own_mailbox(g);
+    if (gridDim.x > 1 && atomicAdd(&own.ended, 1u) + 1 != gridDim.x) return;
+    own.ended = 0;
+    own.round = round;
 }
 
 // For the last block alone.

@@ -19,9 +19,10 @@
 // 3. A dispatch and its combine in turn are safe in one room each: tokens are overwritten behind the combine, for which the reader
 //    came when its experts were done, and results behind the next dispatch. So a graph may have an odd number of both.
 //
-// Why it is fast: one launch each, one flag each way. Writes over the links are posted, so pushing needs few threads; pulling has
-// 16 bytes of each thread under way, some 4 MB in all, where the links hold less than one at a time. A token of one row goes out
-// with its block's first load.
+// Why it is fast: one launch each, one flag each way, and the flag of pulling goes out before anything else is looked at. A block has
+// a token, and a thread 16 bytes of it, so that the row of a single token is one load deep. Writes over the links are posted; pulling
+// has 16 bytes of each thread under way, some 4 MB in all, which is more than the links hold. With many tokens both run at what
+// the links give (the copy engine, through shared memory, was no faster).
 
 #include "ep/mailbox.cuh"
 
@@ -30,7 +31,9 @@
 
 namespace moe {
 
-constexpr uint32_t kThreads = 512;
+constexpr uint32_t kThreads = 1024;
+// Of the kernels that have four rows of a token under way.
+constexpr uint32_t kThreadsOfRows = 512;
 // The rank of a slot that no local expert has.
 constexpr uint32_t kNothing = 0xffffffffu;
 
@@ -96,7 +99,7 @@ __device__ __forceinline__ void push(const DispatchArguments& a) {
             }
         }
     }
-    if (!is_last_block(g, true)) return;
+    if (!is_last_block(g)) return;
     come(g, round);
     wait_for_ranks(g, round);
     end_round(g, round);
@@ -115,24 +118,31 @@ __device__ __forceinline__ void keep(float* at, float value) { *at = value; }
 __device__ __forceinline__ void keep(__nv_bfloat16* at, float value) { *at = __float2bfloat16_rn(value); }
 __device__ __forceinline__ void keep(__half* at, float value) { *at = __float2half_rn(value); }
 
-// Comes, waits, and has `bring_home` do its tokens; the last block ends the round.
-template <typename F>
-__device__ __forceinline__ void pull(const CombineArguments& a, F&& bring_home) {
+// Comes, waits, and has `bring_home` do its tokens, of which it may `look_at` the first before.
+template <typename L, typename F>
+__device__ __forceinline__ void pull(const CombineArguments& a, L&& look_at, F&& bring_home) {
     wait_for_previous_kernel();
     allow_next_kernel();
     const Group& g = a.group;
     const uint32_t round = present_round(g);
     if (blockIdx.x == 0) come(g, round);
+    if (blockIdx.x < a.num_tokens) look_at(blockIdx.x);
     wait_for_ranks(g, round);
-    for (uint32_t token = blockIdx.x; token < a.num_tokens; token += gridDim.x) bring_home(token);
-    if (is_last_block(g, false)) end_round(g, round);
+    if (threadIdx.x == 32) let_round_end(g, round);
+    for (uint32_t token = blockIdx.x; token < a.num_tokens; token += gridDim.x) {
+        if (token != blockIdx.x) look_at(token);
+        bring_home(token);
+    }
 }
 
 template <typename Row, typename T, int kWidth>
 __device__ __forceinline__ void pull_sums(const CombineArguments& a) {
     const uint32_t columns = a.hidden_size / kWidth;
-    pull(a, [&](uint32_t token) {
-        const uint32_t ranks = ranks_of(a.owners, a.group.num_ranks, a.topk_ids + uint64_t(token) * a.top_k, a.top_k);
+    uint32_t ranks = 0;
+    const auto look_at = [&](uint32_t token) {
+        ranks = ranks_of(a.owners, a.group.num_ranks, a.topk_ids + uint64_t(token) * a.top_k, a.top_k);
+    };
+    pull(a, look_at, [&](uint32_t token) {
         for (uint32_t column = threadIdx.x; column < columns; column += blockDim.x) {
             const uint64_t i = uint64_t(token) * columns + column;
             float sums[kWidth] = {};
@@ -157,7 +167,7 @@ template <typename Row, typename T, int kWidth>
 __device__ __forceinline__ void pull_rows(const CombineArguments& a) {
     const uint32_t columns = a.hidden_size / kWidth, num_ranks = a.group.num_ranks;
     using RowPart = Part<Row, kWidth>;
-    pull(a, [&](uint32_t token) {
+    pull(a, [](uint32_t) {}, [&](uint32_t token) {
         const uint64_t slots = uint64_t(token) * a.top_k;
         for (uint32_t column = threadIdx.x; column < columns; column += blockDim.x) {
             float sums[kWidth] = {};
@@ -214,7 +224,7 @@ PUSH(uint16_t, 2)
         const __grid_constant__ moe::CombineArguments a) {                                                           \
         moe::pull_sums<ROW, T, WIDTH>(a);                                                                            \
     }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(moe::kThreads) peer_rows_##ROW_NAME##_##NAME##_##WIDTH(             \
+    extern "C" __global__ void __launch_bounds__(moe::kThreadsOfRows) peer_rows_##ROW_NAME##_##NAME##_##WIDTH(             \
         const __grid_constant__ moe::CombineArguments a) {                                                           \
         moe::pull_rows<ROW, T, WIDTH>(a);                                                                            \
     }

@@ -219,6 +219,12 @@ impl<C: Communicator> Communicator for Faulty<C> {
         self.deadlines
     }
 
+    fn start_serving(&mut self) {
+        if let Some(inner) = self.inner.as_mut() {
+            inner.start_serving();
+        }
+    }
+
     fn all_gather(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {
         let num_rows = counts.iter().fold(0, |sum: usize, &count| sum.saturating_add(count));
         let ways = Ways { op: Collective::AllGather, zeros: zero_rows(rows, num_rows) };

@@ -121,6 +121,10 @@ impl Communicator for Metered<'_> {
         self.inner.generation()
     }
 
+    fn start_serving(&mut self) {
+        self.inner.start_serving();
+    }
+
     fn all_gather(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {
         let result = self.inner.all_gather(rows, counts)?;
         let (others, own) = self.others_and_own(counts);

@@ -27,6 +27,8 @@ pub(super) struct OnDevice<C: Carrier> {
     pub(super) cuda: CudaDevice,
     /// The last call that put work on the device.
     last: Option<Site>,
+    /// Whether warm-up is over.
+    is_serving: bool,
 }
 
 impl<C: Carrier> OnDevice<C> {
@@ -43,7 +45,7 @@ impl<C: Carrier> OnDevice<C> {
             let what = format!("the device cannot be watched: {error}");
             control.give_up(site, EpErrorKind::Library(what))
         })?;
-        Ok(Self { watchdog, control, device: device.clone(), cuda: cuda.clone(), last: None })
+        Ok(Self { watchdog, control, device: device.clone(), cuda: cuda.clone(), last: None, is_serving: false })
     }
 
     /// The last call that put work on the device.
@@ -51,9 +53,22 @@ impl<C: Carrier> OnDevice<C> {
         self.last.clone()
     }
 
-    /// Notes the call as the last one that put work on the device.
-    pub(super) fn note(&mut self, site: &Site) {
+    /// The end of a call that put work on the device: during warm-up the ranks meet once more.
+    ///
+    /// Whoever goes on may load kernels, for which the driver may stop all threads until this rank's device is done; that waits for
+    /// ranks whose work is not on its way yet, and would wait for ever. When all have met, it is.
+    pub(super) fn leave(&mut self, site: &Site) -> Result<(), EpError> {
         self.last = Some(site.clone());
+        match self.is_serving {
+            true => Ok(()),
+            false => self.control.barrier(),
+        }
+    }
+
+    /// Warm-up is over: kernels are loaded.
+    pub(super) fn start_serving(&mut self) {
+        self.is_serving = true;
+        self.control.start_serving();
     }
 
     /// Leaves, and joins the next generation on the host.
@@ -93,8 +108,9 @@ impl<C: Carrier> OnDevice<C> {
                 })
             })
         });
-        self.last = Some(site.clone());
-        carried.map_err(|kind| self.control.give_up(site, kind))
+        let carried = carried.map_err(|kind| self.control.give_up(site, kind))?;
+        self.leave(site)?;
+        Ok(carried)
     }
 
     /// Enters the library, and hands the watchdog an event behind the work.

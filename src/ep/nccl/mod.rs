@@ -46,6 +46,8 @@ const LOOK: Duration = Duration::from_millis(10);
 /// * Sums are in NCCL's order: the same in every run of one group of devices, but not that of the CPU.
 /// * In a stream that is being captured the ranks meet when it is captured, not when it is replayed, and a replay has no
 ///   deadline but that of the next `settle`. NCCL wants graphs to be dropped before the rank is.
+/// * Until [`Communicator::start_serving`] each call meets the others a second time at its end, on the host: a rank that went on alone might
+///   load kernels, and the driver might keep the others from enqueueing their part until its device is done.
 /// * [`Library`](EpErrorKind::Library) is what NCCL refuses; it poisons the group.
 /// * The meeting of the ranks at the start is call number 0 of the group.
 ///
@@ -143,6 +145,10 @@ impl Communicator for Nccl {
 
     fn deadlines(&self) -> Deadlines {
         self.0.control.deadlines()
+    }
+
+    fn start_serving(&mut self) {
+        self.0.start_serving();
     }
 
     fn all_gather(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {

@@ -7,8 +7,9 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, DType, Result, bail};
 
 const OP: &str = "peer";
-/// `kThreads` of the source, and threads of a multiprocessor.
-const MAX_THREADS: usize = 512;
+/// `kThreads` and `kThreadsOfRows` of the source, and threads of a multiprocessor.
+const MAX_THREADS: usize = 1024;
+const MAX_THREADS_OF_ROWS: usize = 512;
 const MULTIPROCESSOR_THREADS: usize = 2048;
 /// Bytes that a thread moves at once.
 const UNIT: usize = 16;
@@ -94,8 +95,13 @@ pub(super) enum Pulled {
 }
 
 /// A block for each token, as many as are there at once with those of the ranks that share the device: blocks of pulling wait.
-fn blocks(device: &CudaDevice, num_tokens: u32, row_units: usize, sharers: usize) -> Result<Launch> {
-    let threads = row_units.next_multiple_of(32).clamp(64, MAX_THREADS);
+fn blocks(
+    device: &CudaDevice,
+    num_tokens: u32,
+    (row_units, max_threads): (usize, usize),
+    sharers: usize,
+) -> Result<Launch> {
+    let threads = row_units.next_multiple_of(32).clamp(64, max_threads);
     let resident = properties(device)?.num_multiprocessors * (MULTIPROCESSOR_THREADS / threads) / sharers.max(1);
     let blocks = (num_tokens as usize).clamp(1, resident.max(1));
     Ok(Launch { starts_early: true, ..Launch::new(blocks, threads as u32, 0) })
@@ -119,7 +125,7 @@ pub(super) unsafe fn push(
     };
     let row_units = row_bytes / unit;
     arguments.row_units = row_units as u32;
-    let how = blocks(device, arguments.num_tokens, row_units, sharers)?;
+    let how = blocks(device, arguments.num_tokens, (row_units, MAX_THREADS), sharers)?;
     // SAFETY: the caller's promise; the kernel waits for the one before it.
     unsafe { launch(device, Binary::Peer, &format!("peer_dispatch_{unit}"), how, arguments) }
 }
@@ -135,10 +141,14 @@ pub(super) unsafe fn pull(
     (from, to): (DType, DType),
     sharers: usize,
 ) -> Result<()> {
-    let what = if what == Pulled::Sums { "sums" } else { "rows" };
+    let (what, max_threads) = match what {
+        Pulled::Sums => ("sums", MAX_THREADS),
+        Pulled::Rows => ("rows", MAX_THREADS_OF_ROWS),
+    };
     let width = UNIT / from.size_in_bytes();
     let width = if (arguments.hidden_size as usize).is_multiple_of(width) { width } else { 1 };
-    let how = blocks(device, arguments.num_tokens, (arguments.hidden_size as usize).div_ceil(width), sharers)?;
+    let columns = (arguments.hidden_size as usize).div_ceil(width);
+    let how = blocks(device, arguments.num_tokens, (columns, max_threads), sharers)?;
     let name = format!("peer_{what}_{}_{}_{width}", from.as_str(), to.as_str());
     // SAFETY: the caller's promise; the kernel waits for the one before it.
     unsafe { launch(device, Binary::Peer, &name, how, arguments) }

@@ -160,8 +160,9 @@ impl Peer {
         let sums = fresh(&cuda, way.dtype, &[num_tokens, hidden_size], |to| {
             self.ground.enqueue(&site, arrived, |_, stream| put(stream, to).map_err(words))
         });
-        self.ground.note(&site);
-        sums.map_err(|kind| self.ground.control.give_up(&site, kind))
+        let sums = sums.map_err(|kind| self.ground.control.give_up(&site, kind))?;
+        self.ground.leave(&site)?;
+        Ok(sums)
     }
 
     /// Puts work on the stream, watched.
@@ -173,8 +174,8 @@ impl Peer {
     ) -> Result<(), EpError> {
         let (cuda, group) = (self.ground.cuda.clone(), self.group);
         let done = self.ground.enqueue(site, arrived, |_, _| work(&cuda, group).map_err(words));
-        self.ground.note(site);
-        done.map_err(|kind| self.ground.control.give_up(site, kind))
+        done.map_err(|kind| self.ground.control.give_up(site, kind))?;
+        self.ground.leave(site)
     }
 }
 

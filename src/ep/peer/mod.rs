@@ -292,6 +292,10 @@ impl Communicator for Peer {
         self.ground.control.deadlines()
     }
 
+    fn start_serving(&mut self) {
+        self.ground.start_serving();
+    }
+
     fn all_gather(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {
         let terms = self.ground.place().all_gather(rows, counts);
         let (site, _, arrived) = self.ground.announce(Collective::AllGather, terms, Vec::new())?;

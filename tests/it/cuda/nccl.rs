@@ -133,7 +133,7 @@ fn work_that_does_not_end_is_named_with_its_call_and_the_group_goes_on_anew() {
             ranks.barrier()
         });
         for (outcome, _) in outcomes {
-            let expected = EpErrorKind::Unfinished { op: Collective::AllGather, step: 3, deadline: PATIENT.serving };
+            let expected = EpErrorKind::Unfinished { op: Collective::AllGather, step: 4, deadline: PATIENT.serving };
             assert_eq!(outcome.unwrap_err().kind, expected);
         }
     }
@@ -172,6 +172,7 @@ fn a_panic_ends_the_work_of_the_others() {
         let device = Device::new_cuda(threads.rank()).unwrap();
         let mut ranks = Nccl::over_threads(threads, &device).unwrap();
         let rank = ranks.rank();
+        ranks.start_serving();
         if rank == 1 {
             assert!(stall());
         }

@@ -156,6 +156,9 @@ impl<R: DeviceRank> Communicator for ThroughDevice<R> {
     fn deadlines(&self) -> Deadlines {
         self.0.deadlines()
     }
+    fn start_serving(&mut self) {
+        self.0.start_serving();
+    }
     fn all_gather(&mut self, rows: &Tensor, counts: &[usize]) -> Result<Tensor, EpError> {
         let result = self.0.all_gather(&self.there(rows), counts);
         self.back(result)
