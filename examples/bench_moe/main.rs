@@ -232,6 +232,8 @@ enum Part {
     Plan,
     /// Gate, routing, order, experts and combination; on CUDA without the gate
     Layer,
+    /// A layer whose experts several CUDA devices share, with all that travels, beside one device; if asked for
+    Shared,
 }
 
 /// As the command line has it.
@@ -275,8 +277,11 @@ fn run_on_cuda(_: &Args, _: usize) -> Result<Verdict> {
 }
 
 fn run_on_cpu(args: &Args) -> Result<Verdict> {
-    if !args.shape.is_empty() || args.method.is_some() || args.only.contains(&Part::RoutedOrder) {
-        let text = "--shape, --method and --only routed-order are for --device cuda; choose a --profile on the CPU";
+    if !args.shape.is_empty()
+        || args.method.is_some()
+        || args.only.iter().any(|part| matches!(part, Part::RoutedOrder | Part::Shared))
+    {
+        let text = "--shape, --method, --only routed-order and --only shared are for --device cuda; choose a --profile on the CPU";
         return Err(BadArguments(text.into()).into());
     }
     if args.plot.is_some() || args.skew > 0.0 || args.ep_size.len() > 1 {
@@ -471,7 +476,8 @@ impl<'a> Workload<'a> {
             Part::Routing => self.time_routing(choice)?,
             Part::Order | Part::RoutedOrder => self.time_order(choice)?,
             Part::Plan => self.time_plan()?,
-            Part::Layer => self.time_layer(choice)?,
+            // Shared layers are for devices.
+            Part::Layer | Part::Shared => self.time_layer(choice)?,
         };
         let lines = match part {
             Part::Layer if self.bench.ep_size == 1 => Some(self.time_lines(choice)?),
@@ -487,7 +493,7 @@ impl<'a> Workload<'a> {
             Part::Routing => (num_tokens * num_experts * self.bench.dtype.size_in_bytes() + num_slots * 8) as f64,
             Part::Order | Part::RoutedOrder => (num_slots * 12 + num_experts * 8 + 4) as f64,
             Part::Plan => (num_slots * 4) as f64,
-            Part::Layer => distinct_experts * self.layers[0].bytes_per_expert() as f64,
+            Part::Layer | Part::Shared => distinct_experts * self.layers[0].bytes_per_expert() as f64,
         };
         let flops = (part == Part::Layer).then(|| profile.flops(num_tokens) * self.bench.ep_size as f64);
         let copy_gb_per_s = bandwidth.copy_gb_per_s;

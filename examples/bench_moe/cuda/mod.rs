@@ -7,6 +7,7 @@
 mod layer;
 mod plot;
 mod report;
+mod shared;
 
 use crate::common::graph::{self, Graph, Stopwatch};
 use crate::common::progress;
@@ -75,9 +76,10 @@ pub(crate) fn run(args: &Args, ordinal: usize) -> Result<Verdict> {
 /// The parts that are measured on shapes, and whether layers are measured.
 fn parts(args: &Args) -> Result<(Vec<Part>, bool), BadArguments> {
     let of_shapes = [Part::Routing, Part::Order, Part::RoutedOrder];
-    if let Some(&part) = args.only.iter().find(|part| !of_shapes.contains(part) && **part != Part::Layer) {
+    let of_layers = [Part::Layer, Part::Shared];
+    if let Some(&part) = args.only.iter().find(|part| !of_shapes.contains(part) && !of_layers.contains(part)) {
         let text = format!(
-            "--only {} is measured on the CPU only; choose routing, order, routed-order or layer",
+            "--only {} is measured on the CPU only; choose routing, order, routed-order, layer or shared",
             part_name(part)
         );
         return Err(BadArguments(text));
@@ -86,7 +88,8 @@ fn parts(args: &Args) -> Result<(Vec<Part>, bool), BadArguments> {
     let asked = |part: &Part, otherwise| if args.only.is_empty() { otherwise } else { args.only.contains(part) };
     let parts: Vec<_> = of_shapes.into_iter().filter(|part| asked(part, names_shapes || !names_layers)).collect();
     let layers = asked(&Part::Layer, names_layers || !names_shapes);
-    if !layers && (names_layers || !args.ep_size.is_empty() || args.skew > 0.0 || args.plot.is_some()) {
+    let layers_at_all = layers || args.only.contains(&Part::Shared);
+    if !layers_at_all && (names_layers || !args.ep_size.is_empty() || args.skew > 0.0 || args.plot.is_some()) {
         let text = "--profile, --ep-size, --skew and --plot are for layers; choose --only layer, or --shape EXPERTSxTOP_K for \
                     routing and order";
         return Err(BadArguments(text.into()));
@@ -105,6 +108,7 @@ struct Bench {
     shapes: Vec<(Shape, RoutingMethod)>,
     num_tokens: Vec<usize>,
     layers: Option<layer::Options>,
+    shared: Option<shared::Options>,
     plot: Option<PathBuf>,
     precision: Precision,
     budget: Budget,
@@ -115,6 +119,7 @@ impl Bench {
     fn new(args: &Args, ordinal: usize) -> Result<Self> {
         let (parts, measures_layers) = parts(args)?;
         let layers = measures_layers.then(|| layer::Options::new(args)).transpose()?;
+        let shared = args.only.contains(&Part::Shared).then(|| shared::Options::new(args)).transpose()?;
         let method = args.method.unwrap_or(RoutingMethod::Renormalize);
         let shapes = match (&args.shape[..], args.method) {
             ([], None) => default_shapes(),
@@ -132,6 +137,7 @@ impl Bench {
                 asked => asked.iter().map(|n| n.get()).collect(),
             },
             layers,
+            shared,
             plot: args.plot.clone(),
             precision: args.dtype.unwrap_or(Precision::Bf16),
             budget: Budget { warm_up: 3, iterations: args.iters.get(), time: args.seconds },
@@ -169,8 +175,15 @@ impl Bench {
             Some(layers) => layers.run(self, &metadata, &bar)?,
             None => Vec::new(),
         };
+        let shared = match &self.shared {
+            Some(shared) => {
+                bar.set_message("shared layers");
+                shared.run(self)?
+            }
+            None => Vec::new(),
+        };
         bar.finish_and_clear();
-        Ok(Report { metadata, rows, layers })
+        Ok(Report { metadata, rows, layers, shared })
     }
 
     /// The replays of a graph of `calls` calls, each with outputs of its own.

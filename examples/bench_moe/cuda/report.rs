@@ -1,5 +1,6 @@
 //! What was measured on a device, for people and for programs.
 
+use super::shared::{self, SharedRow};
 use crate::common::report::{Column, digits, row, table};
 use crate::html::Timed;
 use crate::workload::Choice;
@@ -14,6 +15,8 @@ pub(super) struct Report {
     /// Of routing and order.
     pub(super) rows: Vec<Row>,
     pub(super) layers: Vec<LayerRow>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) shared: Vec<SharedRow>,
 }
 
 #[derive(Debug, Serialize)]
@@ -146,6 +149,9 @@ impl Report {
         }
         if !self.layers.is_empty() {
             sections.extend([self.layers_text(), self.balance_text()]);
+        }
+        if !self.shared.is_empty() {
+            sections.push(shared::text(&self.shared));
         }
         sections.push(self.floors_text());
         sections.join("\n\n")

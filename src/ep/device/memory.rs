@@ -18,6 +18,7 @@ pub(in super::super) struct Shares<'a> {
     element_bytes: usize,
 }
 
+#[cfg_attr(not(feature = "nccl"), allow(dead_code, reason = "some is for the library"))]
 impl<'a> Shares<'a> {
     /// `rows` has rows of the shape that all have. The sum of `counts` fits: it was checked.
     pub(in super::super) fn new(rows: &'a Tensor, counts: &'a [usize]) -> Self {
