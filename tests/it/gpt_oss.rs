@@ -83,6 +83,10 @@ impl MoeLayers for Recorder<'_> {
         self.moe_output.push(output.hidden.clone());
         Ok(output.hidden)
     }
+
+    fn end(&mut self) -> Result<()> {
+        self.moe.end()
+    }
 }
 
 #[test]
