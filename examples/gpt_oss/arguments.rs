@@ -1,19 +1,23 @@
 //! The command line, and what it means for a model.
 
 use crate::common::report::{BadArguments, OutputFormat, plain};
+use crate::devices::Place;
 use crate::text::Text;
 use anyhow::Result;
 use candle_core::{DType, Device};
-use candle_moe::ep::{MAX_PROCS, Problem, Reduction, Strategy};
+use candle_moe::ep::{Deadlines, Environment, MAX_PROCS, Problem, Reduction, Strategy};
 use candle_moe::models::gpt_oss::{Config, MoeOptions, Sampler, SamplingConfig};
 use candle_moe::perfect_router::enabled_by_environment;
 use clap::{ArgGroup, Parser, ValueEnum};
 use std::path::PathBuf;
+use std::time::Duration;
 
 const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-gpt-oss");
 /// What a model reads when it is given nothing.
 const DEFAULT_PROMPT: &str = "A mixture of experts is";
 const DEFAULT_PROMPT_TOKENS: u32 = 32;
+/// For the rendezvous of ranks, and for reading a checkpoint that another rank may have read already.
+const WARM_UP: Duration = Duration::from_secs(600);
 
 /// Generate with a GPT-OSS checkpoint (published, original/ or bf16 layout) through expert-parallel MoE blocks.
 #[derive(Debug, Parser)]
@@ -26,13 +30,14 @@ pub(crate) struct Arguments {
     /// Folder with config.json and safetensors files [default: the tiny checkpoint of this repository]
     #[arg(long, value_name = "DIR", default_value = TINY, hide_default_value = true)]
     pub(crate) model: PathBuf,
-    /// cpu, cuda or cuda:N; CUDA is for programs built with --features cuda
-    #[arg(long, default_value = "cpu", value_parser = parse_device)]
-    pub(crate) device: String,
+    /// cpu, cuda or cuda:N; with cuda each rank has the device of its number. CUDA is for programs built with --features cuda,
+    /// and several ranks on it for those with --features nccl
+    #[arg(long, default_value = "cpu", value_parser = str::parse::<Place>)]
+    pub(crate) device: Place,
     /// Dtype of the hidden states
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
-    /// Ranks, each with its own experts [default: 4, or as many as a launcher started; on CUDA 1, which has no more]
+    /// Ranks, each with its own experts [default: 4, on CUDA 1, or as many as a launcher started]
     #[arg(long, alias = "ep_size", value_name = "N")]
     ep_size: Option<usize>,
     /// What ranks are [default: the processes that torchrun, srun or mpirun started, else threads]
@@ -72,7 +77,7 @@ pub(crate) struct Arguments {
     #[arg(long, alias = "no_comparison")]
     pub(crate) no_comparison: bool,
     /// Place up to N physical experts a layer, replicas included, by this run's load, and run again: how even are the ranks then?
-    /// With --launch threads only
+    /// With --launch threads and on one device only
     #[arg(long, alias = "physical_experts", value_name = "N")]
     pub(crate) physical_experts: Option<usize>,
     /// Write the prompt's logits and what every MoE layer computed
@@ -88,6 +93,7 @@ pub(crate) enum LaunchName {
     /// Threads of this process
     Threads,
     /// Processes of this machine: those of a launcher, or else started by this program
+    #[value(alias = "processes")]
     Procs,
 }
 
@@ -133,6 +139,7 @@ impl StrategyName {
 
 /// Arguments that make sense for the model.
 pub(crate) struct Plan {
+    /// Of every rank, but for the device, which is the CPU until a rank [opens](Place::open) its own.
     pub(crate) options: MoeOptions,
     pub(crate) sampling: SamplingConfig,
     pub(crate) prompt_ids: Vec<u32>,
@@ -140,12 +147,25 @@ pub(crate) struct Plan {
     pub(crate) eos_token_ids: Vec<u32>,
 }
 
+impl Plan {
+    /// How long ranks wait for each other.
+    pub(crate) fn deadlines(&self) -> Deadlines {
+        Deadlines { warm_up: WARM_UP, serving: self.options.deadline }
+    }
+
+    /// The options of a rank on `device`.
+    pub(crate) fn options_on(&self, device: &Device) -> MoeOptions {
+        MoeOptions { device: device.clone(), ..self.options.clone() }
+    }
+}
+
 impl Arguments {
-    /// `world_size` is the number of processes that a launcher started as ranks, if one did.
-    pub(crate) fn plan(&self, config: &Config, text: &Text, world_size: Option<usize>) -> Result<Plan> {
+    /// `launched` is the rank that a launcher wants this process to be, if one does.
+    pub(crate) fn plan(&self, config: &Config, text: &Text, launched: Option<&Environment>) -> Result<Plan> {
         let bad = |message: String| Err(BadArguments(message).into());
-        let device = self.open_device()?;
-        let usual = world_size.unwrap_or(if device.is_cpu() { 4.min(config.num_experts) } else { 1 });
+        let world_size = launched.map(|environment| environment.world_size);
+        let is_cpu = self.device == Place::Cpu;
+        let usual = world_size.unwrap_or(if is_cpu { 4.min(config.num_experts) } else { 1 });
         let ep_size = self.ep_size.unwrap_or(usual);
         if let Some(world_size) = world_size.filter(|size| *size != ep_size) {
             return bad(format!(
@@ -155,12 +175,7 @@ impl Arguments {
         if ep_size == 0 || ep_size > config.num_experts {
             return bad(format!("--ep-size {ep_size}: expected 1 to {}, the experts of a layer", config.num_experts));
         }
-        if ep_size > 1 && !device.is_cpu() {
-            return bad(format!(
-                "--ep-size {ep_size}: expected 1 with --device {}; several ranks run with --device cpu",
-                self.device
-            ));
-        }
+        self.device.check(ep_size, launched)?;
         let processes = world_size.is_some() || self.launch == Some(LaunchName::Procs);
         if processes && ep_size > MAX_PROCS {
             return bad(format!(
@@ -169,6 +184,12 @@ impl Arguments {
         }
         if processes && self.physical_experts.is_some() {
             return bad("--physical-experts: expected ranks that are threads; use --launch threads".into());
+        }
+        if self.physical_experts.is_some() && ep_size > 1 && !is_cpu {
+            return bad(format!(
+                "--physical-experts: expected --device cpu or one rank; ranks on --device {} hold experts in order, each once",
+                self.device
+            ));
         }
         let (fewest, most) = (config.num_experts, config.num_experts * ep_size);
         if let Some(n) = self.physical_experts.filter(|n| !(fewest..=most).contains(n)) {
@@ -185,8 +206,8 @@ impl Arguments {
         if let Err(error) = problem.choose(strategy) {
             return bad(format!("--{}; leave it out for the best", plain(&error)));
         }
-        if strategy.is_some_and(|strategy| strategy != Strategy::Solo) && !device.is_cpu() {
-            return bad(format!("--strategy: expected auto or solo with --device {}", self.device));
+        if strategy.is_some_and(|strategy| strategy != Strategy::Solo) && ep_size == 1 && !is_cpu {
+            return bad(format!("--strategy: expected auto or solo for one rank on --device {}", self.device));
         }
         let perfect_router = self.perfect_router || enabled_by_environment();
         if self.physical_experts.is_some() && perfect_router && self.no_comparison {
@@ -212,7 +233,7 @@ impl Arguments {
                     Dtype::F32 => DType::F32,
                     Dtype::Bf16 => DType::BF16,
                 },
-                device,
+                device: Device::Cpu,
                 ep_size,
                 reduction,
                 strategy,
@@ -223,21 +244,6 @@ impl Arguments {
             prompt_ids,
             max_new_tokens: self.max_new_tokens,
             eos_token_ids: config.eos_token_ids.clone(),
-        })
-    }
-
-    fn open_device(&self) -> Result<Device> {
-        let ordinal = match self.device.split_once(':') {
-            _ if self.device == "cpu" => return Ok(Device::Cpu),
-            Some((_, ordinal)) => ordinal.parse()?,
-            None => 0,
-        };
-        if !cfg!(feature = "cuda") {
-            let advice = "this program was built without it; build with --features cuda, or use --device cpu";
-            return Err(BadArguments(format!("--device {}: {advice}", self.device)).into());
-        }
-        Device::new_cuda(ordinal).map_err(|error| {
-            BadArguments(format!("--device {}: {}; use another, or --device cpu", self.device, plain(&error))).into()
         })
     }
 
@@ -278,9 +284,4 @@ fn read_ids(file: &std::path::Path) -> Result<Vec<u32>> {
         })
     };
     words.map(parse).collect()
-}
-
-fn parse_device(name: &str) -> Result<String, String> {
-    let is_cuda = name == "cuda" || name.strip_prefix("cuda:").is_some_and(|n| n.parse::<usize>().is_ok());
-    if name == "cpu" || is_cuda { Ok(name.into()) } else { Err("expected cpu, cuda or cuda:N".into()) }
 }

@@ -51,4 +51,8 @@ impl MoeLayers for Recorder<'_> {
         self.keep(name("moe_output"), &output.hidden, DType::F32)?;
         Ok(output.hidden)
     }
+
+    fn end(&mut self) -> candle_core::Result<()> {
+        self.moe.end()
+    }
 }

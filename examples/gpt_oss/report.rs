@@ -66,7 +66,7 @@ impl Report<'_> {
         timing["expert_gb_per_second"] = self.expert_gb_per_second().into();
         Ok(json!({
             "model": self.arguments.model,
-            "device": self.arguments.device,
+            "device": self.arguments.device.to_string(),
             "dtype": self.plan.options.dtype.as_str(),
             "ep_size": self.plan.options.ep_size,
             "launch": name(self.launch),

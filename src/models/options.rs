@@ -13,7 +13,7 @@ pub struct MoeOptions {
     pub dtype: DType,
     /// Where weights and hidden states are: the CPU, or this rank's CUDA device.
     pub device: Device,
-    /// Ranks, each a thread or a process with its own experts.
+    /// Ranks, each a thread, a process or a device with its own experts.
     pub ep_size: usize,
     /// How results are summed.
     pub reduction: Reduction,

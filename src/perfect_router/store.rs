@@ -34,7 +34,7 @@ pub struct PerfectRouterKey {
 /// A snapshot of what a store holds and how it was used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StoreStatistics {
-    /// Buffers, one per key and device.
+    /// Buffers, one per key and [`Device`], of which there can be several for one device of the machine.
     pub entries: usize,
     /// Rows of all buffers.
     pub rows: usize,
@@ -72,7 +72,8 @@ pub struct PerfectRouterStore {
 
 #[derive(Debug, Default)]
 struct State {
-    buffers: HashMap<(PerfectRouterKey, DeviceLocation), Tensor>,
+    /// One for each [`Device`] of the place: what is made with one does not meet what is made with another of the same place.
+    buffers: HashMap<(PerfectRouterKey, DeviceLocation), Vec<Tensor>>,
     /// Buffers on CUDA that were outgrown: graphs may read them, and kernels of other threads, whose streams do not wait
     /// for the one on which they would be freed.
     outgrown: Vec<Tensor>,
@@ -144,9 +145,9 @@ impl PerfectRouterStore {
         let state = self.lock();
         let bytes = |buffer: &Tensor| buffer.elem_count() * buffer.dtype().size_in_bytes();
         StoreStatistics {
-            entries: state.buffers.len(),
-            rows: state.buffers.values().map(|buffer| buffer.dims()[0]).sum(),
-            bytes: state.buffers.values().chain(&state.outgrown).map(bytes).sum(),
+            entries: state.buffers.values().flatten().count(),
+            rows: state.buffers.values().flatten().map(|buffer| buffer.dims()[0]).sum(),
+            bytes: state.buffers.values().flatten().chain(&state.outgrown).map(bytes).sum(),
             hits: state.hits,
             misses: state.misses,
         }
@@ -169,16 +170,21 @@ impl PerfectRouterStore {
 impl State {
     /// The buffer of `key` with at least `rows` rows, and whether it had to be built or grown.
     fn buffer(&mut self, key: &PerfectRouterKey, rows: usize, device: &Device) -> Result<(Tensor, bool)> {
-        let place = (key.clone(), device.location());
-        let held = self.buffers.get(&place);
-        if let Some(buffer) = held.filter(|buffer| buffer.dims()[0] >= rows) {
+        let buffers = self.buffers.entry((key.clone(), device.location())).or_default();
+        let held = buffers.iter_mut().find(|buffer| buffer.device().same_device(device));
+        if let Some(buffer) = held.as_deref().filter(|buffer| buffer.dims()[0] >= rows) {
             return Ok((buffer.clone(), false));
         }
-        let twice = held.map_or(MIN_ROWS, |buffer| buffer.dims()[0].saturating_mul(2));
+        let twice = held.as_deref().map_or(MIN_ROWS, |buffer| buffer.dims()[0].saturating_mul(2));
         // Doubling is a convenience: what was asked for is enough.
         let buffer = generate(key, rows.max(twice), device).or_else(|_| generate(key, rows, device))?;
-        let outgrown = self.buffers.insert(place, buffer.clone());
-        self.outgrown.extend(outgrown.filter(|buffer| buffer.device().is_cuda()));
+        match held {
+            Some(held) => {
+                let outgrown = std::mem::replace(held, buffer.clone());
+                self.outgrown.extend(Some(outgrown).filter(|buffer| buffer.device().is_cuda()));
+            }
+            None => buffers.push(buffer.clone()),
+        }
         Ok((buffer, true))
     }
 }

@@ -2,6 +2,8 @@
 //! else runs on all devices in the tests of the rooms.
 
 mod blocks;
+#[cfg(feature = "nccl")]
+mod gpt_oss;
 mod large;
 #[cfg(feature = "nccl")]
 mod nccl;
@@ -610,6 +612,23 @@ fn assert_works(device: &Device) {
     let logits = Tensor::new(&[[0f32, 2., 1.]], device).unwrap();
     let routing = router(RoutingMethod::Renormalize, 2).route(&logits).unwrap();
     assert_eq!(to_host(&routing.topk_ids).to_vec2::<u32>().unwrap(), [[1, 2]]);
+}
+
+#[test]
+fn planned_logits_are_of_the_device_that_asks_and_not_of_another_for_the_same_place() {
+    if devices::cuda().is_none() {
+        return;
+    }
+    let store = PerfectRouterStore::new();
+    let key = PerfectRouterKey { plan: Plan::new(8, 2, 4, 0).unwrap(), dtype: DType::F32 };
+    let both = [0, 0].map(|ordinal| Device::new_cuda(ordinal).unwrap());
+    for num_tokens in [3, 100, 4] {
+        for device in &both {
+            assert!(store.logits(&key, num_tokens, device).unwrap().device().same_device(device));
+        }
+    }
+    let statistics = store.statistics();
+    assert_eq!((statistics.entries, statistics.misses, statistics.hits), (2, 4, 2));
 }
 
 #[test]

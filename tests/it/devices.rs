@@ -43,7 +43,17 @@ pub(crate) fn all() -> impl Iterator<Item = Device> {
     std::iter::once(Device::Cpu).chain(cuda().cloned())
 }
 
-/// Those of them that have matrix products, which an emulated device has not.
+/// Whether it is a stand-in that runs on the CPU.
+pub(crate) fn is_emulated(device: &Device) -> bool {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        return device.cuda_stream().context().name().is_ok_and(|name| name.contains("emulator"));
+    }
+    let _ = device;
+    false
+}
+
+/// Those of them that have matrix products, which an emulated device has only with an emulated cuBLAS.
 pub(crate) fn with_products() -> impl Iterator<Item = Device> {
     all().filter(|device| {
         let one = Tensor::ones((1, 1), DType::F32, device).unwrap();

@@ -245,6 +245,143 @@ fn a_rank_that_dies_is_named_with_its_exit_status() {
     assert!(stderr.contains("lost rank 2"), "the ranks that live name it too: {stderr}");
 }
 
+/// Whether there are that many CUDA devices for a program to find; says so where not.
+#[cfg(feature = "nccl")]
+fn there_are(devices: usize) -> bool {
+    let found = candle_core::cuda_backend::cudarc::driver::CudaContext::device_count().unwrap_or(0) as usize;
+    if found < devices {
+        crate::devices::say(&format!("SKIPPED on CUDA: {devices} devices are needed, there are {found}"));
+    }
+    found >= devices
+}
+
+#[cfg(feature = "nccl")]
+#[test]
+fn ranks_that_are_devices_generate_what_one_does_bit_for_bit() {
+    if !there_are(2) {
+        return;
+    }
+    let folder = Folder::new();
+    let generate = |name: &str, more: &[&str]| {
+        let file = folder.path().join(name);
+        let (file_name, ids) = (file.to_str().unwrap(), golden_ids());
+        let args = ["--device", "cuda", "--input-ids", &ids, "--max-new-tokens", "4", "--no-comparison"];
+        let report = json_of(NAME, &[&args[..], &["--dump", file_name, "--output", "json"], more].concat());
+        assert_eq!((&report["device"], &report["launch"]), (&Value::from("cuda"), &Value::from("threads")));
+        (report, std::fs::read(file).unwrap())
+    };
+    let (alone, dump) = generate("alone", &[]);
+    let expected = goldens()["f32.greedy_ids"].to_dtype(DType::U32).unwrap().to_vec1::<u32>().unwrap();
+    let generated: Vec<_> = expected.into_iter().take(4).map(u64::from).collect();
+    assert_eq!(list(&alone["generated_ids"]), generated);
+    for (ep_size, more) in [
+        (2, &["--ep-size", "2"][..]),
+        (4, &["--ep-size", "4", "--launch", "threads"]),
+        (3, &["--ep-size", "3", "--strategy", "exchange"]),
+        (2, &["--ep-size", "2", "--reduction", "rank-partial"]),
+    ] {
+        if !there_are(ep_size) {
+            continue;
+        }
+        let (report, of_ranks) = generate(&ep_size.to_string(), more);
+        assert_eq!(list(&report["generated_ids"]), generated, "{more:?}");
+        assert_eq!(report["ep_size"], ep_size);
+        assert_eq!(report["strategy"], if more.contains(&"exchange") { "exchange" } else { "gather" });
+        if report["reduction"] == "slot-order" {
+            assert!(of_ranks == dump, "{more:?}: the dump has other bits than that of one device");
+        }
+        let layers = |report: &Value| report["load"].as_array().unwrap().clone();
+        for (layer, alone) in layers(&report).iter().zip(layers(&alone)) {
+            assert_eq!(layer["slots_per_expert"], alone["slots_per_expert"], "{more:?}");
+            assert_eq!(list(&layer["slots_per_rank"]).len(), ep_size);
+        }
+    }
+}
+
+#[cfg(feature = "nccl")]
+#[test]
+fn learned_and_perfect_routing_of_devices_are_compared() {
+    if !there_are(2) {
+        return;
+    }
+    let args = ["--ep-size", "2", "--input-ids", "1,2,3", "--max-new-tokens", "2"];
+    let report = |more: &[&str]| json_of(NAME, &[&args[..], &["--output", "json"], more].concat());
+    let (devices, host) = (report(&["--device", "cuda"]), report(&[]));
+    assert_eq!(devices["generated_ids"], host["generated_ids"]);
+    assert_eq!(devices["comparison"]["load"], host["comparison"]["load"]);
+    let table = stdout_of(NAME, &[&args[..], &["--device", "cuda", "--perfect-router"]].concat());
+    for words in ["cuda f32, 2 ranks, gather strategy", "WARNING: perfect routing", "1.000"] {
+        assert!(table.contains(words), "{words:?} is missing in\n{table}");
+    }
+}
+
+#[cfg(feature = "nccl")]
+#[test]
+fn ranks_that_cannot_have_a_device_each_are_refused_in_words() {
+    if !there_are(2) {
+        return;
+    }
+    for (args, words) in [
+        (&["--device", "cuda", "--strategy", "gather"][..], &["--strategy", "auto or solo", "one rank"][..]),
+        (&["--device", "cuda", "--ep-size", "2", "--strategy", "solo"], &["--strategy", "solo", "ep_size is 2"]),
+        (&["--device", "cuda", "--ep-size", "2", "--physical-experts", "9"], &["--physical-experts", "--device cpu"]),
+        (&["--device", "cuda:0", "--ep-size", "2"], &["--device cuda:0", "each of 2 ranks", "--ep-size 1"]),
+        (&["--device", "cuda:1", "--ep-size", "2", "--launch", "procs"], &["--device cuda:1", "each of 2 ranks"]),
+    ] {
+        assert_rejected(NAME, args, words);
+    }
+    if !there_are(8) {
+        for launch in ["threads", "procs"] {
+            let args = ["--device", "cuda", "--ep-size", "8", "--launch", launch];
+            assert_rejected(NAME, &args, &["--ep-size 8", "CUDA devices", "choose fewer"]);
+        }
+        let output = start_rank(7, 8, free_port(), &["--device", "cuda"]).wait_with_output().unwrap();
+        let stderr = text(&output.stderr);
+        assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(2), ""), "{stderr}");
+        assert!(stderr.contains("rank 7 of its machine") && stderr.contains("--device cuda:N"), "{stderr}");
+    }
+    // Each process has said which device it wants.
+    let port = free_port();
+    let ranks = [0, 1].map(|rank| start_rank(rank, 2, port, &["--device", "cuda:1"]));
+    for rank in ranks {
+        let output = rank.wait_with_output().unwrap();
+        let stderr = text(&output.stderr);
+        assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), ""), "{stderr}");
+        assert!(stderr.contains("ranks 0 and 1 both have CUDA device 1"), "{stderr}");
+    }
+}
+
+#[cfg(feature = "nccl")]
+#[test]
+fn a_library_that_cannot_be_loaded_is_named_before_the_weights_are_read() {
+    if !there_are(2) {
+        return;
+    }
+    // Weights that would be an error too, and a file of the library's name in front of it.
+    let folder = Folder::new();
+    std::fs::copy(format!("{}/config.json", tiny_folder()), folder.path().join("config.json")).unwrap();
+    std::fs::write(folder.path().join("libnccl.so.2"), "no library").unwrap();
+    let model = folder.path().to_str().unwrap();
+    let libraries = format!("{model}:{}", std::env::var("LD_LIBRARY_PATH").unwrap_or_default());
+    for launch in ["threads", "procs"] {
+        let args = ["--model", model, "--device", "cuda", "--ep-size", "2", "--launch", launch];
+        let output = start(NAME, &args, &[("LD_LIBRARY_PATH", &libraries)]).wait_with_output().unwrap();
+        let stderr = text(&output.stderr);
+        assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), ""), "{stderr}");
+        assert!(stderr.contains("libnccl.so.2 cannot be loaded, NCCL 2.18.0 or newer is needed"), "{stderr}");
+        assert!(!stderr.contains("safetensors"), "{stderr}");
+    }
+}
+
+#[cfg(all(feature = "cuda", not(feature = "nccl")))]
+#[test]
+fn several_ranks_on_cuda_need_the_feature() {
+    for more in [&[][..], &["--launch", "procs"]] {
+        let args = [&["--device", "cuda", "--ep-size", "2"][..], more].concat();
+        assert_rejected(NAME, &args, &["--ep-size 2", "without NCCL", "--features nccl", "--device cpu"]);
+    }
+}
+
 #[test]
 fn perfect_routing_is_balanced_in_every_layer_and_warns() {
     for (ids, new_tokens) in [("1", "1"), ("5,6,7", "1"), ("1,2,3,4,5,6,7,8,9", "24")] {

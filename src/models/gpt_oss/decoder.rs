@@ -125,7 +125,9 @@ impl Decoder {
             Logits::All => hidden,
             Logits::Last => hidden.narrow(0, num_tokens - 1, 1)?,
         };
-        self.head.forward(&self.norm.forward(&hidden)?)?.to_dtype(DType::F32)
+        let logits = self.head.forward(&self.norm.forward(&hidden)?)?.to_dtype(DType::F32)?;
+        moe.end()?;
+        Ok(logits)
     }
 
     pub(super) fn check(&self, input_ids: &[u32], cache: &Cache) -> Result<()> {

@@ -10,7 +10,8 @@
 //!
 //! * [`Config`] is `config.json`.
 //! * [`Decoder`] is everything around the experts, with its [`Cache`].
-//! * [`ShardedMoe`] runs the MoE layers of all ranks, each rank a thread with its own experts, or a process that [`serve`]s.
+//! * [`ShardedMoe`] runs the MoE layers of all ranks, each rank a thread with its own experts, or a process or a device
+//!   that [`serve`]s.
 //! * [`Model`] puts them together; [`Sampler`] chooses tokens.
 
 mod attention;

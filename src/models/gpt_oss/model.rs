@@ -43,8 +43,8 @@ impl Model {
         })
     }
 
-    /// Loads `folder` as rank 0 of a group of processes, of which every other one [serves](super::serve) the same folder with
-    /// the same options: see [`ShardedMoe::join`].
+    /// Loads `folder` as rank 0 of a group, of processes or of devices, of which every other rank [serves](super::serve) the
+    /// same folder with the same options but for its own device: see [`ShardedMoe::join`].
     ///
     /// # Errors
     /// As [`Model::load`] and [`ShardedMoe::join`].
@@ -105,6 +105,8 @@ impl Model {
     }
 
     /// Runs `input_ids` after what `cache` holds, in one piece; logits are f32 `[num_tokens or 1, vocab_size]`.
+    ///
+    /// Where ranks are devices this waits until all have done their part, no longer than the deadline.
     ///
     /// # Errors
     /// As [`Decoder::forward`]. An error ends the group of ranks: load the model again.

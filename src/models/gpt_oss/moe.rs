@@ -1,4 +1,4 @@
-//! The MoE layers: read for one rank, and run by all ranks, threads of a process or processes.
+//! The MoE layers: read for one rank, and run by all ranks: threads of a process, processes, or devices of either.
 
 use super::Config;
 use super::layout::{ExpertRole, LayerRole};
@@ -31,6 +31,12 @@ pub trait MoeLayers {
     /// # Errors
     /// Whatever went wrong in the layer.
     fn forward(&mut self, layer: usize, hidden: &Tensor) -> Result<Tensor>;
+
+    /// The forward pass ends: all of its work has been given to the device, and what comes of it is about to be used.
+    ///
+    /// # Errors
+    /// Work of the layers that did not end.
+    fn end(&mut self) -> Result<()>;
 }
 
 /// Reads the MoE layer `layer` for rank `ep_rank`: the gate, and the bytes of this rank's experts only.
@@ -117,7 +123,7 @@ impl RankSource<'_> {
 
 /// The MoE layers of all ranks.
 ///
-/// The caller's thread is rank 0 and holds the sequence; every other rank is a thread of its own, or a process that
+/// The caller's thread is rank 0 and holds the sequence; every other rank is a thread of its own, or whoever
 /// [serves](serve), and takes part in each step with zero tokens of its own.
 pub struct ShardedMoe {
     home: Vec<MoeBlock>,
@@ -130,8 +136,8 @@ pub struct ShardedMoe {
 #[derive(Debug)]
 enum Others {
     Threads(Vec<Worker>),
-    /// Through the communicator.
-    Processes,
+    /// They [serve], and hear it through the communicator.
+    Serving,
 }
 
 #[derive(Debug)]
@@ -185,7 +191,7 @@ impl ShardedMoe {
     ///
     /// # Errors
     /// As [`load_moe_block`] and [`MoeBlock::agree`]; more ranks than experts; several ranks on CUDA, which
-    /// [join](Self::join) and [serve].
+    /// [join](Self::join) and [serve] with a device each.
     pub fn load(
         checkpoint: &Checkpoint,
         config: &Config,
@@ -242,13 +248,13 @@ impl ShardedMoe {
             bail!("{OP}: join as rank {}, expected rank 0; the others serve", communicator.rank())
         }
         let home = read_and_meet(checkpoint, config, options, communicator.as_mut(), progress)?;
-        Ok(Self { home, communicator, step: None, others: Others::Processes })
+        Ok(Self { home, communicator, step: None, others: Others::Serving })
     }
 
     /// Switches every rank between learned and balanced routing. **Balanced routing makes the output meaningless.**
     ///
     /// # Errors
-    /// None for balanced routing among threads; a failed group of processes.
+    /// None for balanced routing among threads of the host; otherwise a failed group.
     pub fn set_perfect_router(&mut self, enabled: bool) -> Result<()> {
         self.home.iter_mut().try_for_each(|block| block.set_perfect_router(enabled))?;
         self.command(Command::PerfectRouter(enabled))
@@ -307,7 +313,7 @@ impl ShardedMoe {
                 }
                 Ok(())
             }
-            Others::Processes => command.tell(self.communicator.as_mut()),
+            Others::Serving => command.tell(self.communicator.as_mut()),
         }
     }
 }
@@ -322,6 +328,11 @@ impl MoeLayers for ShardedMoe {
 
     fn forward(&mut self, layer: usize, hidden: &Tensor) -> Result<Tensor> {
         self.forward_traced(layer, hidden).map(|output| output.hidden)
+    }
+
+    /// Waits until the step has really happened where ranks are devices, whose work is given up when it does not end in time.
+    fn end(&mut self) -> Result<()> {
+        Ok(self.communicator.settle()?)
     }
 }
 
@@ -351,7 +362,7 @@ impl fmt::Debug for ShardedMoe {
     }
 }
 
-/// The life of a process that is a rank other than 0: reads this rank's experts, takes part in the steps of the
+/// The life of a process, or a thread with a device of its own, that is a rank other than 0: reads this rank's experts, takes part in the steps of the
 /// [`ShardedMoe`] that rank 0 [joined](ShardedMoe::join), and returns when that one is dropped. `progress` hears of every layer.
 ///
 /// # Errors
@@ -377,7 +388,7 @@ pub fn serve(
     }
 }
 
-/// Reads the experts of this rank of a group of processes, and waits until all have, with the same settings.
+/// Reads the experts of this rank of a group that joins and serves, and waits until all have, with the same settings.
 fn read_and_meet(
     checkpoint: &Checkpoint,
     config: &Config,
@@ -428,5 +439,7 @@ fn obey(command: Command, blocks: &mut [MoeBlock], communicator: &mut dyn Commun
 fn run_step(blocks: &[MoeBlock], communicator: &mut dyn Communicator, empty: &Tensor) -> Result<()> {
     communicator.set_label("step");
     let step = Step::agree(communicator, 0)?;
-    blocks.iter().try_for_each(|block| block.forward(empty, communicator, &step).map(drop))
+    blocks.iter().try_for_each(|block| block.forward(empty, communicator, &step).map(drop))?;
+    // Before this rank waits for the next command, for which there is no deadline.
+    Ok(communicator.settle()?)
 }

@@ -100,7 +100,7 @@ unsafe extern "C" {
 }
 
 /// Has the device forget the next call of this thread; false where it is none that can.
-fn stall() -> bool {
+pub(super) fn stall() -> bool {
     /// At once, and only what is loaded already.
     const RTLD_NOW_NOLOAD: c_int = 2 | 4;
     // SAFETY: the names end with a zero; a group was built, so the library is there, and stays.
