@@ -123,6 +123,8 @@ enum StrategyName {
     Exchange,
     /// Only results travel: for tokens that every rank holds, which here is for one rank
     Replicated,
+    /// A token to the ranks of its experts, through the devices' memory: for threads on CUDA devices that reach each other's
+    Peer,
 }
 
 impl StrategyName {
@@ -133,6 +135,7 @@ impl StrategyName {
             Self::Gather => Some(Strategy::Gather),
             Self::Exchange => Some(Strategy::Exchange),
             Self::Replicated => Some(Strategy::Replicated),
+            Self::Peer => Some(Strategy::Peer),
         }
     }
 }
@@ -175,7 +178,8 @@ impl Arguments {
         if ep_size == 0 || ep_size > config.num_experts {
             return bad(format!("--ep-size {ep_size}: expected 1 to {}, the experts of a layer", config.num_experts));
         }
-        self.device.check(ep_size, launched)?;
+        let strategy = self.strategy.forced();
+        self.device.check(ep_size, launched, strategy)?;
         let processes = world_size.is_some() || self.launch == Some(LaunchName::Procs);
         if processes && ep_size > MAX_PROCS {
             return bad(format!(
@@ -201,8 +205,8 @@ impl Arguments {
             ReductionName::SlotOrder => Reduction::SlotOrder,
             ReductionName::RankPartial => Reduction::RankPartial,
         };
-        let strategy = self.strategy.forced();
-        let problem = Problem { ep_size, top_k: config.top_k, reduction, replicated_tokens: false, peer_access: false };
+        let peer_access = strategy == Some(Strategy::Peer) && !is_cpu && !processes;
+        let problem = Problem { ep_size, top_k: config.top_k, reduction, replicated_tokens: false, peer_access };
         if let Err(error) = problem.choose(strategy) {
             return bad(format!("--{}; leave it out for the best", plain(&error)));
         }

@@ -3,7 +3,7 @@
 use crate::common::report::{BadArguments, plain};
 use anyhow::{Result, anyhow};
 use candle_core::Device;
-use candle_moe::ep::{Communicator, Deadlines, Environment, Procs, Threads};
+use candle_moe::ep::{Communicator, Deadlines, Environment, Procs, Strategy, Threads};
 use std::fmt;
 use std::str::FromStr;
 use std::thread;
@@ -18,16 +18,21 @@ pub(crate) enum Place {
 
 impl Place {
     /// Whether there will be a device for each of `ep_size` ranks, or for the one that `launched` made of this process.
-    pub(crate) fn check(self, ep_size: usize, launched: Option<&Environment>) -> Result<(), BadArguments> {
+    pub(crate) fn check(
+        self,
+        ep_size: usize,
+        launched: Option<&Environment>,
+        strategy: Option<Strategy>,
+    ) -> Result<(), BadArguments> {
         let Self::Cuda(ordinal) = self else { return Ok(()) };
         if !cfg!(feature = "cuda") {
             let advice = "this program was built without it; build with --features cuda, or use --device cpu";
             return Err(BadArguments(format!("--device {self}: {advice}")));
         }
-        if ep_size > 1 && !cfg!(feature = "nccl") {
+        if ep_size > 1 && !cfg!(feature = "nccl") && strategy != Some(Strategy::Peer) {
             return Err(BadArguments(format!(
                 "--ep-size {ep_size}: expected 1 with --device {self}, since this program was built without NCCL; build with \
-                 --features nccl, or use --device cpu"
+                 --features nccl, or use --strategy peer or --device cpu"
             )));
         }
         let found = num_devices();
@@ -108,16 +113,19 @@ impl Rank {
     }
 
     /// A thread of this process, on the device of its number.
-    fn of_threads(threads: Threads, place: Place) -> Result<Self> {
+    fn of_threads(threads: Threads, place: Place, strategy: Option<Strategy>) -> Result<Self> {
         let device = place.open(threads.rank())?;
-        let communicator = over_threads(threads, &device)?;
+        let communicator = match strategy {
+            Some(Strategy::Peer) => among_peers(threads, &device)?,
+            _ => over_threads(threads, &device)?,
+        };
         Ok(Self { communicator, device })
     }
 }
 
 /// Does `first` as rank 0 on this thread, and `other` as every other rank on a thread of its own, with a device for each.
 pub(crate) fn with_threads<T>(
-    place: Place,
+    (place, strategy): (Place, Option<Strategy>),
     ep_size: usize,
     deadlines: Deadlines,
     first: impl FnOnce(Rank) -> Result<T>,
@@ -130,10 +138,10 @@ pub(crate) fn with_threads<T>(
         let spawn = |handle: Threads| {
             let thread = thread::Builder::new().name(format!("rank {}", handle.rank()));
             // Where there is no thread, the handle goes, and the others hear that this rank left.
-            thread.spawn_scoped(scope, move || other(Rank::of_threads(handle, place)?))
+            thread.spawn_scoped(scope, move || other(Rank::of_threads(handle, place, strategy)?))
         };
         let others: Vec<_> = handles.map(spawn).collect();
-        let outcome = Rank::of_threads(handle, place).and_then(first);
+        let outcome = Rank::of_threads(handle, place, strategy).and_then(first);
         let end = |thread: std::io::Result<thread::ScopedJoinHandle<'_, Result<()>>>| match thread?.join() {
             Ok(outcome) => outcome,
             Err(_) => Err(anyhow!("a thread that was a rank panicked")),
@@ -154,6 +162,17 @@ fn with_causes<T>(outcome: Result<T>, others: Vec<Result<()>>) -> Result<T> {
         }
         outcome => outcome,
     }
+}
+
+/// Ranks that are devices of this process and reach each other's memory.
+#[cfg(feature = "cuda")]
+fn among_peers(threads: Threads, device: &Device) -> Result<Box<dyn Communicator>> {
+    Ok(Box::new(candle_moe::ep::Peer::over_threads(threads, device)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn among_peers(_: Threads, _: &Device) -> Result<Box<dyn Communicator>> {
+    Err(anyhow!("expected a program built with --features cuda"))
 }
 
 /// What carries the rows of ranks that are devices of this process.

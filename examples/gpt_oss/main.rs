@@ -75,7 +75,9 @@ impl Task<'_> {
     fn with_devices(self) -> Result<Verdict> {
         let first = |rank: Rank| self.generate(&rank.device, LaunchName::Threads, Some(rank.communicator));
         let (place, ep_size) = (self.arguments.device, self.plan.options.ep_size);
-        devices::with_threads(place, ep_size, self.plan.deadlines(), first, |rank| self.serve(rank))
+        devices::with_threads((place, self.plan.options.strategy), ep_size, self.plan.deadlines(), first, |rank| {
+            self.serve(rank)
+        })
     }
 
     /// The life of a rank other than 0.

@@ -278,6 +278,8 @@ fn ranks_that_are_devices_generate_what_one_does_bit_for_bit() {
         (2, &["--ep-size", "2"][..]),
         (4, &["--ep-size", "4", "--launch", "threads"]),
         (3, &["--ep-size", "3", "--strategy", "exchange"]),
+        (2, &["--ep-size", "2", "--strategy", "peer"]),
+        (3, &["--ep-size", "3", "--strategy", "peer", "--reduction", "rank-partial"]),
         (2, &["--ep-size", "2", "--reduction", "rank-partial"]),
     ] {
         if !there_are(ep_size) {
@@ -286,7 +288,8 @@ fn ranks_that_are_devices_generate_what_one_does_bit_for_bit() {
         let (report, of_ranks) = generate(&ep_size.to_string(), more);
         assert_eq!(list(&report["generated_ids"]), generated, "{more:?}");
         assert_eq!(report["ep_size"], ep_size);
-        assert_eq!(report["strategy"], if more.contains(&"exchange") { "exchange" } else { "gather" });
+        let asked = more.iter().find(|word| ["exchange", "peer"].contains(word));
+        assert_eq!(report["strategy"], *asked.unwrap_or(&"gather"));
         if report["reduction"] == "slot-order" {
             assert!(of_ranks == dump, "{more:?}: the dump has other bits than that of one device");
         }
@@ -325,6 +328,11 @@ fn ranks_that_cannot_have_a_device_each_are_refused_in_words() {
         (&["--device", "cuda", "--strategy", "gather"][..], &["--strategy", "auto or solo", "one rank"][..]),
         (&["--device", "cuda", "--ep-size", "2", "--strategy", "solo"], &["--strategy", "solo", "ep_size is 2"]),
         (&["--device", "cuda", "--ep-size", "2", "--physical-experts", "9"], &["--physical-experts", "--device cpu"]),
+        (&["--ep-size", "2", "--strategy", "peer"], &["--strategy", "reach each other's memory"]),
+        (
+            &["--device", "cuda", "--ep-size", "2", "--strategy", "peer", "--launch", "procs"],
+            &["--strategy", "reach each"],
+        ),
         (&["--device", "cuda:0", "--ep-size", "2"], &["--device cuda:0", "each of 2 ranks", "--ep-size 1"]),
         (&["--device", "cuda:1", "--ep-size", "2", "--launch", "procs"], &["--device cuda:1", "each of 2 ranks"]),
     ] {

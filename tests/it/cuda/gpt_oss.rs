@@ -1,6 +1,7 @@
 //! GPT-OSS with a device for each rank: the logits and the load of one device, and a device that stops is named.
 
-use super::nccl::{are_emulated, one_at_a_time, stall, there_are};
+use super::nccl::stall;
+use super::ranks::{are_emulated, one_at_a_time, there_are};
 use crate::devices::{cuda, line};
 use crate::gpt_oss::{max_distance, options, prompt, tiny_folder, whole_prompt};
 use candle_core::{DType, Device};
