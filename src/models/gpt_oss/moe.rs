@@ -362,8 +362,9 @@ impl fmt::Debug for ShardedMoe {
     }
 }
 
-/// The life of a process, or a thread with a device of its own, that is a rank other than 0: reads this rank's experts, takes part in the steps of the
-/// [`ShardedMoe`] that rank 0 [joined](ShardedMoe::join), and returns when that one is dropped. `progress` hears of every layer.
+/// The life of a rank other than 0 that is a process, or a thread with a device of its own: reads this rank's experts, takes
+/// part in the steps of the [`ShardedMoe`] that rank 0 [joined](ShardedMoe::join), and returns when that one is dropped.
+/// `progress` hears of every layer.
 ///
 /// # Errors
 /// As [`load_moe_block`] and [`MoeBlock::agree`]; a communicator of another rank or size; failures of other ranks.
