@@ -2,6 +2,7 @@
 //! else runs on all devices in the tests of the rooms.
 
 mod blocks;
+mod faults;
 #[cfg(feature = "nccl")]
 mod gpt_oss;
 mod large;

@@ -575,16 +575,43 @@ fn a_hostile_member_is_lost() {
 // ---------------------------------------------------------------------------------------------
 // Real processes, killed and stopped
 
-const SERVING: Duration = Duration::from_millis(600);
-const CHECKED_STEPS: u64 = 5;
+pub(crate) const SERVING: Duration = Duration::from_millis(600);
+pub(crate) const CHECKED_STEPS: u64 = 5;
+
+/// Ranks that are struck.
+pub(crate) struct Kind {
+    /// What a rank is: an ignored test that says `ready`, `error` and `done`.
+    pub(crate) test: &'static str,
+    /// How many there are, by seed.
+    pub(crate) world_size: fn(u64) -> usize,
+    /// Groups at once.
+    pub(crate) groups: usize,
+}
+
+const ON_THE_HOST: Kind =
+    Kind { test: "procs::rank_as_a_process", world_size: |seed| 2 + (seed % 3) as usize, groups: 3 };
 
 fn now_us() -> u128 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros()
 }
 
 /// Says something to the test that started this process, in a line of its own and with the time.
-fn say(what: &str) {
+pub(crate) fn say(what: &str) {
     eprintln!("@{} {what}", now_us());
+}
+
+/// The rank that this process was started as, and its number on the machine.
+pub(crate) fn joined() -> Option<(usize, Procs)> {
+    let environment = Environment::detect(&Overrides::default()).unwrap()?;
+    let serving = Duration::from_millis(std::env::var("TEST_SERVING_MS").ok()?.parse().unwrap());
+    let deadlines = Deadlines { warm_up: PATIENT, serving };
+    Some((environment.local_rank, Procs::join(ProcsConfig::from(&environment), deadlines).unwrap()))
+}
+
+/// Says what went wrong in a step, and what was the cause of it.
+pub(crate) fn say_error(ranks: &dyn Communicator, error: candle_core::Error) {
+    let cause = ranks.health().cause.unwrap();
+    say(&format!("error {}", serde_json::to_string(&(line(error), cause)).unwrap()));
 }
 
 /// Not a test: a rank that a test below starts as a process of its own. It steps until something fails, then meets the
@@ -592,18 +619,14 @@ fn say(what: &str) {
 #[test]
 #[ignore = "run by the tests that start ranks as processes"]
 fn rank_as_a_process() {
-    let Some(environment) = Environment::detect(&Overrides::default()).unwrap() else { return };
-    let serving = Duration::from_millis(std::env::var("TEST_SERVING_MS").unwrap().parse().unwrap());
-    let deadlines = Deadlines { warm_up: PATIENT, serving };
-    let mut ranks = Procs::join(ProcsConfig::from(&environment), deadlines).unwrap();
+    let Some((_, mut ranks)) = joined() else { return };
     let cases: Vec<Case> = Way::all(ranks.world_size()..ranks.world_size() + 1).map(Way::faultless).collect();
     if ranks.generation() == 0 {
         ranks.barrier().unwrap();
         ranks.start_serving();
         say("ready");
         let error = (0..).find_map(|step| make_step(&mut ranks, &cases, step).err()).unwrap();
-        let cause = ranks.health().cause.unwrap();
-        say(&format!("error {}", serde_json::to_string(&(line(error), cause)).unwrap()));
+        say_error(&ranks, error);
         ranks = ranks.rebuild().unwrap();
     }
     ranks.barrier().unwrap();
@@ -633,9 +656,9 @@ struct Rank {
 }
 
 impl Rank {
-    fn start(rank: usize, world_size: usize, port: u16, generation: u64, serving: Duration) -> Self {
+    fn start(test: &str, (rank, world_size): (usize, usize), port: u16, generation: u64, serving: Duration) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "procs::rank_as_a_process", "--ignored", "--nocapture", "--test-threads=1"])
+            .args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"])
             .env("RANK", rank.to_string())
             .env("LOCAL_RANK", rank.to_string())
             .env("WORLD_SIZE", world_size.to_string())
@@ -698,7 +721,7 @@ impl Drop for Rank {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Blow {
+pub(crate) enum Blow {
     Kill,
     /// It is killed once the others have given up.
     Stop,
@@ -716,12 +739,12 @@ fn hear_error(process: &Rank, rank: usize) -> (u128, EpError) {
 }
 
 /// Strikes one of several ranks in the middle of a step; returns how long the others took to hear of it, and where.
-fn strike(seed: u64, blow: Blow) -> Vec<(Duration, String)> {
-    let world_size = 2 + (seed % 3) as usize;
+fn strike(kind: &Kind, seed: u64, blow: Blow) -> Vec<(Duration, String)> {
+    let world_size = (kind.world_size)(seed);
     let victim = (seed / 3) as usize % world_size;
     let port = free_port();
     let serving = if blow == Blow::Kill { PATIENT } else { SERVING };
-    let start = |rank, generation| Rank::start(rank, world_size, port, generation, serving);
+    let start = |rank, generation| Rank::start(kind.test, (rank, world_size), port, generation, serving);
     let mut ranks: Vec<_> = (0..world_size).map(|rank| start(rank, 0)).collect();
     ranks.iter().for_each(|rank| drop(rank.hear("ready")));
     thread::sleep(Duration::from_micros(1000 + seed * 1234 % 20_000));
@@ -751,7 +774,7 @@ fn strike(seed: u64, blow: Blow) -> Vec<(Duration, String)> {
 }
 
 /// Strikes twenty times, a few at a time; the longest that a survivor took.
-fn strike_often(blow: impl Fn(u64) -> Blow + Sync, name: &str, limit: Duration) {
+pub(crate) fn strike_often(kind: &Kind, blow: impl Fn(u64) -> Blow + Sync, name: &str, limit: Duration) {
     let next = std::sync::atomic::AtomicU64::new(0);
     let mut times: Vec<(Duration, String)> = thread::scope(|scope| {
         let group = || {
@@ -761,10 +784,10 @@ fn strike_often(blow: impl Fn(u64) -> Blow + Sync, name: &str, limit: Duration) 
                 if seed >= 20 {
                     return times;
                 }
-                times.extend(strike(seed, blow(seed)));
+                times.extend(strike(kind, seed, blow(seed)));
             }
         };
-        let groups: Vec<_> = (0..3).map(|_| scope.spawn(group)).collect();
+        let groups: Vec<_> = (0..kind.groups).map(|_| scope.spawn(group)).collect();
         groups.into_iter().flat_map(|group| group.join().unwrap()).collect()
     });
     times.sort();
@@ -777,11 +800,11 @@ fn strike_often(blow: impl Fn(u64) -> Blow + Sync, name: &str, limit: Duration) 
 
 #[test]
 fn processes_that_are_killed_are_named_within_a_second_and_replaced() {
-    strike_often(|_| Blow::Kill, "killed", Duration::from_secs(1));
+    strike_often(&ON_THE_HOST, |_| Blow::Kill, "killed", Duration::from_secs(1));
 }
 
 #[test]
 fn processes_that_are_stopped_are_named_at_the_deadline_and_replaced_or_return() {
     let blow = |seed| if seed % 2 == 0 { Blow::Stop } else { Blow::Pause };
-    strike_often(blow, "stopped", SERVING + SLACK);
+    strike_often(&ON_THE_HOST, blow, "stopped", SERVING + SLACK);
 }

@@ -1,6 +1,7 @@
 //! A rank that has a device: its calls meet the others on the host, and put work on the device, which is watched.
 
 mod memory;
+mod pulse;
 mod watchdog;
 
 pub(super) use memory::{Shares, address_of, fresh, room_of};
@@ -13,6 +14,7 @@ use super::error::{Collective, EpError, EpErrorKind, reason};
 use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream, sys as driver};
 use candle_core::{CudaDevice, Device, Tensor};
 use memory::with_address;
+use pulse::Pulse;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
@@ -41,7 +43,9 @@ impl<C: Carrier> OnDevice<C> {
         site: &Site,
     ) -> Result<Self, EpError> {
         let context = Arc::clone(cuda.cuda_stream().context());
-        let watchdog = Watchdog::start(carrier, context, control.overseer(), control.rank()).map_err(|error| {
+        let pulse = Pulse::of_group(&mut *control)?;
+        let watch = Watchdog::start(carrier, context, control.overseer(), (control.rank(), pulse));
+        let watchdog = watch.map_err(|error| {
             let what = format!("the device cannot be watched: {error}");
             control.give_up(site, EpErrorKind::Library(what))
         })?;

@@ -11,12 +11,14 @@
 //! 1. A call is watched from before it enters the library, since that may block too, until an event behind its work is done.
 //! 2. The library allows one thing from another thread while its owner is in a call: the abort, which makes that call return.
 //!    An owner that is inside is left a moment to come out by itself; one that is outside is let in no more.
-//! 3. Events are asked on a thread that relaxes its capture mode, so that asking disturbs no capture of another thread.
-//! 4. Work that an abort has cut short looks done. So what was under way is noted as torn before the abort.
+//! 3. Whoever is late on this machine is named, by what is seen of it (`pulse.rs`) or what the device says.
+//! 4. Events are asked on a thread that relaxes its capture mode, so that asking disturbs no capture of another thread.
+//! 5. Work that an abort has cut short looks done. So what was under way is noted as torn before the abort.
 
 use super::super::call::Site;
 use super::super::control::Overseer;
 use super::super::error::EpErrorKind;
+use super::pulse::Pulse;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaEvent, sys};
 use std::collections::VecDeque;
 use std::io;
@@ -80,6 +82,8 @@ struct State<C> {
     torn: Option<Site>,
     leaving: Option<Leaving>,
     ended: bool,
+    /// What is seen of the other ranks, where they are on this machine.
+    pulse: Option<Pulse>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -101,7 +105,12 @@ struct Watched {
 pub(in super::super) struct GivenUp;
 
 impl<C: Carrier> Watchdog<C> {
-    pub(super) fn start(carrier: C, context: Arc<CudaContext>, overseer: Overseer, rank: usize) -> io::Result<Self> {
+    pub(super) fn start(
+        carrier: C,
+        context: Arc<CudaContext>,
+        overseer: Overseer,
+        (rank, pulse): (usize, Option<Pulse>),
+    ) -> io::Result<Self> {
         let state = State {
             carrier: Some(carrier),
             inside: false,
@@ -109,6 +118,7 @@ impl<C: Carrier> Watchdog<C> {
             torn: None,
             leaving: None,
             ended: false,
+            pulse,
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let mut watchdog = Self { shared: Arc::clone(&shared), overseer: overseer.clone(), thread: None };
@@ -122,6 +132,9 @@ impl<C: Carrier> Watchdog<C> {
         let mut state = self.shared.lock();
         let carrier = state.carrier.clone().ok_or(GivenUp)?;
         state.inside = true;
+        if let Some(pulse) = &mut state.pulse {
+            pulse.begin();
+        }
         state.watched.push_back(Watched { site: site.clone(), since, deadline, behind: None });
         Ok(carrier)
     }
@@ -210,6 +223,9 @@ impl<C: Carrier> Shared<C> {
 
     /// Looks once, and waits.
     fn look<'a>(&'a self, mut state: MutexGuard<'a, State<C>>, overseer: &Overseer) -> MutexGuard<'a, State<C>> {
+        if let Some(pulse) = &mut state.pulse {
+            pulse.beat();
+        }
         if state.carrier.is_some() && state.must_abort(overseer) {
             state = self.abort(state);
         }
@@ -282,7 +298,7 @@ impl<C: Carrier> State<C> {
         let Some(oldest) = self.watched.front() else { return false };
         let kind = match failed {
             Err(what) => Some(EpErrorKind::Library(what)),
-            Ok(()) => overseer.lost().or_else(|| oldest.overdue(self.carrier.as_ref())),
+            Ok(()) => overseer.lost().or_else(|| oldest.overdue(self.carrier.as_ref(), self.pulse.as_ref())),
         };
         if let Some(kind) = kind {
             overseer.fail(&oldest.site, kind);
@@ -305,12 +321,15 @@ impl<C: Carrier> State<C> {
 }
 
 impl Watched {
-    fn overdue(&self, carrier: Option<&impl Carrier>) -> Option<EpErrorKind> {
+    fn overdue(&self, carrier: Option<&impl Carrier>, pulse: Option<&Pulse>) -> Option<EpErrorKind> {
         if self.since.elapsed() < self.deadline {
             return None;
         }
         let (op, step, deadline) = (self.site.op, self.site.step, self.deadline);
-        let missing = carrier.map(Carrier::missing).unwrap_or_default();
+        let mut missing = carrier.map(Carrier::missing).unwrap_or_default();
+        if missing.is_empty() {
+            missing = pulse.map(Pulse::behind).unwrap_or_default();
+        }
         Some(match missing.is_empty() {
             true => EpErrorKind::Unfinished { op, step, deadline },
             false => EpErrorKind::Timeout { missing, deadline },

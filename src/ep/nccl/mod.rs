@@ -41,7 +41,8 @@ const LOOK: Duration = Duration::from_millis(10);
 /// * Tensors are on the device that the rank was built with, the same [`Device`] and not only the same ordinal. An argument
 ///   may be dropped or written after the call by work of the same stream.
 /// * What an `Ok` tensor holds counts only after [`Communicator::settle`], which waits for the device. Work that does not end
-///   within the deadline poisons the group with [`Unfinished`](EpErrorKind::Unfinished), which names the call; whatever
+///   within the deadline poisons the group: with [`Timeout`](EpErrorKind::Timeout) where ranks of this machine have not begun as
+///   many calls or are not seen any more, else with [`Unfinished`](EpErrorKind::Unfinished), which names the call. Whatever
 ///   poisons the group makes the device drop the work that waits for other ranks, so its queue goes on.
 /// * Sums are in NCCL's order: the same in every run of one group of devices, but not that of the CPU.
 /// * In a stream that is being captured the ranks meet when it is captured, not when it is replayed, and a replay has no

@@ -21,7 +21,7 @@ const SENDING: [Strategy; 3] = [Strategy::Replicated, Strategy::Gather, Strategy
 const PUSHING: [Strategy; 2] = [Strategy::Peer, Strategy::Exchange];
 
 /// The numbers of a layer, on the host.
-struct Layer {
+pub(super) struct Layer {
     gate: Tensor,
     gate_up: Tensor,
     down: Tensor,
@@ -30,7 +30,13 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(random: &mut Random, hidden_size: usize, intermediate_size: usize, dtype: DType, has_shared: bool) -> Self {
+    pub(super) fn new(
+        random: &mut Random,
+        hidden_size: usize,
+        intermediate_size: usize,
+        dtype: DType,
+        has_shared: bool,
+    ) -> Self {
         let mut floats =
             |dims: &[usize], scale| oracle::floats(&random.units(dims.iter().product(), scale), dims, dtype).0;
         let (h, i) = (hidden_size, intermediate_size);
@@ -48,7 +54,12 @@ impl Layer {
         Experts::new(projection(gate_up), projection(down), GateUpRows::Concatenated, Activation::Silu).unwrap()
     }
 
-    fn block(&self, ep_size: usize, rank: usize, options: impl Fn(MoeBlockBuilder) -> MoeBlockBuilder) -> MoeBlock {
+    pub(super) fn block(
+        &self,
+        ep_size: usize,
+        rank: usize,
+        options: impl Fn(MoeBlockBuilder) -> MoeBlockBuilder,
+    ) -> MoeBlock {
         let local = Placement::contiguous(NUM_EXPERTS, ep_size).unwrap().local(rank).unwrap();
         let own = |weight: &Tensor| weight.narrow(0, local.start, local.len()).unwrap().contiguous().unwrap();
         let gate = Linear::new(self.gate.clone(), None).unwrap();
@@ -62,7 +73,7 @@ impl Layer {
         builder.build().unwrap()
     }
 
-    fn hidden(&self, random: &mut Random, num_tokens: usize) -> Tensor {
+    pub(super) fn hidden(&self, random: &mut Random, num_tokens: usize) -> Tensor {
         let h = self.gate.dims()[1];
         oracle::floats(&random.units(num_tokens * h, 1.0), &[num_tokens, h], self.dtype).0
     }
