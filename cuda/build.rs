@@ -15,7 +15,7 @@ use std::process::{Command, exit};
 use std::thread;
 
 /// The kernels: room and file.
-const KERNELS: [(&str, &str); 13] = [
+const KERNELS: [(&str, &str); 14] = [
     ("routing", "topk"),
     ("routing", "backward"),
     ("order", "order"),
@@ -26,6 +26,7 @@ const KERNELS: [(&str, &str); 13] = [
     ("experts", "pack"),
     ("experts", "gather"),
     ("experts", "home"),
+    ("experts", "linear"),
     ("experts", "tiled"),
     ("block", "block"),
     ("ep", "peer"),

@@ -865,7 +865,11 @@ fn a_linear_layer_without_an_input_feature_gives_its_bias() {
 #[test]
 fn the_linear_layer_equals_the_oracle_with_one_rounding() {
     let mut random = Random(41);
-    for (num_tokens, out_features, in_features) in [(0, 8, 32), (1, 1, 1), (3, 17, 45), (300, 5, 64), (520, 3, 33)] {
+    // And such as make tensor cores take small tiles and large ones, whole and not.
+    let of_tensor_cores = [(1, 128, 2880), (17, 40, 96), (1100, 120, 64), (2100, 29, 32)];
+    for (num_tokens, out_features, in_features) in
+        [(0, 8, 32), (1, 1, 1), (3, 17, 45), (300, 5, 64), (520, 3, 33)].into_iter().chain(of_tensor_cores)
+    {
         for dtype in FLOATS {
             for format in [Format::Dense(dtype), Format::Dense(DType::F32), Format::Mxfp4(REALISTIC), Format::Fp8] {
                 if matches!(format, Format::Mxfp4(_)) && in_features % 32 != 0 {
@@ -894,6 +898,27 @@ fn the_linear_layer_equals_the_oracle_with_one_rounding() {
 
 // ---------------------------------------------------------------------------------------------
 // Batch invariance
+
+#[test]
+fn a_row_of_a_linear_layer_has_the_same_bits_in_every_batch() {
+    let mut random = Random(43);
+    for (out_features, in_features) in [(128, 224), (24, 96), (31, 45)] {
+        for dtype in FLOATS {
+            let (projection, _) =
+                projection(&mut random, &Format::Dense(dtype), (1, out_features, in_features), Some(DType::F32));
+            let linear = Linear::from_projection(projection).unwrap();
+            let hidden = hidden_states(&mut random, 2500, in_features, 1.0, dtype);
+            let whole = linear_everywhere(&linear, &hidden);
+            for (first, count) in [(0, 1), (5, 16), (100, 33), (700, 700), (2499, 1)] {
+                let some = linear_everywhere(&linear, &hidden.narrow(0, first, count).unwrap());
+                for (whole, some) in whole.iter().zip(&some) {
+                    let of_whole = whole.narrow(0, first, count).unwrap();
+                    assert_eq!(oracle::bits_of(some), oracle::bits_of(&of_whole), "{count} rows from {first}");
+                }
+            }
+        }
+    }
+}
 
 #[test]
 fn a_row_has_the_same_bits_whatever_else_is_in_the_batch() {

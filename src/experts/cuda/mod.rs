@@ -17,8 +17,12 @@ use path::{Kernel, Path, general_format, general_launch};
 /// Threads of a block that brings rows home, and bytes of a row that a thread has.
 const HOME_THREADS: u32 = 256;
 const HOME_BYTES: usize = 16;
-/// Tokens of a tile of the kernel of linear layers.
+/// Tokens of a tile of the general kernel of linear layers.
 const LINEAR_ROWS: usize = 16;
+/// `kChunk` and `kLinearThreads` of the source, and blocks of small tiles that one wave or a few of them have.
+const LINEAR_CHUNK: usize = 32;
+const LINEAR_THREADS: u32 = 256;
+const LINEAR_FEW: usize = 512;
 
 /// What the kernels are told; `ProjectionArguments` of the source.
 #[derive(Clone, Copy, Default)]
@@ -368,19 +372,49 @@ pub(super) fn linear(projection: &ExpertProjection, hidden: &Tensor, device: &Cu
     let Ok(num_rows) = u32::try_from(num_tokens) else {
         bail!("{OP}: num_tokens is {num_tokens}, expected at most {}", u32::MAX)
     };
-    let (hidden, weights) = (Held::new(hidden, device, "hidden")?, Weights::new(projection, device)?);
+    let (hidden, weights) = (Held::new(hidden, device, "hidden")?.aligned()?, Weights::new(projection, device)?);
     output(dtype, device, (num_tokens, out_features), Fresh::Undefined, |address| {
         if num_tokens == 0 || out_features == 0 {
             return Ok(());
         }
         let arguments =
             Arguments { input: hidden.address()?, output: address, num_rows, ..weights.arguments(out_features)? };
+        if let Some((name, how)) = linear_kernel(&weights, dtype, num_tokens, out_features)? {
+            // SAFETY: as below, and the columns are whole chunks that begin at multiples of 16 bytes.
+            return unsafe { launch(device, Binary::ExpertsLinear, &name, how, arguments) };
+        }
         let how = general_launch(num_tokens.div_ceil(LINEAR_ROWS), out_features);
         let name = format!("linear_{}_{}", general_format(&projection.weights), dtype.as_str());
         // SAFETY: `Arguments` is the kernel's parameter; `hidden` has `num_rows` rows of `in_features`, the output as many of
         // `out_features`.
         unsafe { launch(device, Binary::Experts, &name, how, arguments) }
     })
+}
+
+/// The kernel of tensor cores for a linear layer, where there is one.
+fn linear_kernel(
+    weights: &Weights<'_>,
+    dtype: DType,
+    num_tokens: usize,
+    out_features: usize,
+) -> Result<Option<(String, Launch)>> {
+    let is_plain = matches!(&weights.projection.weights.values, Values::Dense(weight) if weight.dtype() == dtype);
+    let is_whole = weights.projection.weights.in_features().is_multiple_of(LINEAR_CHUNK);
+    if !is_plain || !is_whole || dtype == DType::F32 || !weights.values.address()?.is_multiple_of(16) {
+        return Ok(None);
+    }
+    let blocks = |tokens: usize, features: usize| {
+        num_tokens.div_ceil(16 * tokens).saturating_mul(out_features.div_ceil(8 * features))
+    };
+    // Tiles of 16 tokens and 8 features. Few tokens take small ones: to keep many blocks busy.
+    let (tokens, features) = match () {
+        () if blocks(1, 1) <= LINEAR_FEW || num_tokens <= 16 => (1, 1),
+        () if out_features <= 32 => (2, 4),
+        () => (2, 8),
+    };
+    let shared = LINEAR_THREADS as usize * tokens * features * 4 * size_of::<f32>();
+    let how = Launch { starts_early: true, ..Launch::new(blocks(tokens, features), LINEAR_THREADS, shared) };
+    Ok(Some((format!("linear_{}_{tokens}x{features}", dtype.as_str()), how)))
 }
 
 pub(super) fn weighted_sum(
