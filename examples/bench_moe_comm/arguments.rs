@@ -100,7 +100,7 @@ pub(crate) struct Arguments {
     /// Report mean, median, stdev, min and max of every rank, instead of its median
     #[arg(long)]
     pub(crate) iter_stats: bool,
-    /// Time every call on CUDA devices for itself, host and device, and not ten of them in a graph; on the CPU there are none
+    /// Time every call on CUDA devices for itself, host and device, and not fifty of them in a graph; on the CPU there are none
     /// anyway
     #[arg(long)]
     no_cuda_graph: bool,

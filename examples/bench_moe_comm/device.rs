@@ -1,13 +1,13 @@
 //! Times on CUDA devices.
 //!
 //! ```text
-//! in graphs    capture ten calls; again and again: barrier, replay     a sample is a tenth of the time between two events
+//! in graphs    capture fifty calls; again and again: barrier, replay   a sample is a fiftieth of the time between two events
 //! without      again and again: barrier, call                          a sample is the time between two events
 //! ```
 //!
 //! Where ranks fetch results from each other, the results lie there before: a layer's experts write them there.
 //!
-//! Ranks replay alike, and the first of ten calls waits for whoever left the barrier last.
+//! Ranks replay alike, and the first of fifty calls waits for whoever left the barrier last.
 
 use crate::clock::{Clock, nanoseconds};
 use crate::common::graph::{Graph, Stopwatch};
@@ -19,7 +19,7 @@ use candle_moe::ep::Communicator;
 use std::time::Instant;
 
 /// Calls in a graph.
-const CALLS: u32 = 10;
+const CALLS: u32 = 50;
 
 /// The samples of this rank.
 pub(crate) fn time(
