@@ -34,7 +34,7 @@ impl Pulled {
     }
 }
 
-fn peer_of<'a>(communicator: &'a mut dyn Communicator) -> Result<&'a mut Peer> {
+fn peer_of(communicator: &mut dyn Communicator) -> Result<&mut Peer> {
     match communicator.as_peer() {
         Some(peer) => Ok(peer),
         None => bail!("peer: the ranks do not reach each other's memory, expected those of a Peer"),

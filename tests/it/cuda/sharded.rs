@@ -17,6 +17,7 @@ use half::bf16;
 
 const NUM_EXPERTS: usize = 10;
 const TOP_K: usize = 3;
+#[cfg(feature = "nccl")]
 const SENDING: [Strategy; 3] = [Strategy::Replicated, Strategy::Gather, Strategy::Exchange];
 const PUSHING: [Strategy; 2] = [Strategy::Peer, Strategy::Exchange];
 
