@@ -570,7 +570,7 @@ fn bad_arguments_say_what_to_do() {
         (&["--ep-size", "9"], &["--ep-size 9", "1 to 8"]),
         (&["--strategy", "replicated"], &["--strategy", "replicated", "each rank holds its own", "leave it out"]),
         (&["--strategy", "solo"], &["--strategy", "solo", "ep_size is 4"]),
-        (&["--strategy", "peer"], &["gather", "exchange"]),
+        (&["--strategy", "pigeon"], &["gather", "exchange", "peer"]),
         (&["--launch", "mpi"], &["--launch", "threads", "procs"]),
         (&["--launch", "procs", "--ep-size", "9"], &["--ep-size 9", "1 to 8"]),
         (&["--launch", "procs", "--input-ids", "512"], &["512"]),

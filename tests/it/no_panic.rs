@@ -618,6 +618,10 @@ fn dispatch_and_combine() {
             refuses(&["topk_ids", "[4]"], || run(&hidden, &with(zeros(&[4], DType::U32), weights.clone())));
             refuses(&["topk_weights", "U32"], || run(&hidden, &with(ids.clone(), zeros(&[2, 2], DType::U32))));
 
+            if strategy == Strategy::Peer {
+                refuses(&["peer"], || run(&hidden, &good));
+                continue;
+            }
             let dispatched = run(&hidden, &good).unwrap();
             let order_of = |routing: &Routing| ExpertOrder::new(&routing.topk_ids, 2, 0..2).unwrap();
             let run =

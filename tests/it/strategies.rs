@@ -138,8 +138,14 @@ impl Group<'_> {
     }
 }
 
+/// Those of the host.
 fn strategies(ep_size: usize) -> impl Iterator<Item = Strategy> {
-    Strategy::ALL.into_iter().filter(move |&strategy| strategy != Strategy::Solo || ep_size == 1)
+    let is_possible = move |strategy: &Strategy| match strategy {
+        Strategy::Solo => ep_size == 1,
+        Strategy::Peer => false,
+        _ => true,
+    };
+    Strategy::ALL.into_iter().filter(is_possible)
 }
 
 fn random_counts(random: &mut Random, ep_size: usize) -> Vec<usize> {
@@ -448,6 +454,13 @@ fn the_best_strategy_follows_from_the_problem() {
             for (strategy, reason) in choice.rejected() {
                 assert!(text.contains(&format!("; not {strategy}, {reason}")) && reason.len() > 10, "{text}");
             }
+            // Where devices reach each other's memory nothing goes another way, if there is anything to send.
+            let choice = Problem { peer_access: true, ..problem }.choose(None).unwrap();
+            let expected = match expected {
+                Strategy::Gather | Strategy::Exchange => Strategy::Peer,
+                other => other,
+            };
+            assert_eq!(choice.strategy(), expected, "{choice}");
         }
     }
 }
@@ -455,7 +468,7 @@ fn the_best_strategy_follows_from_the_problem() {
 #[test]
 fn a_forced_strategy_is_taken_or_is_an_error() {
     for (ep_size, replicated_tokens, possible) in [
-        (1, false, &Strategy::ALL[..]),
+        (1, false, &[Strategy::Solo, Strategy::Replicated, Strategy::Gather, Strategy::Exchange][..]),
         (4, false, &[Strategy::Gather, Strategy::Exchange]),
         (4, true, &[Strategy::Replicated, Strategy::Gather, Strategy::Exchange]),
     ] {
@@ -472,6 +485,13 @@ fn a_forced_strategy_is_taken_or_is_an_error() {
                 }
             }
         }
+    }
+    let among_peers = |ep_size, replicated| Problem { peer_access: true, ..problem(ep_size, 2, replicated) };
+    let choice = among_peers(4, false).choose(Some(Strategy::Peer)).unwrap();
+    assert_eq!((choice.strategy(), choice.reason()), (Strategy::Peer, "since it was asked for"));
+    for (ep_size, replicated, words) in [(1, false, "ep_size is 1"), (4, true, "each holds all")] {
+        let error = among_peers(ep_size, replicated).choose(Some(Strategy::Peer)).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
     }
     let layer = Layer::new(1, 8, DType::F32);
     for (strategy, words) in [(Strategy::Solo, "ep_size is 4"), (Strategy::Replicated, "all tokens on every rank")] {
@@ -506,6 +526,7 @@ fn traffic_is_the_mean_over_all_tokens_there_can_be() {
         let exchange = problem.traffic(Strategy::Exchange);
         close(exchange.dispatched_rows, mean(ranks));
         close(exchange.combined_rows, if is_partial { mean(ranks) } else { mean(slots) });
+        assert_eq!(problem.traffic(Strategy::Peer), exchange);
         let gather = problem.traffic(Strategy::Gather);
         close(gather.dispatched_rows, 2.0);
         close(gather.combined_rows, if is_partial { 2.0 } else { mean(slots) });
@@ -529,8 +550,8 @@ fn names_are_read_back_and_unknown_ones_list_the_known() {
     for reduction in Reduction::ALL {
         assert_eq!(reduction.name().replace('-', "_").parse::<Reduction>().unwrap(), reduction);
     }
-    let error = "peer".parse::<Strategy>().unwrap_err().to_string();
-    assert!(error.contains("\"peer\"") && error.contains("solo, replicated, gather, exchange"), "{error}");
+    let error = "pigeon".parse::<Strategy>().unwrap_err().to_string();
+    assert!(error.contains("\"pigeon\"") && error.contains("solo, replicated, gather, exchange, peer"), "{error}");
     let error = "".parse::<Reduction>().unwrap_err().to_string();
     assert!(error.contains("slot-order, rank-partial"), "{error}");
 }
