@@ -94,15 +94,10 @@ pub(super) enum Pulled {
     Rows,
 }
 
-/// A block for each token, as many as are there at once with those of the ranks that share the device: blocks of pulling wait.
-fn blocks(
-    device: &CudaDevice,
-    num_tokens: u32,
-    (row_units, max_threads): (usize, usize),
-    sharers: usize,
-) -> Result<Launch> {
+/// A block for each token, as many as are there at once.
+fn blocks(device: &CudaDevice, num_tokens: u32, (row_units, max_threads): (usize, usize)) -> Result<Launch> {
     let threads = row_units.next_multiple_of(32).clamp(64, max_threads);
-    let resident = properties(device)?.num_multiprocessors * (MULTIPROCESSOR_THREADS / threads) / sharers.max(1);
+    let resident = properties(device)?.num_multiprocessors * (MULTIPROCESSOR_THREADS / threads);
     let blocks = (num_tokens as usize).clamp(1, resident.max(1));
     Ok(Launch { starts_early: true, ..Launch::new(blocks, threads as u32, 0) })
 }
@@ -112,12 +107,7 @@ fn blocks(
 /// # Safety
 /// The addresses are those of the source, with room for this rank's tokens at each rank, and stay; all ranks of the group launch
 /// the same.
-pub(super) unsafe fn push(
-    device: &CudaDevice,
-    mut arguments: DispatchArguments,
-    row_bytes: usize,
-    sharers: usize,
-) -> Result<()> {
+pub(super) unsafe fn push(device: &CudaDevice, mut arguments: DispatchArguments, row_bytes: usize) -> Result<()> {
     // Rows of a room begin at multiples of their bytes, behind a start that is at one of 16.
     let fits = |unit: &usize| row_bytes.is_multiple_of(*unit) && arguments.hidden.is_multiple_of(*unit as u64);
     let Some(unit) = [UNIT, 4, 2].into_iter().find(fits) else {
@@ -125,7 +115,7 @@ pub(super) unsafe fn push(
     };
     let row_units = row_bytes / unit;
     arguments.row_units = row_units as u32;
-    let how = blocks(device, arguments.num_tokens, (row_units, MAX_THREADS), sharers)?;
+    let how = blocks(device, arguments.num_tokens, (row_units, MAX_THREADS))?;
     // SAFETY: the caller's promise; the kernel waits for the one before it.
     unsafe { launch(device, Binary::Peer, &format!("peer_dispatch_{unit}"), how, arguments) }
 }
@@ -139,7 +129,6 @@ pub(super) unsafe fn pull(
     arguments: CombineArguments,
     what: Pulled,
     (from, to): (DType, DType),
-    sharers: usize,
 ) -> Result<()> {
     let (what, max_threads) = match what {
         Pulled::Sums => ("sums", MAX_THREADS),
@@ -148,7 +137,7 @@ pub(super) unsafe fn pull(
     let width = UNIT / from.size_in_bytes();
     let width = if (arguments.hidden_size as usize).is_multiple_of(width) { width } else { 1 };
     let columns = (arguments.hidden_size as usize).div_ceil(width);
-    let how = blocks(device, arguments.num_tokens, (columns, max_threads), sharers)?;
+    let how = blocks(device, arguments.num_tokens, (columns, max_threads))?;
     let name = format!("peer_{what}_{}_{}_{width}", from.as_str(), to.as_str());
     // SAFETY: the caller's promise; the kernel waits for the one before it.
     unsafe { launch(device, Binary::Peer, &name, how, arguments) }

@@ -65,7 +65,6 @@ impl Peer {
         })?;
         let first = first_of(counts, self.rank());
         let row_bytes = hidden_size * hidden.dtype().size_in_bytes();
-        let sharers = self.sharers;
         self.put(&site, arrived, |cuda, group| {
             let arguments = DispatchArguments {
                 group,
@@ -81,7 +80,7 @@ impl Peer {
                 row_units: 0,
             };
             // SAFETY: every rank has rooms for the tokens of all, this one's from `first` on, and all ranks have met.
-            unsafe { kernels::push(cuda, arguments, row_bytes, sharers) }.map_err(|error| tensor_kind(&error))
+            unsafe { kernels::push(cuda, arguments, row_bytes) }.map_err(|error| tensor_kind(&error))
         })?;
         self.prepared(&site, || {
             Ok(Pushed {
@@ -135,7 +134,7 @@ impl Peer {
         let (first, num_tokens) = (first_of(way.counts, rank), way.counts.get(rank).copied().unwrap_or(0));
         let behind = if what == Pulled::Sums { first * hidden_size * results.dtype().size_in_bytes() } else { 0 };
         let slots_behind = first * top_k * size_of::<u32>();
-        let (cuda, group, sharers) = (self.ground.cuda.clone(), self.group, self.sharers);
+        let (cuda, group) = (self.ground.cuda.clone(), self.group);
         let put = |stream: &_, to: u64| -> Result<(), EpErrorKind> {
             copy(address_of(&results, &cuda)?, room.begin(rank), bytes_of(&results), stream)?;
             if let (Some(slot_rank), Some(places)) = (&slot_rank, &places) {
@@ -154,7 +153,7 @@ impl Peer {
                 hidden_size: hidden_size as u32,
             };
             // SAFETY: every rank has a room with results for the tokens of all, and all ranks have met.
-            unsafe { kernels::pull(&cuda, arguments, what, (results.dtype(), way.dtype), sharers) }
+            unsafe { kernels::pull(&cuda, arguments, what, (results.dtype(), way.dtype)) }
                 .map_err(|error| tensor_kind(&error))
         };
         let sums = fresh(&cuda, way.dtype, &[num_tokens, hidden_size], |to| {

@@ -50,13 +50,10 @@ const DRAINING: Duration = Duration::from_secs(2);
 ///   the group fails, and the error is a [`Timeout`](EpErrorKind::Timeout) that names whom the device waited for.
 /// * Rooms grow to the largest call so far, and a capture needs a call of its size before. They are freed when the last rank of
 ///   the group is dropped; graphs must be dropped before.
-/// * Ranks may share a device, for tests; then each has a part of it only.
 pub struct Peer {
     ground: OnDevice<Line>,
     ties: Ties,
     group: Group,
-    /// Ranks on the device of this one, it included.
-    sharers: usize,
     rooms: Rooms,
     /// How many there were; the rooms take turns.
     dispatches: usize,
@@ -104,7 +101,8 @@ impl Peer {
     /// # Errors
     ///
     /// [`BadArgument`](EpErrorKind::BadArgument): `device` is no CUDA device, or there are more than 16 ranks.
-    /// [`Library`](EpErrorKind::Library): a device does not reach the memory of another, or it fails. And
+    /// [`Library`](EpErrorKind::Library): two ranks have the same device, whose kernels would wait for each other; a device does
+    /// not reach the memory of another, or it fails. And
     /// [those of every call](Communicator#).
     pub fn over_threads(threads: Threads, device: &Device) -> Result<Self, EpError> {
         Self::over(Box::new(threads), device)
@@ -156,11 +154,9 @@ impl Peer {
         let mut group =
             Group { lifeline: lifeline.address(), rank: rank as u32, num_ranks: num_ranks as u32, ..Group::default() };
         group.mailboxes[..num_ranks].copy_from_slice(&addresses);
-        let own_ordinal = cuda.cuda_stream().context().ordinal();
-        let sharers = ordinals.iter().filter(|&&ordinal| ordinal == own_ordinal).count();
         let ground = OnDevice::start(Line(Arc::clone(&lifeline)), control, device, cuda, &site)?;
         let ties = Ties { cuda: cuda.clone(), links, lifeline };
-        Ok(Self { ground, ties, group, sharers, rooms: Rooms::default(), dispatches: 0, combines: 0 })
+        Ok(Self { ground, ties, group, rooms: Rooms::default(), dispatches: 0, combines: 0 })
     }
 
     /// Where the others will pull the results of the next combine from: `[num_rows, hidden_size]`. Results that are written there
@@ -424,6 +420,13 @@ fn greet(control: &mut dyn Control, cuda: &CudaDevice) -> Result<(Arc<Links>, Ve
     // Rank 0 holds them until everybody has them.
     control.barrier().map_err(Greeting::Failed)?;
     drop(opened);
+    for (rank, Hello { ordinal, .. }) in hellos.iter().enumerate() {
+        if let Some(other) = hellos.iter().take(rank).position(|other| other.ordinal == *ordinal) {
+            let what =
+                format!("ranks {other} and {rank} both have CUDA device {ordinal}; give each rank a device of its own");
+            return Err(Greeting::Refused(EpErrorKind::Library(what)));
+        }
+    }
     match joined {
         Some(links) => Ok((links, hellos.iter().map(|hello| hello.ordinal).collect())),
         None => Err(Greeting::Refused(EpErrorKind::Library("rank 0 is not in this process".to_string()))),

@@ -105,34 +105,6 @@ fn two_batches_are_under_way_at_once() {
     there_are(2);
 }
 
-#[test]
-fn ranks_may_share_a_device() {
-    let _turn = one_at_a_time();
-    if !there_are(1) {
-        return;
-    }
-    let ranks = launch(3, PATIENT, |threads| {
-        let device = Device::new_cuda(0).unwrap();
-        let mut ranks = Peer::over_threads(threads, &device).unwrap();
-        let rank = ranks.rank();
-        gather(&mut ranks, rank + 1, &[1, 2, 3]).unwrap();
-        let placement = Placement::contiguous(NUM_EXPERTS, 3).unwrap();
-        let reduction = Reduction::SlotOrder;
-        let sharing = Sharing { strategy: Strategy::Peer, reduction, placement: &placement };
-        let mut random = Random(70 + ranks.rank() as u64);
-        for num_tokens in [1, 300, 40] {
-            let step = Step::agree(&mut ranks, num_tokens).unwrap();
-            let batch = Batch::new(&mut random, num_tokens, &device);
-            let dispatched = dispatch(&mut ranks, &step, &sharing, &batch.hidden, &batch.routing).unwrap();
-            let (rows, order) = hand_back(&ranks, &placement, dispatched.hidden(), dispatched.topk_ids());
-            let combined = combine(&mut ranks, &dispatched, &rows, &order).unwrap();
-            ranks.settle().unwrap();
-            batch.assert_is(&combined, &format!("{num_tokens} tokens"));
-        }
-    });
-    ranks.unwrap().into_iter().for_each(|rank| rank.unwrap());
-}
-
 /// A graph that one rank replays alone waits on its device; nothing of the host waits with it.
 #[test]
 fn a_device_that_waits_alone_is_called_off() {
@@ -221,6 +193,14 @@ fn what_cannot_be_is_said_at_the_start() {
     for error in errors.unwrap() {
         let text = error.unwrap().to_string();
         assert!(text.contains("it must be a CUDA device"), "{text}");
+    }
+    let errors = launch(2, PATIENT, |threads| {
+        let device = Device::new_cuda(0).unwrap();
+        Peer::over_threads(threads, &device).map(drop).unwrap_err()
+    });
+    for error in errors.unwrap() {
+        let text = error.unwrap().to_string();
+        assert!(text.contains("ranks 0 and 1 both have CUDA device 0"), "{text}");
     }
     let errors = launch(17, PATIENT, |threads| {
         let device = Device::new_cuda(0).unwrap();
