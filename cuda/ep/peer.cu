@@ -24,10 +24,8 @@
 // has 16 bytes of each thread under way, some 4 MB in all, which is more than the links hold. With many tokens both run at what
 // the links give (the copy engine, through shared memory, was no faster).
 
+#include "common/neighbours.cuh"
 #include "ep/mailbox.cuh"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 namespace moe {
 
@@ -105,19 +103,6 @@ __device__ __forceinline__ void push(const DispatchArguments& a) {
     end_round(g, round);
 }
 
-// Some neighbours in a row, loaded and stored at once.
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Part {
-    T of[kWidth];
-};
-
-__device__ __forceinline__ float number(float value) { return value; }
-__device__ __forceinline__ float number(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ float number(__half value) { return __half2float(value); }
-__device__ __forceinline__ void keep(float* at, float value) { *at = value; }
-__device__ __forceinline__ void keep(__nv_bfloat16* at, float value) { *at = __float2bfloat16_rn(value); }
-__device__ __forceinline__ void keep(__half* at, float value) { *at = __float2half_rn(value); }
-
 // Comes, waits, and has `bring_home` do its tokens, of which it may `look_at` the first before.
 template <typename L, typename F>
 __device__ __forceinline__ void pull(const CombineArguments& a, L&& look_at, F&& bring_home) {
@@ -148,14 +133,14 @@ __device__ __forceinline__ void pull_sums(const CombineArguments& a) {
             float sums[kWidth] = {};
 #pragma unroll 4
             for (uint32_t rest = ranks; rest != 0; rest &= rest - 1) {
-                const auto part = static_cast<const Part<Row, kWidth>*>(a.rows[__ffs(rest) - 1])[i];
+                const auto part = static_cast<const Neighbours<Row, kWidth>*>(a.rows[__ffs(rest) - 1])[i];
 #pragma unroll
-                for (int j = 0; j < kWidth; ++j) sums[j] = __fadd_rn(sums[j], number(part.of[j]));
+                for (int j = 0; j < kWidth; ++j) sums[j] = __fadd_rn(sums[j], to_float(part.of[j]));
             }
-            Part<T, kWidth> out;
+            Neighbours<T, kWidth> out;
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) keep(out.of + j, sums[j]);
-            static_cast<Part<T, kWidth>*>(a.sums)[i] = out;
+            static_cast<Neighbours<T, kWidth>*>(a.sums)[i] = out;
         }
     });
 }
@@ -166,7 +151,7 @@ constexpr uint32_t kAhead = 4;
 template <typename Row, typename T, int kWidth>
 __device__ __forceinline__ void pull_rows(const CombineArguments& a) {
     const uint32_t columns = a.hidden_size / kWidth, num_ranks = a.group.num_ranks;
-    using RowPart = Part<Row, kWidth>;
+    using RowPart = Neighbours<Row, kWidth>;
     pull(a, [](uint32_t) {}, [&](uint32_t token) {
         const uint64_t slots = uint64_t(token) * a.top_k;
         for (uint32_t column = threadIdx.x; column < columns; column += blockDim.x) {
@@ -196,14 +181,14 @@ __device__ __forceinline__ void pull_rows(const CombineArguments& a) {
                     if (rows[k] == nullptr) continue;
 #pragma unroll
                     for (int j = 0; j < kWidth; ++j) {
-                        sums[j] = __fadd_rn(sums[j], __fmul_rn(weights[k], number(parts[k].of[j])));
+                        sums[j] = __fadd_rn(sums[j], __fmul_rn(weights[k], to_float(parts[k].of[j])));
                     }
                 }
             }
-            Part<T, kWidth> out;
+            Neighbours<T, kWidth> out;
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) keep(out.of + j, sums[j]);
-            static_cast<Part<T, kWidth>*>(a.sums)[uint64_t(token) * columns + column] = out;
+            static_cast<Neighbours<T, kWidth>*>(a.sums)[uint64_t(token) * columns + column] = out;
         }
     });
 }

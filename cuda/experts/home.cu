@@ -22,15 +22,6 @@ struct HomeArguments {
 // Slots of a token that are looked up ahead.
 constexpr uint32_t kAhead = 4;
 
-// Some neighbours in a row, loaded and stored at once.
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Part {
-    T of[kWidth];
-};
-
-__device__ __forceinline__ float number(float value) { return value; }
-__device__ __forceinline__ float number(__nv_bfloat16 value) { return __bfloat162float(value); }
-
 template <typename Row, typename T, int kWidth>
 __device__ __forceinline__ void bring_home(const HomeArguments& a) {
     allow_next_kernel();
@@ -52,9 +43,9 @@ __device__ __forceinline__ void bring_home(const HomeArguments& a) {
     float sums[kWidth] = {};
     const auto add = [&](uint32_t rank, float weight) {
         if (rank == kNothing) return;
-        const auto row = static_cast<const Part<Row, kWidth>*>(a.rows)[uint64_t(rank) * columns + column];
+        const auto row = static_cast<const Neighbours<Row, kWidth>*>(a.rows)[uint64_t(rank) * columns + column];
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) sums[j] = __fadd_rn(sums[j], __fmul_rn(weight, number(row.of[j])));
+        for (int j = 0; j < kWidth; ++j) sums[j] = __fadd_rn(sums[j], __fmul_rn(weight, to_float(row.of[j])));
     };
 #pragma unroll
     for (uint32_t k = 0; k < kAhead; ++k) {
@@ -62,10 +53,10 @@ __device__ __forceinline__ void bring_home(const HomeArguments& a) {
     }
 #pragma unroll 4
     for (uint32_t k = kAhead; k < a.top_k; ++k) add(a.slot_rank[token * a.top_k + k], a.topk_weights[token * a.top_k + k]);
-    Part<T, kWidth> out;
+    Neighbours<T, kWidth> out;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) keep(out.of + j, sums[j]);
-    static_cast<Part<T, kWidth>*>(a.sums)[i] = out;
+    static_cast<Neighbours<T, kWidth>*>(a.sums)[i] = out;
 }
 
 }  // namespace moe

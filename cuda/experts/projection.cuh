@@ -6,6 +6,7 @@
 
 #include "common/keys.cuh"
 #include "common/launch.cuh"
+#include "common/neighbours.cuh"
 
 namespace moe {
 
@@ -54,9 +55,6 @@ __device__ __forceinline__ uint32_t* seen_of(const LayerArguments& a, uint32_t t
     return a.signals + a.gate_up.max_tiles + tile;
 }
 
-__device__ __forceinline__ void keep(float* to, float value) { *to = value; }
-__device__ __forceinline__ void keep(__half* to, float value) { *to = __float2half_rn(value); }
-__device__ __forceinline__ void keep(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
 // Two neighbours in one store; `to` is at an even index of an array that is aligned for it.
 __device__ __forceinline__ uint32_t pair_of(float first, float second, const __half*) {
     const __half2 pair = __floats2half2_rn(first, second);
