@@ -20,9 +20,10 @@
 //!    everybody posted), else after a short grace, so that the order of arrival does not decide
 //!    who is blamed.
 //! 4. Only handles move under the lock. Rows are copied and added by each rank after it has left.
-//! 5. A rank of another process that did not come may be waiting itself, in the call before, for one that sent its post to
-//!    this process and no further. It came there before this rank came here, so it gives up first, and says for whom it
-//!    waits. Where several are missing, a moment is left to hear of that.
+//! 5. A rank of another process that did not come may be waiting itself, in the call before, for one that sent its posts to
+//!    this process and no further. So at its deadline a rank tells the others that it waits, and only a moment later blames
+//!    those that are missing and have not told the same of the call before. If all of them have, they know better whom to
+//!    blame: there is another moment to hear it.
 //! 6. A rank of another process may be done with a round that this one still waits for, and be one call ahead. It cannot be
 //!    two ahead without this process's post.
 
@@ -33,7 +34,7 @@ use std::time::{Duration, Instant};
 
 /// How long a disagreement waits for more ranks to show who is odd.
 const GRACE: Duration = Duration::from_millis(100);
-/// How long the news of another process may take that it has given up.
+/// How long the news of another process may take.
 const NEWS: Duration = Duration::from_millis(100);
 
 pub(super) struct Board {
@@ -41,7 +42,7 @@ pub(super) struct Board {
     generation: u64,
     /// How many of the ranks take their results here.
     takers: usize,
-    /// How long news of a fault may take.
+    /// How long the news of another rank may take.
     news: Duration,
     state: Mutex<State>,
     changed: Condvar,
@@ -53,6 +54,8 @@ struct State {
     posts: Vec<Option<Post>>,
     /// Of the round after it, by rank.
     early: Vec<Option<Post>>,
+    /// The last round in which a rank told that it waits beyond its deadline.
+    overdue: Vec<Option<u64>>,
     /// Since when two posts of the current round disagree.
     disagreement: Option<Instant>,
     finished: Option<Finished>,
@@ -102,7 +105,8 @@ impl Board {
 
     /// The board of a process that is one rank.
     pub(super) fn of_one_process(world_size: usize, generation: u64) -> Self {
-        Self::new(world_size, generation, 1, NEWS)
+        // A single other rank can wait for nobody but this one.
+        Self::new(world_size, generation, 1, if world_size > 2 { NEWS } else { Duration::ZERO })
     }
 
     fn new(world_size: usize, generation: u64, takers: usize, news: Duration) -> Self {
@@ -116,6 +120,7 @@ impl Board {
                 round: 0,
                 posts: no_posts(),
                 early: no_posts(),
+                overdue: vec![None; world_size],
                 disagreement: None,
                 finished: None,
                 presence: vec![Presence::Here; world_size],
@@ -144,8 +149,16 @@ impl Board {
         self.lock().successor
     }
 
-    /// Posts and waits for the others; returns everybody's posts of this round in rank order.
-    pub(super) fn meet(&self, rank: usize, post: Post, deadline: Duration) -> Result<Arc<Vec<Post>>, Arc<Fault>> {
+    /// Posts and waits for the others; returns everybody's posts of this round in rank order. Calls `tell_overdue` if the
+    /// deadline has passed and the others should know that this rank waits.
+    pub(super) fn meet(
+        &self,
+        rank: usize,
+        post: Post,
+        deadline: Duration,
+        tell_overdue: impl FnOnce(),
+    ) -> Result<Arc<Vec<Post>>, Arc<Fault>> {
+        let mut tell_overdue = Some(tell_overdue);
         let arrived = Instant::now();
         let site = post.site.clone();
         let mut state = self.lock();
@@ -167,6 +180,11 @@ impl Board {
             let kind = match state.verdict(deadline, arrived.elapsed(), self.news) {
                 Err(kind) => kind,
                 Ok(wait) => {
+                    if arrived.elapsed() >= deadline
+                        && let Some(tell) = tell_overdue.take()
+                    {
+                        tell();
+                    }
                     state = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
                     continue;
                 }
@@ -184,6 +202,13 @@ impl Board {
         state.accept(rank, post)?;
         self.judge(&mut state);
         Ok(())
+    }
+
+    /// Notes that a rank of another process waits in call `step` beyond its deadline.
+    pub(super) fn wait_overdue(&self, rank: usize, step: u64) {
+        if let Some(place) = self.lock().overdue.get_mut(rank) {
+            *place = Some(step);
+        }
     }
 
     /// Poisons the group, unless it is; returns the fault that counts.
@@ -318,9 +343,9 @@ impl State {
 
     /// How much longer to wait for the current round, or why it is lost.
     fn verdict(&self, deadline: Duration, waited: Duration, news: Duration) -> Result<Duration, EpErrorKind> {
-        let mut wait = deadline.checked_sub(waited).unwrap_or_default();
+        let mut wait = deadline.saturating_sub(waited);
         if let Some(since) = self.disagreement {
-            wait = wait.min(GRACE.checked_sub(since.elapsed()).unwrap_or_default());
+            wait = wait.min(GRACE.saturating_sub(since.elapsed()));
             if let Some(desync) = self.odd_rank(wait.is_zero()) {
                 return Err(desync);
             }
@@ -338,11 +363,15 @@ impl State {
             return Ok(wait);
         }
         let missing: Vec<usize> = absent().map(|(rank, _)| rank).collect();
-        let late = deadline.saturating_add(news).checked_sub(waited).unwrap_or_default();
-        if missing.len() > 1 && !late.is_zero() {
-            return Ok(late);
-        }
-        Err(EpErrorKind::Timeout { missing, deadline })
+        let silent: Vec<usize> = missing.iter().copied().filter(|rank| !self.waits_itself(*rank)).collect();
+        let (blamed, moments) = if silent.is_empty() { (missing, 2) } else { (silent, 1) };
+        let patience = deadline.saturating_add(news * moments).saturating_sub(waited);
+        if patience.is_zero() { Err(EpErrorKind::Timeout { missing: blamed, deadline }) } else { Ok(patience) }
+    }
+
+    /// Has a rank that is missing told that it waits in the call before?
+    fn waits_itself(&self, rank: usize) -> bool {
+        self.overdue.get(rank).is_some_and(|step| step.is_some_and(|step| step.wrapping_add(1) == self.round))
     }
 
     /// Who made another call than the largest party; `None` while more posts could tell, unless

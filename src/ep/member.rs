@@ -26,6 +26,9 @@ pub(super) trait Outside: Send + Sync + 'static {
 
     /// Sends news of a fault, without waiting. They may be old.
     fn tell(&self, fault: &Fault);
+
+    /// Says that this rank waits in call `step` beyond its deadline, without waiting for that to arrive.
+    fn tell_overdue(&self, step: u64);
 }
 
 /// All ranks share the board.
@@ -37,6 +40,8 @@ impl Outside for Nobody {
     }
 
     fn tell(&self, _: &Fault) {}
+
+    fn tell_overdue(&self, _: u64) {}
 }
 
 pub(super) struct Member<O> {
@@ -87,7 +92,7 @@ impl<O: Outside> Member<O> {
         if let Err(what) = self.outside.carry(&post) {
             return Err(self.give_up(&site, EpErrorKind::BadArgument(what)));
         }
-        match self.board.meet(self.rank, post, self.deadline) {
+        match self.board.meet(self.rank, post, self.deadline, || self.outside.tell_overdue(site.step)) {
             Ok(posts) => Ok((site, posts)),
             Err(fault) => Err(self.hear(&site, &fault)),
         }

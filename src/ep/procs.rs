@@ -72,7 +72,7 @@ impl From<&Environment> for ProcsConfig {
 ///
 /// * A process that is killed or ends without dropping its handle fails the call that needs it at once, with
 ///   [`RankLost`](EpErrorKind::RankLost); one that is stopped is named at the deadline
-///   (0.1 s later where several ranks are missing, so that it is not mixed up with those that wait for it too).
+///   (0.1 s later in groups of three and more, so that it is not mixed up with those that wait for it too).
 /// * What one rank sends to one other in one call has at most 8 GiB, else
 ///   [`BadArgument`](EpErrorKind::BadArgument).
 /// * A peer that sends anything but proper messages is treated as lost; memory for what it sends grows as that comes in.
@@ -199,6 +199,11 @@ impl Links {
             }
         }
     }
+
+    fn send_all(&self, message: Message) {
+        let message = Outgoing::message(self.generation, message);
+        self.hand_over(|_| message.clone().map(Job::Send));
+    }
 }
 
 impl Outside for Links {
@@ -211,8 +216,11 @@ impl Outside for Links {
     }
 
     fn tell(&self, fault: &Fault) {
-        let news = Outgoing::message(self.generation, Message::failed(fault));
-        self.hand_over(|_| news.clone().map(Job::Send));
+        self.send_all(Message::failed(fault));
+    }
+
+    fn tell_overdue(&self, step: u64) {
+        self.send_all(Message::Overdue { step });
     }
 }
 
@@ -270,6 +278,10 @@ impl Reader {
                 Message::Call(call) => {
                     call.into_post(payload, self.other, self.rank).and_then(|post| self.board.arrive(self.other, post))
                 }
+                Message::Overdue { step } => {
+                    self.board.wait_overdue(self.other, step);
+                    Ok(())
+                }
                 Message::Failed { cause, heard, since } => {
                     self.board.fail(Arc::new(Fault { cause, heard, since }));
                     Ok(())
@@ -290,7 +302,7 @@ impl Drop for Procs {
         let Self(member, ends) = self;
         let panicked = thread::panicking();
         let links = &member.outside;
-        links.hand_over(|_| Outgoing::message(links.generation, Message::Leave { panicked }).map(Job::Send));
+        links.send_all(Message::Leave { panicked });
         links.hand_over(|_| Some(Job::Close));
         member.board.wait_for_farewells(ends.config.rank, FAREWELL);
         for peer in links.peers.iter().flatten() {

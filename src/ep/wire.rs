@@ -57,6 +57,8 @@ pub(super) enum Message {
     Refused { kind: EpErrorKind },
     /// A rank's part in a call.
     Call(Call),
+    /// A rank waits in this call beyond its deadline.
+    Overdue { step: u64 },
     /// The group has failed.
     Failed { cause: EpError, heard: EpErrorKind, since: u64 },
     /// A rank drops its handle.

@@ -524,6 +524,71 @@ fn a_rank_that_dies_during_the_rendezvous_is_named_by_everybody() {
     }
 }
 
+/// The header of the next message.
+fn heard(stream: &mut TcpStream) -> serde_json::Value {
+    let mut prefix = [0; 16];
+    stream.read_exact(&mut prefix).unwrap();
+    let mut header = vec![0; u32::from_le_bytes(prefix[4..8].try_into().unwrap()) as usize];
+    stream.read_exact(&mut header).unwrap();
+    serde_json::from_slice(&header).unwrap()
+}
+
+/// Becomes rank 2 of 3; returns its connections to ranks 0 and 1.
+fn third_member(port: u16) -> [TcpStream; 2] {
+    let version = env!("CARGO_PKG_VERSION");
+    let mut first = connect(port);
+    first.write_all(&hello_of(2, 3, version)).unwrap();
+    let welcome = loop {
+        let message = heard(&mut first)["message"].take();
+        if message["Welcome"].is_object() {
+            break message["Welcome"].clone();
+        }
+    };
+    let mut second = TcpStream::connect(welcome["addresses"][1].as_str().unwrap()).unwrap();
+    let token = format!(r#""token":{}"#, welcome["token"]);
+    let with_token = String::from_utf8(hello_of(2, 3, version)[16..].to_vec()).unwrap().replace(r#""token":0"#, &token);
+    second.write_all(&frame(&with_token, 0, &[])).unwrap();
+    first.write_all(&frame(r#"{"generation":0,"message":"Ready"}"#, 0, &[])).unwrap();
+    hear(&mut first, "Begin");
+    [first, second]
+}
+
+/// A rank stops after its posts of two calls have reached one of the others, and one post the other: that one waits for it,
+/// and is itself waited for. Whoever gives up first, both blame the one that has stopped.
+#[test]
+fn a_rank_that_waits_itself_is_not_blamed() {
+    let barrier = |step: u64| {
+        let call = r#""op":"Barrier","label":"","dtype":null,"shape":[],"counts":[],"num_rows":0"#;
+        frame(&format!(r#"{{"generation":0,"message":{{"Call":{{"step":{step},{call}}}}}}}"#), 0, &[])
+    };
+    for deadlines in [[300, 350], [350, 300], [300, 300]].map(|ms| ms.map(Duration::from_millis)) {
+        let port = free_port();
+        let serve = |rank: usize| {
+            let mut ranks = Procs::join(config(rank, 3, port), PATIENT).unwrap();
+            ranks.set_deadline(deadlines[rank]);
+            let start = Instant::now();
+            let error = (0..3).find_map(|_| ranks.barrier().err()).unwrap();
+            assert!(start.elapsed() < deadlines[rank] + SLACK, "{:?}", start.elapsed());
+            (error, ranks)
+        };
+        thread::scope(|scope| {
+            let ranks = [0, 1].map(|rank| scope.spawn(move || serve(rank)));
+            let [mut first, mut second] = third_member(port);
+            first.write_all(&[barrier(0), barrier(1)].concat()).unwrap();
+            second.write_all(&barrier(0)).unwrap();
+            // Not before its post of the second call is there.
+            thread::sleep(Duration::from_millis(20));
+            first.write_all(&barrier(2)).unwrap();
+            let ended = ranks.map(|rank| rank.join().unwrap());
+            for (error, _) in &ended {
+                assert!(matches!(error.kind, EpErrorKind::Timeout { .. }), "{error}");
+                assert_eq!(accused(&error.kind), [2], "{error}");
+            }
+            assert_eq!((ended[0].0.step, ended[1].0.step), (2, 1));
+        });
+    }
+}
+
 /// A member that does not keep to the rules is lost, by name, and what it announces is not reserved.
 #[test]
 fn a_hostile_member_is_lost() {
