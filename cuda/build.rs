@@ -15,7 +15,7 @@ use std::process::{Command, exit};
 use std::thread;
 
 /// The kernels: room and file.
-const KERNELS: [(&str, &str); 14] = [
+const KERNELS: [(&str, &str); 15] = [
     ("routing", "topk"),
     ("routing", "backward"),
     ("order", "order"),
@@ -23,6 +23,7 @@ const KERNELS: [(&str, &str); 14] = [
     ("perfect_router", "logits"),
     ("experts", "general"),
     ("experts", "resident"),
+    ("experts", "single"),
     ("experts", "pack"),
     ("experts", "gather"),
     ("experts", "home"),

@@ -100,6 +100,11 @@ __device__ __forceinline__ void copy_16(SharedAddress to, const void* from) {
     emulator::check_alignment(from, 16);
     *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 }
+__device__ __forceinline__ void copy_4(SharedAddress to, const void* from) {
+    emulator::check_alignment(to, 4);
+    emulator::check_alignment(from, 4);
+    *reinterpret_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
+}
 __device__ __forceinline__ void commit_copies() {}
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {}
@@ -152,6 +157,10 @@ __device__ __forceinline__ uint32_t load_shared_4(SharedAddress from) {
 // 16 bytes to shared memory, in time, past the L1 cache.
 __device__ __forceinline__ void copy_16(SharedAddress to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// 4 bytes to shared memory, in time.
+__device__ __forceinline__ void copy_4(SharedAddress to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 // Closes a group of this thread's copies.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -178,7 +178,7 @@ impl Outputs {
             slot_rank: sections.tensor(self.slot_rank, num_slots)?,
             num_tokens: spec.num_tokens,
             top_k: spec.top_k,
-            slots_per_expert: spec.slots_per_expert(),
+            batch: spec.batch(),
             local_experts: spec.local_experts,
         };
         let tiles = match spec.tile_rows {

@@ -53,7 +53,24 @@ pub struct ExpertOrder {
     top_k: usize,
     local_experts: Range<usize>,
     #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the CPU has kernels of one kind"))]
-    slots_per_expert: usize,
+    batch: Batch,
+}
+
+/// What the kernels of experts are chosen by: all that was ordered and, where ranks share a batch, what they ordered, so that all
+/// ranks choose alike.
+#[derive(Debug, Clone, Copy)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the CPU has kernels of one kind"))]
+pub(crate) struct Batch {
+    pub(crate) num_slots: usize,
+    pub(crate) num_experts: usize,
+}
+
+#[cfg(feature = "cuda")]
+impl Batch {
+    /// Slots that an expert has on average.
+    pub(crate) fn slots_per_expert(self) -> usize {
+        self.num_slots.div_ceil(self.num_experts.max(1))
+    }
 }
 
 /// Tiles of a grouped matrix multiplication: each covers up to `tile_rows` places of one expert.
@@ -125,7 +142,7 @@ impl ExpertOrder {
             let len = values.len();
             Tensor::from_vec(values, len, &Device::Cpu)
         };
-        let slots_per_expert = spec.slots_per_expert();
+        let batch = spec.batch();
         let OrderSpec { num_tokens, top_k, tile_rows, local_experts, .. } = spec;
         let order = Self {
             expert_counts: vector(order.expert_counts)?,
@@ -135,7 +152,7 @@ impl ExpertOrder {
             num_tokens,
             top_k,
             local_experts,
-            slots_per_expert,
+            batch,
         };
         let tiles = tile_rows.map(|tile_rows| order.tile_map(tile_rows)).transpose()?;
         Ok((order, tiles))
@@ -151,16 +168,15 @@ impl ExpertOrder {
         self.top_k
     }
 
-    /// Slots that an expert has on average, of all that were ordered and, where ranks share a batch, of theirs: what the
-    /// kernels of experts are chosen by, so that all ranks choose alike.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the CPU has kernels of one kind"))]
-    pub(crate) fn slots_per_expert(&self) -> usize {
-        self.slots_per_expert
+    /// The batch that this is a part of.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn batch(&self) -> Batch {
+        self.batch
     }
 
     /// As part of a batch of `num_slots` slots for `num_experts` experts.
     pub(crate) fn among(self, num_slots: usize, num_experts: usize) -> Self {
-        Self { slots_per_expert: num_slots.div_ceil(num_experts.max(1)), ..self }
+        Self { batch: Batch { num_slots, num_experts }, ..self }
     }
 
     /// The same with each slot as a token of its own.
@@ -211,9 +227,9 @@ struct OrderSpec {
 }
 
 impl OrderSpec {
-    fn slots_per_expert(&self) -> usize {
+    fn batch(&self) -> Batch {
         let num_experts = self.map.as_ref().map_or(self.num_experts, ExpertMap::num_physical);
-        (self.num_tokens * self.top_k).div_ceil(num_experts.max(1))
+        Batch { num_slots: self.num_tokens * self.top_k, num_experts }
     }
 
     fn new(num_tokens: usize, top_k: usize, num_experts: usize, options: &OrderOptions) -> Result<Self> {

@@ -8,11 +8,11 @@ use super::weights::Values;
 use super::{Activation, ExpertProjection, Experts, GateUpRows, OP};
 use crate::cuda::{Binary, Launch, launch, properties, signals, workspace};
 use crate::host::checked_product;
-use crate::order::{ExpertOrder, TileMap};
+use crate::order::{Batch, ExpertOrder, TileMap};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use held::{Fresh, Held, output};
-use path::{Kernel, Path, general_format, general_launch};
+use path::{Kernel, Path, chunks, general_format, general_launch, parts_launch, single_launch};
 
 /// Threads of a block that brings rows home, and bytes of a row that a thread has.
 const HOME_THREADS: u32 = 256;
@@ -60,6 +60,29 @@ struct LayerArguments {
     signals: u64,
 }
 
+/// `SingleArguments` of the source.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct SingleArguments {
+    gate_up: Arguments,
+    down: Arguments,
+    slot_rank: u64,
+    chunks: u32,
+}
+
+/// `PartsArguments` of the source.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct PartsArguments {
+    parts: u64,
+    topk_weights: u64,
+    slot_rank: u64,
+    output: u64,
+    chunks: u32,
+    top_k: u32,
+    hidden_size: u32,
+}
+
 impl Kernel {
     /// With the shape of the kernel's blocks, for the first or the second projection.
     fn tell(&self, arguments: Arguments, projection: usize) -> Arguments {
@@ -87,6 +110,10 @@ struct HomeArguments {
 unsafe impl DeviceRepr for Arguments {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for LayerArguments {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for SingleArguments {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for PartsArguments {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for HomeArguments {}
 
@@ -128,12 +155,14 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// What the kernels of a call keep between them: hidden states in the order of their tiles, if they do, and `[num_slots,
-/// intermediate_size]` activated values in the dtype of the hidden states.
+/// What the kernels of a call keep between them: hidden states in the order of their tiles, if they do, `[num_slots,
+/// intermediate_size]` activated values in the dtype of the hidden states, and `[num_slots, chunks, hidden_size]` parts of rows in
+/// float32, if they make such.
 #[derive(Clone, Copy, Default)]
 struct Between {
     gathered: u64,
     activated: u64,
+    parts: u64,
 }
 
 /// The order and the tiles of a call, with the kernels that work through them.
@@ -147,6 +176,7 @@ struct Call<'a> {
     max_tiles: usize,
     hidden: Held,
     sorted_slots: Held,
+    slot_rank: Held,
     expert_offsets: Held,
     tile_experts: Held,
     tile_starts: Held,
@@ -161,7 +191,7 @@ impl<'a> Call<'a> {
         device: &'a CudaDevice,
     ) -> Result<Self> {
         let (dtype, num_slots) = (hidden.dtype(), order.num_tokens() * order.top_k());
-        let path = Path::choose(experts, num_slots, order.slots_per_expert(), dtype, properties(device)?);
+        let path = Path::choose(experts, num_slots, order.batch(), dtype, properties(device)?);
         let tiles = match tiles {
             Some(tiles) if tiles.tile_rows() == path.tile_rows() && tiles.is_of(order) => tiles.clone(),
             _ => order.tile_map(path.tile_rows())?,
@@ -177,6 +207,7 @@ impl<'a> Call<'a> {
             max_tiles: tiles.tile_experts.elem_count(),
             hidden: held(hidden, "hidden")?.aligned()?,
             sorted_slots: held(&order.sorted_slots, "the order")?,
+            slot_rank: held(&order.slot_rank, "the order")?,
             expert_offsets: held(&order.expert_offsets, "the order")?,
             tile_experts: held(&tiles.tile_experts, "the order")?,
             tile_starts: held(&tiles.tile_starts, "the order")?,
@@ -206,6 +237,11 @@ impl<'a> Call<'a> {
         if self.is_empty() {
             return Ok(());
         }
+        if self.path == Path::Single {
+            self.make_parts(between.parts)?;
+            let arguments = PartsArguments { output: rows, top_k: 1, ..self.parts(between.parts)? };
+            return self.add_parts("single_rows", self.num_slots, arguments);
+        }
         let experts = self.experts;
         let weights = (Weights::new(&experts.gate_up, self.device)?, Weights::new(&experts.down, self.device)?);
         let mut gate_up = self.gate_up(&weights.0, between.activated)?;
@@ -234,6 +270,54 @@ impl<'a> Call<'a> {
             unsafe { launch(self.device, self.path.binary(), &kernel.name, kernel.launch, arguments)? };
         }
         Ok(())
+    }
+
+    /// Puts the sums of all slots of a token in `dtype`, weighted by those of `home`, on the stream, and what is before them.
+    fn bring_home(&self, home: &Home<'_>, between: Between, rows: u64, dtype: DType, sums: u64) -> Result<()> {
+        if self.path == Path::Single && !self.is_empty() {
+            self.make_parts(between.parts)?;
+            let topk_weights = home.topk_weights.address()?;
+            let arguments = PartsArguments { topk_weights, output: sums, ..self.parts(between.parts)? };
+            return self.add_parts(&format!("single_sums_{}", dtype.as_str()), home.num_tokens, arguments);
+        }
+        let rows_dtype = self.path.rows_dtype(self.dtype, dtype, self.experts.hidden_size());
+        self.project(between, rows, rows_dtype)?;
+        home.put(rows_dtype, rows, dtype, sums, !self.is_empty())
+    }
+
+    /// Puts the parts of rows of [`Path::Single`] on the stream.
+    fn make_parts(&self, parts: u64) -> Result<()> {
+        let experts = self.experts;
+        let weights = (Weights::new(&experts.gate_up, self.device)?, Weights::new(&experts.down, self.device)?);
+        let arguments = SingleArguments {
+            gate_up: self.gate_up(&weights.0, 0)?,
+            down: self.down(&weights.1, 0, parts)?,
+            slot_rank: self.slot_rank.address()?,
+            chunks: chunks(experts) as u32,
+        };
+        let how = single_launch(experts, self.num_slots);
+        // SAFETY: `SingleArguments` is the kernel's parameter; `parts` has `chunks` rows for each slot, and the rest is as in `project`.
+        unsafe { launch(self.device, Binary::ExpertsSingle, "single", how, arguments) }
+    }
+
+    fn parts(&self, parts: u64) -> Result<PartsArguments> {
+        Ok(PartsArguments {
+            parts,
+            topk_weights: 0,
+            slot_rank: self.slot_rank.address()?,
+            output: 0,
+            chunks: chunks(self.experts) as u32,
+            top_k: self.top_k as u32,
+            hidden_size: self.experts.hidden_size() as u32,
+        })
+    }
+
+    /// Adds up parts to rows or sums, `count` of them.
+    fn add_parts(&self, kernel: &str, count: usize, arguments: PartsArguments) -> Result<()> {
+        let how = parts_launch(count, self.experts.hidden_size());
+        // SAFETY: `PartsArguments` is the kernel's parameter; ranks of the order are below its slots, which have parts, the output
+        // has `count` rows, and the kernel waits for the one in front of it.
+        unsafe { launch(self.device, Binary::ExpertsSingle, kernel, how, arguments) }
     }
 
     fn gate_up(&self, weights: &Weights<'_>, activated: u64) -> Result<Arguments> {
@@ -268,6 +352,11 @@ impl<'a> Call<'a> {
             return Ok((Between::default(), 0));
         }
         let (hidden_size, intermediate_size) = (self.experts.hidden_size(), self.experts.intermediate_size());
+        if self.path == Path::Single {
+            let parts = self.bytes_of_rows(chunks(self.experts) * hidden_size, DType::F32)?;
+            let [parts] = workspace(self.device, OP, [parts])?;
+            return Ok((Between { parts, ..Between::default() }, 0));
+        }
         let activated = self.bytes_of_rows(intermediate_size, self.dtype)?;
         let gathers = self.path.gather_kernel(self.max_tiles).is_some();
         let gathered = if gathers { self.bytes_of_rows(hidden_size, self.dtype)? } else { 0 };
@@ -278,14 +367,14 @@ impl<'a> Call<'a> {
             _ => 0,
         };
         let [activated, gathered, rows] = workspace(self.device, OP, [activated, gathered, rows])?;
-        Ok((Between { activated, gathered }, if in_place { gathered } else { rows }))
+        Ok((Between { activated, gathered, parts: 0 }, if in_place { gathered } else { rows }))
     }
 }
 
 /// Rows of a tile for that many slots.
 pub(super) fn tile_rows(experts: &Experts, num_slots: usize, dtype: DType, device: &CudaDevice) -> Result<usize> {
-    let per_expert = num_slots.div_ceil(experts.num_experts().max(1));
-    Ok(Path::choose(experts, num_slots, per_expert, dtype, properties(device)?).tile_rows())
+    let batch = Batch { num_slots, num_experts: experts.num_experts() };
+    Ok(Path::choose(experts, num_slots, batch, dtype, properties(device)?).tile_rows())
 }
 
 /// The dtype of rows on their way to sums in `sums`.
@@ -297,7 +386,7 @@ pub(super) fn rows_dtype(
     device: &CudaDevice,
 ) -> Result<DType> {
     let num_slots = order.num_tokens() * order.top_k();
-    let path = Path::choose(experts, num_slots, order.slots_per_expert(), dtype, properties(device)?);
+    let path = Path::choose(experts, num_slots, order.batch(), dtype, properties(device)?);
     Ok(path.rows_dtype(dtype, sums, experts.hidden_size()))
 }
 
@@ -326,10 +415,7 @@ pub(super) fn forward_weighted(
     let home = Home::new(topk_weights, order, experts.hidden_size(), device)?;
     let rows_dtype = call.path.rows_dtype(call.dtype, dtype, experts.hidden_size());
     let (between, rows) = call.workspace(Some(rows_dtype))?;
-    home.sums(rows_dtype, dtype, !call.is_empty(), || {
-        call.project(between, rows, rows_dtype)?;
-        Ok(rows)
-    })
+    home.sums(dtype, |sums| call.bring_home(&home, between, rows, dtype, sums))
 }
 
 /// As [`forward`], to the memory of `rows`, in their dtype.
@@ -354,8 +440,7 @@ pub(super) fn forward_weighted_to(
     let rows_dtype = call.path.rows_dtype(call.dtype, sums.dtype(), experts.hidden_size());
     let (between, rows) = call.workspace(Some(rows_dtype))?;
     let room = room(sums, order.num_tokens(), experts.hidden_size(), device)?;
-    call.project(between, rows, rows_dtype)?;
-    home.put(rows_dtype, rows, sums.dtype(), room.address()?, !call.is_empty())
+    call.bring_home(&home, between, rows, sums.dtype(), room.address()?)
 }
 
 /// Memory of somebody else's for that many rows.
@@ -434,7 +519,8 @@ pub(super) fn weighted_sum(
     if rows.dtype() != DType::F32 {
         bail!("{OP}: rows has dtype {:?}, expected F32", rows.dtype())
     }
-    Home::new(topk_weights, order, hidden_size, device)?.sums(DType::F32, DType::F32, false, || rows.address())
+    let home = Home::new(topk_weights, order, hidden_size, device)?;
+    home.sums(DType::F32, |sums| home.put(DType::F32, rows.address()?, DType::F32, sums, false))
 }
 
 /// The way home of rows.
@@ -462,25 +548,19 @@ impl<'a> Home<'a> {
         })
     }
 
-    /// The weighted sums in `dtype` of the rows in `rows_dtype` that `rows` puts on the stream and says the address of.
-    /// `starts_early` says that the last kernel there is one of experts, which lets no other begin before the order is written.
-    fn sums(
-        &self,
-        rows_dtype: DType,
-        dtype: DType,
-        starts_early: bool,
-        rows: impl FnOnce() -> Result<u64>,
-    ) -> Result<Tensor> {
+    /// The weighted sums in `dtype` that `put` puts on the stream, to the address that it is told.
+    fn sums(&self, dtype: DType, put: impl FnOnce(u64) -> Result<()>) -> Result<Tensor> {
         checked_product(OP, ("num_tokens", self.num_tokens), ("hidden_size", self.hidden_size))?;
         output(dtype, self.device, (self.num_tokens, self.hidden_size), Fresh::Undefined, |sums| {
             if self.num_tokens * self.hidden_size == 0 {
                 return Ok(());
             }
-            self.put(rows_dtype, rows()?, dtype, sums, starts_early)
+            put(sums)
         })
     }
 
-    /// Puts the sums of the rows that lie at `rows` to `sums`.
+    /// Puts the sums of the rows that lie at `rows` to `sums`. `starts_early` says that the last kernel on the stream is one of
+    /// experts, which lets no other begin before the order is written.
     fn put(&self, rows_dtype: DType, rows: u64, dtype: DType, sums: u64, starts_early: bool) -> Result<()> {
         let len = self.num_tokens * self.hidden_size;
         if len == 0 {

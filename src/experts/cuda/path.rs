@@ -5,6 +5,7 @@ use super::super::{ExpertProjection, Experts};
 use super::HOME_BYTES;
 use super::fragments::{BAND_ROWS, Format, UNIT_COLUMNS};
 use crate::cuda::{Binary, Launch, Properties};
+use crate::order::Batch;
 use candle_core::DType;
 
 /// Places of a tile of `cuda/experts/general.cu`, and output features of a block.
@@ -25,6 +26,16 @@ const PART_BYTES: usize = 7680;
 const SUM_BYTES: usize = 16;
 /// Shared memory that its kernels have beside that of the launch.
 const RESIDENT_STATIC_SHARED: usize = 5120;
+/// Of `cuda/experts/single.cu`: threads of a block, features of a chunk, rows of sums beside those of its teams, bytes of the
+/// rings of a block, and of a block that adds up parts: threads and columns.
+const SINGLE_THREADS: u32 = 480;
+const SINGLE_FEATURES: usize = 96;
+const SINGLE_SUM_ROWS: usize = 4;
+const SINGLE_RING_BYTES: usize = 15 * 2 * 2176;
+const PART_THREADS: u32 = 512;
+const PART_COLUMNS: usize = 32;
+/// Slots of a batch up to which each is worked on by itself, where the device has a multiprocessor for each chunk.
+const SINGLE_SLOTS: usize = 16;
 /// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
 const FEW_SLOTS: usize = 6;
 /// Slots per expert up to which they do so in tiles of 16 places.
@@ -45,6 +56,8 @@ const SIGNALS: usize = 2;
 pub(super) enum Path {
     /// `cuda/experts/general.cu`: everything.
     General,
+    /// `cuda/experts/single.cu`: a token, in MXFP4.
+    Single,
     /// `cuda/experts/resident.cuh`: few tokens for each expert, in tiles of 8 times `blocks` places.
     Resident { blocks: usize },
     /// `cuda/experts/tiled.cuh`: many tokens, on compute capability 9.0.
@@ -79,19 +92,14 @@ impl TileSize {
 }
 
 impl Path {
-    /// The fastest that takes `num_slots` slots of hidden states in `dtype`, of which an expert has `per_expert` on average.
-    pub(super) fn choose(
-        experts: &Experts,
-        num_slots: usize,
-        per_expert: usize,
-        dtype: DType,
-        device: Properties,
-    ) -> Self {
-        let fits = |path: &Self| path.takes(experts, num_slots, dtype, device);
+    /// The fastest that takes `num_slots` slots, a part of `batch`, of hidden states in `dtype`.
+    pub(super) fn choose(experts: &Experts, num_slots: usize, batch: Batch, dtype: DType, device: Properties) -> Self {
+        let fits = |path: &Self| path.takes(experts, num_slots, batch, dtype, device);
+        let per_expert = batch.slots_per_expert();
         let (few, more) = (Self::Resident { blocks: 1 }, Self::Resident { blocks: 2 });
         let tiled = Self::Tiled(if per_expert <= SOME_SLOTS { TileSize::Few } else { TileSize::Many });
         let by_speed: &[Self] = if per_expert <= FEW_SLOTS {
-            &[few]
+            &[Self::Single, few]
         } else if per_expert <= MORE_SLOTS {
             &[more, tiled, few]
         } else {
@@ -104,6 +112,7 @@ impl Path {
     pub(super) fn binary(self) -> Binary {
         match self {
             Self::General => Binary::Experts,
+            Self::Single => Binary::ExpertsSingle,
             Self::Resident { .. } => Binary::ExpertsResident,
             Self::Tiled(_) => Binary::ExpertsTiled,
         }
@@ -113,18 +122,27 @@ impl Path {
     pub(super) fn tile_rows(self) -> usize {
         match self {
             Self::General => GENERAL_TILE_ROWS,
+            Self::Single => 8,
             Self::Resident { blocks } => 8 * blocks,
             Self::Tiled(size) => size.places(),
         }
     }
 
-    fn takes(self, experts: &Experts, num_slots: usize, dtype: DType, device: Properties) -> bool {
+    fn takes(self, experts: &Experts, num_slots: usize, batch: Batch, dtype: DType, device: Properties) -> bool {
         let max_tiles = (num_slots / self.tile_rows()).saturating_add(experts.num_experts());
         let widest = experts.gate_up.weights().out_features().max(experts.down.weights().out_features());
         let max_items = max_tiles.saturating_mul(2 * widest / BAND_ROWS);
         match (self, format_of_both(experts, dtype)) {
             (Self::General, _) => true,
             (_, None) => false,
+            (Self::Single, Some(format)) => {
+                let num_slots = num_slots.max(batch.num_slots);
+                matches!(format, Format::Mxfp4 { .. })
+                    && dtype == DType::BF16
+                    && num_slots <= SINGLE_SLOTS
+                    && num_slots * chunks(experts) <= device.num_multiprocessors
+                    && single_shared(experts).is_some_and(|shared| shared <= device.max_shared)
+            }
             (Self::Resident { blocks }, Some(format)) => {
                 u32::try_from(max_items).is_ok() && Resident::new(format, experts, blocks, device).is_some()
             }
@@ -156,7 +174,7 @@ impl Path {
     ) -> Option<Kernel> {
         let format = format_of_both(experts, dtype)?;
         match self {
-            Self::General => None,
+            Self::General | Self::Single => None,
             Self::Resident { blocks } => {
                 let name = format!("resident_{}_{}_{blocks}", weights_name(format, dtype), dtype.as_str());
                 Some(Resident::new(format, experts, blocks, device)?.kernel(name, experts, max_tiles, device))
@@ -191,7 +209,10 @@ impl Path {
 
     /// How many numbers the blocks of its layer kernel tell each other.
     pub(super) fn num_signals(self, max_tiles: usize) -> usize {
-        if self == Self::General { 0 } else { SIGNALS * max_tiles }
+        match self {
+            Self::General | Self::Single => 0,
+            Self::Resident { .. } | Self::Tiled(_) => SIGNALS * max_tiles,
+        }
     }
 }
 
@@ -212,6 +233,30 @@ fn format_of_both(experts: &Experts, dtype: DType) -> Option<Format> {
         }
         _ => (gate_up == down).then_some(gate_up),
     }
+}
+
+/// Chunks of the intermediate features of a place, in `cuda/experts/single.cu`.
+pub(super) fn chunks(experts: &Experts) -> usize {
+    experts.intermediate_size().div_ceil(SINGLE_FEATURES)
+}
+
+/// Bytes of shared memory of its blocks; `None` if there is nothing to multiply.
+fn single_shared(experts: &Experts) -> Option<usize> {
+    let (hidden_size, intermediate_size) = (experts.hidden_size(), experts.intermediate_size());
+    let token = hidden_size * size_of::<u16>();
+    (hidden_size > 0 && intermediate_size > 0)
+        .then(|| token + SINGLE_SUM_ROWS * hidden_size * size_of::<f32>() + SINGLE_RING_BYTES)
+}
+
+/// The launch of its first kernel.
+pub(super) fn single_launch(experts: &Experts, num_slots: usize) -> Launch {
+    let shared = single_shared(experts).unwrap_or_default();
+    Launch { starts_early: true, ..Launch::new(num_slots * chunks(experts), SINGLE_THREADS, shared) }
+}
+
+/// The launch of the one that adds up the parts of `count` tokens, or slots.
+pub(super) fn parts_launch(count: usize, hidden_size: usize) -> Launch {
+    Launch { starts_early: true, ..Launch::new(count * hidden_size.div_ceil(PART_COLUMNS), PART_THREADS, 0) }
 }
 
 /// A kernel and how it is launched.
