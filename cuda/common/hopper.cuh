@@ -55,6 +55,7 @@ __device__ __forceinline__ void take_registers() {}
 template <int kRegisters>
 __device__ __forceinline__ void leave_registers() {}
 
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return value; }
 __device__ __forceinline__ void begin_multiplies() {}
 __device__ __forceinline__ void end_multiplies() {}
 template <int kLeft>
@@ -159,6 +160,9 @@ __device__ __forceinline__ void leave_registers() {
 __device__ __forceinline__ uint64_t descriptor_of(SharedAddress rows, uint32_t step) {
     return uint64_t(1u << 30 | 1024 / 16) << 32 | ((rows >> 4) + step * (32 / 16));
 }
+
+// A number that all lanes of the warp have, so that the compiler knows: it makes descriptors of it without asking lane by lane.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // Before the first product of a group: registers that the threads have written are seen by it.
 __device__ __forceinline__ void begin_multiplies() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

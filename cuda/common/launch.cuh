@@ -5,12 +5,13 @@
 
 #include <cstdint>
 
-// The dynamic shared memory of the block, 16-byte aligned.
+// The dynamic shared memory of the block, 128-byte aligned: asynchronous copies of 16 bytes take twice as long where their sector of
+// 32 begins in the middle of another.
 #ifdef CANDLE_MOE_EMULATOR
 #define MOE_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(emulator::dynamic_shared())
 #else
 #define MOE_DYNAMIC_SHARED(T, name)                                     \
-    extern __shared__ __align__(16) unsigned char moe_dynamic_shared[]; \
+    extern __shared__ __align__(128) unsigned char moe_dynamic_shared[]; \
     T* const name = reinterpret_cast<T*>(moe_dynamic_shared)
 #endif
 

@@ -446,14 +446,14 @@ struct Worker {
     // The products of all chunks of an item, a piece of weights and a stage of tokens at a time.
     __device__ __forceinline__ void multiply_pieces(float (&sums)[S::kSums], const TiledItem<S>& item, uint32_t left) {
         constexpr uint32_t kChunks = F::kPieceChunks;
-        const uint32_t columns = item.columns(), chunk_bytes = item.chunk_bytes();
+        const uint32_t columns = uniform(item.columns()), chunk_bytes = columns * kSwizzledRowBytes;
         uint32_t weights[kChunks][kChunkSteps][4];
         before = S::kStages;
         for (; left > 0; left -= min(left, kChunks)) {
             wait_for_phase(memory.piece_full(pieces.at), pieces.parity);
             const SharedAddress piece = values + pieces.at * Memory<F, S>::kPieceBytes;
             const SharedAddress its_scales = scales + pieces.at * Memory<F, S>::kPieceBytes;
-            const SharedAddress tokens = memory.tokens(ring.at);
+            const SharedAddress tokens = memory.tokens(uniform(ring.at));
             typename F::Raw raw[2];
             F::load(raw[0], piece, its_scales);
 #pragma unroll
