@@ -24,7 +24,7 @@
 // Why it is fast:
 //
 // 1. Weights are the A operand, so that their decoded form never sees shared memory, and tokens the B operand, whose number is
-//    a multiple of 16 or 32: a short tile costs what it has.
+//    a multiple of 16: a short tile costs what it has.
 // 2. Whoever multiplies copies nothing, waits for nothing but what it needs, and looks after rings once in three chunks.
 // 3. The copy engine brings all of it, in few large pieces, and what it brings the products see without a fence.
 // 4. In one launch the items of both projections fill the last round of blocks together, and nothing drains between them.
@@ -56,7 +56,7 @@ struct Size {
     static constexpr int kSums = kPlaces / 2;  // of a thread
     static constexpr int kWorkerRegisters = kWorkerRegisters_, kProducerRegisters = 512 - 3 * kWorkerRegisters_;
 };
-using FewPlaces = Size<96, 32, 3, 152>;
+using FewPlaces = Size<96, 16, 3, 152>;
 using ManyPlaces = Size<160, 16, 2, 160>;
 
 // Where the tile whose first place this is begins, in bytes.
@@ -410,37 +410,19 @@ struct Worker {
         end_multiplies();
     }
 
-    // Branches that all threads take together: loops for each number of columns would not share registers.
+    // Branches that all threads take together, of which kLeast to kMost columns are left: loops for each number of columns would
+    // not share registers.
+    template <uint32_t kLeast = S::kStep, uint32_t kMost = S::kPlaces>
     static __device__ __forceinline__ void multiply_columns(float (&sums)[S::kSums],
                                                             const uint32_t (&weights)[kChunkSteps][4], SharedAddress tokens,
                                                             uint32_t columns) {
-        if constexpr (S::kStep == 32) {
-            static_assert(S::kPlaces == 96, "every number of columns has its product");
-            if (columns > 64) return multiply_steps<96>(sums, weights, tokens);
-            if (columns > 32) return multiply_steps<64>(sums, weights, tokens);
-            return multiply_steps<32>(sums, weights, tokens);
+        if constexpr (kLeast == kMost) {
+            multiply_steps<kMost>(sums, weights, tokens);
         } else {
-            return multiply_any(sums, weights, tokens, columns);
+            constexpr uint32_t kMiddle = (kLeast + kMost) / (2 * S::kStep) * S::kStep;
+            if (columns > kMiddle) return multiply_columns<kMiddle + S::kStep, kMost>(sums, weights, tokens, columns);
+            multiply_columns<kLeast, kMiddle>(sums, weights, tokens, columns);
         }
-    }
-    static __device__ __forceinline__ void multiply_any(
-        float (&sums)[S::kSums], const uint32_t (&weights)[kChunkSteps][4], SharedAddress tokens, uint32_t columns) {
-        if (columns > 112) {
-            if (columns > 144) return multiply_steps<160>(sums, weights, tokens);
-            if (columns > 128) return multiply_steps<144>(sums, weights, tokens);
-            return multiply_steps<128>(sums, weights, tokens);
-        }
-        if (columns > 80) {
-            if (columns > 96) return multiply_steps<112>(sums, weights, tokens);
-            return multiply_steps<96>(sums, weights, tokens);
-        }
-        if (columns > 32) {
-            if (columns > 64) return multiply_steps<80>(sums, weights, tokens);
-            if (columns > 48) return multiply_steps<64>(sums, weights, tokens);
-            return multiply_steps<48>(sums, weights, tokens);
-        }
-        if (columns > 16) return multiply_steps<32>(sums, weights, tokens);
-        return multiply_steps<16>(sums, weights, tokens);
     }
 
     // The products of all chunks of an item, a piece of weights and a stage of tokens at a time.

@@ -397,6 +397,52 @@ fn tensor_cores_take_any_number_of_tokens() {
     }
 }
 
+/// Slots so few that on CUDA each is worked on by itself, in MXFP4: chunks of all lengths, every scale, tokens of all sizes.
+#[test]
+fn a_token_by_itself_equals_the_oracle() {
+    let mut random = Random(57);
+    let oss = gpt_oss(5, 128, 64);
+    let wide = || Format::Mxfp4(0..=207);
+    let silu = Case { rows: GateUpRows::Concatenated, activation: Activation::Silu, bias: None, ..gpt_oss(5, 64, 320) };
+    for case in [
+        oss.clone(),
+        gpt_oss(5, 64, 192),
+        Case { rows: GateUpRows::Concatenated, ..gpt_oss(5, 320, 256) },
+        silu,
+        Case { gate_up: wide(), down: Format::Mxfp4(0..=1), ..oss.clone() },
+        Case { gate_up: Format::Mxfp4(124..=131), down: wide(), ..oss },
+    ] {
+        let model = Model::new(&mut random, case);
+        let hidden_size = model.case.hidden_size;
+        for (ids, top_k) in [
+            (vec![4, 0, 3, 1], 4),
+            // Twice the same expert, and slots of nobody.
+            (vec![2, NO_EXPERT, 2, 2, 0, NO_EXPERT], 6),
+            (vec![NO_EXPERT; 4], 4),
+            (vec![3; 16], 1),
+            ((0..4).flat_map(|_| random.distinct(5, 4)).collect(), 4),
+            (random.distinct(5, 5), 5),
+        ] {
+            for scale in [1.0, 1e-30, 30.0, 1e6] {
+                let hidden = hidden_states(&mut random, ids.len() / top_k, hidden_size, scale, DType::BF16);
+                model.check(&hidden, &order_of(ids.clone(), top_k, 5));
+            }
+        }
+        // A feature that dwarfs the others, none at all, and some that are no number.
+        for (value, others) in [(1e30, 1.0), (0.0, 0.0), (f32::NAN, 1.0), (f32::INFINITY, 1.0), (-1e-38, 0.0)] {
+            let mut token = random.units(hidden_size, others);
+            token[random.below(hidden_size)] = value;
+            let hidden = oracle::floats(&token, &[1, hidden_size], DType::BF16).0;
+            model.check(&hidden, &order_of(random.distinct(5, 4), 4, 5));
+        }
+        let ids = Tensor::from_vec(random.distinct(5, 4), (1, 4), &Device::Cpu).unwrap();
+        let hidden = hidden_states(&mut random, 1, hidden_size, 1.0, DType::BF16);
+        for local in [0..2, 2..5, 1..1] {
+            model.check(&hidden, &ExpertOrder::new(&ids, 5, local).unwrap());
+        }
+    }
+}
+
 /// A layer as Hugging Face transformers computes it in bfloat16, or with `round` the identity the exact one: every operation
 /// rounds, but the products of a matrix are added up exactly.
 fn bfloat16_layer(model: &Model, x: &[f32], ids: &[u32], weights: &[f32], round: impl Fn(f64) -> f64) -> Vec<f64> {
