@@ -33,10 +33,12 @@ impl MoeBlock {
             let (hidden, routing) = self.share_on_device(hidden, &router_logits, communicator, step)?;
             return Ok(MoeOutput { hidden, router_logits, routing });
         }
+        // Before the routing: nothing is allocated between its kernels and those of the experts.
+        let sum = self.experts.room_for_sums(hidden, self.dtype_of_sums(hidden))?;
         let routed = self.route_on_device(hidden, &router_logits, step)?;
         // Nothing is sent, but a group that was given up stays so.
         communicator.barrier()?;
-        let sum = self.sum_on_device(hidden, &routed)?;
+        let sum = self.sum_on_device(hidden, &routed, sum)?;
         if let Some(load) = &self.load {
             load.count_experts(&routed.order.expert_counts)?;
         }
@@ -60,9 +62,8 @@ impl MoeBlock {
         let num_tokens = if sharing.strategy == Strategy::Replicated { hidden.dims()[0] } else { step.num_tokens() };
         let order = ExpertOrder::new(dispatched.topk_ids(), num_physical, local)?
             .among(num_tokens.saturating_mul(self.router.top_k()), num_physical);
-        // As one rank would round them, which adds shared experts in float32.
-        let dtype = if self.shared_experts.is_some() { DType::F32 } else { hidden.dtype() };
-        let mut sum = self.work_on_device(communicator, &dispatched, &order, dtype)?;
+        // As one rank would round them.
+        let mut sum = self.work_on_device(communicator, &dispatched, &order, self.dtype_of_sums(hidden))?;
         if let Some(load) = &self.load {
             let counts = match self.choice.strategy() {
                 Strategy::Exchange => self.counts_of_ranks(communicator, &order)?,
@@ -112,22 +113,21 @@ impl MoeBlock {
         RoutedOrder::new(&router, &logits, &OrderOptions { tile_rows, num_valid_tokens, ..Default::default() })
     }
 
-    /// What the experts make of the tokens, in the dtype of `hidden`.
-    fn sum_on_device(&self, hidden: &Tensor, routed: &RoutedOrder) -> Result<Tensor> {
+    /// Shared experts are added in float32.
+    fn dtype_of_sums(&self, hidden: &Tensor) -> DType {
+        if self.shared_experts.is_some() { DType::F32 } else { hidden.dtype() }
+    }
+
+    /// What the experts make of the tokens, in the dtype of `hidden`; `sums` is memory for those of the routed ones.
+    fn sum_on_device(&self, hidden: &Tensor, routed: &RoutedOrder, sums: Tensor) -> Result<Tensor> {
         if hidden.dims()[0] == 0 {
             // Candle launches nothing for no elements, and says that this is an error.
             return Ok(hidden.clone());
         }
         let RoutedOrder { routing, order, tiles } = routed;
-        let weighted =
-            |dtype| self.experts.forward_weighted(hidden, &routing.topk_weights, order, tiles.as_ref(), dtype);
-        match &self.shared_experts {
-            None => weighted(hidden.dtype()),
-            Some(shared) => {
-                let everyone = everyone_to(shared, hidden, &routing.topk_ids, hidden.dims()[0])?;
-                (weighted(DType::F32)? + everyone)?.to_dtype(hidden.dtype())
-            }
-        }
+        self.experts.forward_weighted_to(hidden, &routing.topk_weights, order, tiles.as_ref(), &sums)?;
+        let Some(shared) = &self.shared_experts else { return Ok(sums) };
+        (sums + everyone_to(shared, hidden, &routing.topk_ids, hidden.dims()[0])?)?.to_dtype(hidden.dtype())
     }
 }
 

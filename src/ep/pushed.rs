@@ -92,7 +92,7 @@ pub(crate) fn work(
         Some(topk_weights) => {
             let sums = peer.room_for_results(hidden.dtype(), num_tokens, hidden_size)?;
             if num_tokens > 0 {
-                experts.forward_weighted_to(hidden, topk_weights, order, &sums)?;
+                experts.forward_weighted_to(hidden, topk_weights, order, None, &sums)?;
             }
             Ok(peer.pull_sums(&sums, pulled.way(dtype))?)
         }

@@ -269,21 +269,6 @@ impl Experts {
         cuda::forward_to(self, hidden, order, rows)
     }
 
-    /// Writes the sums of [`forward_weighted`](Self::forward_weighted) to the memory of `sums`, `[num_tokens, hidden_size]` in
-    /// their dtype.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn forward_weighted_to(
-        &self,
-        hidden: &Tensor,
-        topk_weights: &Tensor,
-        order: &ExpertOrder,
-        sums: &Tensor,
-    ) -> Result<()> {
-        self.check_order(hidden, order)?;
-        check_topk_weights(topk_weights, order)?;
-        cuda::forward_weighted_to(self, hidden, topk_weights, order, sums)
-    }
-
     /// [`forward`](Self::forward) and [`weighted_sum`] in one: `[num_tokens, hidden_size]` in `dtype`, which is f32 or that of
     /// `hidden`, rounded once. Where both are bfloat16, CUDA may round the rows too, before they are added up in float32: it
     /// does from seven slots for each expert on. `tiles` are those of the order with [`tile_rows`](Self::tile_rows), and are
@@ -302,17 +287,58 @@ impl Experts {
         tiles: Option<&TileMap>,
         dtype: DType,
     ) -> Result<Tensor> {
-        if dtype != DType::F32 && dtype != hidden.dtype() {
-            bail!("{OP}: dtype is {dtype:?}, expected F32 or that of hidden, {:?}", hidden.dtype())
-        }
-        self.check_order(hidden, order)?;
-        check_topk_weights(topk_weights, order)?;
+        self.check_weighted(hidden, topk_weights, order, dtype)?;
         #[cfg(feature = "cuda")]
         if let Device::Cuda(device) = hidden.device() {
             return cuda::forward_weighted(self, hidden, topk_weights, order, tiles, dtype, device);
         }
         let _ = tiles;
         cpu::weighted_sum(&cpu::forward(self, hidden, order)?, topk_weights, order)?.to_dtype(dtype)
+    }
+
+    /// [`forward_weighted`](Self::forward_weighted) to memory that is there: contiguous `sums`, `[num_tokens, hidden_size]` in f32
+    /// or the dtype of `hidden`, on its device. On CUDA an allocation between two kernels keeps the second from beginning while
+    /// the first ends; with memory from before the routing there is none from there to the sums.
+    ///
+    /// # Errors
+    /// As [`forward_weighted`](Self::forward_weighted); `sums` of another shape, device or layout.
+    pub fn forward_weighted_to(
+        &self,
+        hidden: &Tensor,
+        topk_weights: &Tensor,
+        order: &ExpertOrder,
+        tiles: Option<&TileMap>,
+        sums: &Tensor,
+    ) -> Result<()> {
+        let expected = [order.num_tokens(), self.hidden_size()];
+        if sums.dims() != expected || !sums.is_contiguous() || !sums.device().same_device(hidden.device()) {
+            bail!("{OP}: sums has shape {:?}, expected contiguous {expected:?} on the device of hidden", sums.shape())
+        }
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = hidden.device() {
+            self.check_weighted(hidden, topk_weights, order, sums.dtype())?;
+            return cuda::forward_weighted_to(self, hidden, topk_weights, order, tiles, sums, device);
+        }
+        let made = self.forward_weighted(hidden, topk_weights, order, tiles, sums.dtype())?;
+        if made.elem_count() == 0 { Ok(()) } else { sums.slice_set(&made, 0, 0) }
+    }
+
+    /// Memory for sums of `hidden` in `dtype`, of which nothing is known.
+    pub(crate) fn room_for_sums(&self, hidden: &Tensor, dtype: DType) -> Result<Tensor> {
+        let shape = (hidden.dims()[0], self.hidden_size());
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = hidden.device() {
+            return cuda::room_for_sums(shape, dtype, device);
+        }
+        Tensor::zeros(shape, dtype, hidden.device())
+    }
+
+    fn check_weighted(&self, hidden: &Tensor, topk_weights: &Tensor, order: &ExpertOrder, dtype: DType) -> Result<()> {
+        if dtype != DType::F32 && dtype != hidden.dtype() {
+            bail!("{OP}: dtype is {dtype:?}, expected F32 or that of hidden, {:?}", hidden.dtype())
+        }
+        self.check_order(hidden, order)?;
+        check_topk_weights(topk_weights, order)
     }
 
     fn check_order(&self, hidden: &Tensor, order: &ExpertOrder) -> Result<()> {

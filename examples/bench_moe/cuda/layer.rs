@@ -164,6 +164,8 @@ struct Call {
     layer: usize,
     hidden: Tensor,
     logits: Tensor,
+    /// Memory for what comes out, as a block has it before it routes.
+    sums: Tensor,
     share: Share,
 }
 
@@ -281,10 +283,10 @@ impl<'a> Workload<'a> {
     }
 
     /// The experts and the weighted sum.
-    fn layer(&self, call: &Call, routed: &RoutedOrder) -> candle_core::Result<Tensor> {
+    fn layer(&self, call: &Call, routed: &RoutedOrder) -> candle_core::Result<()> {
         let RoutedOrder { routing, order, tiles } = routed;
-        let dtype = call.hidden.dtype();
-        self.layers[call.layer].forward_weighted(&call.hidden, &routing.topk_weights, order, tiles.as_ref(), dtype)
+        let (experts, weights) = (&self.layers[call.layer], &routing.topk_weights);
+        experts.forward_weighted_to(&call.hidden, weights, order, tiles.as_ref(), &call.sums)
     }
 
     fn calls(&self, choice: Choice, num_tokens: usize) -> Result<Vec<Call>> {
@@ -298,9 +300,11 @@ impl<'a> Workload<'a> {
                 Choice::Random => self.logits.narrow(0, first, all_tokens)?,
                 Choice::Perfect => self.planned_logits(call, num_tokens)?,
             };
+            let hidden = self.hidden.narrow(0, first, all_tokens)?;
             Ok(Call {
                 layer: call % self.layers.len(),
-                hidden: self.hidden.narrow(0, first, all_tokens)?,
+                sums: hidden.zeros_like()?,
+                hidden,
                 share: self.busiest(&logits)?,
                 logits,
             })

@@ -432,15 +432,21 @@ pub(super) fn forward_weighted_to(
     hidden: &Tensor,
     topk_weights: &Tensor,
     order: &ExpertOrder,
+    tiles: Option<&TileMap>,
     sums: &Tensor,
+    device: &CudaDevice,
 ) -> Result<()> {
-    let device = hidden.device().as_cuda_device()?;
-    let call = Call::new(experts, hidden, order, None, device)?;
+    let call = Call::new(experts, hidden, order, tiles, device)?;
     let home = Home::new(topk_weights, order, experts.hidden_size(), device)?;
     let rows_dtype = call.path.rows_dtype(call.dtype, sums.dtype(), experts.hidden_size());
     let (between, rows) = call.workspace(Some(rows_dtype))?;
     let room = room(sums, order.num_tokens(), experts.hidden_size(), device)?;
     call.bring_home(&home, between, rows, sums.dtype(), room.address()?)
+}
+
+/// Memory for sums, as it is.
+pub(super) fn room_for_sums(shape: (usize, usize), dtype: DType, device: &CudaDevice) -> Result<Tensor> {
+    output(dtype, device, shape, Fresh::Undefined, |_| Ok(()))
 }
 
 /// Memory of somebody else's for that many rows.
