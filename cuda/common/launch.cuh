@@ -5,12 +5,12 @@
 
 #include <cstdint>
 
-// The dynamic shared memory of the block, 128-byte aligned: asynchronous copies of 16 bytes take twice as long where their sector of
-// 32 begins in the middle of another.
+// The dynamic shared memory of the block, 128-byte aligned: an asynchronous copy of 16 bytes takes twice as long where sectors of
+// 32 bytes do not begin where they began in device memory.
 #ifdef CANDLE_MOE_EMULATOR
 #define MOE_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(emulator::dynamic_shared())
 #else
-#define MOE_DYNAMIC_SHARED(T, name)                                     \
+#define MOE_DYNAMIC_SHARED(T, name)                                      \
     extern __shared__ __align__(128) unsigned char moe_dynamic_shared[]; \
     T* const name = reinterpret_cast<T*>(moe_dynamic_shared)
 #endif

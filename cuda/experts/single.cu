@@ -19,9 +19,12 @@
 //    and weights are multiplied raw. What these lack, 2^126, the token has, as far as it fits, which is exact.
 // 3. Weights come 16 bytes a lane to shared memory, where the lane that asked for them is the one that reads them: no barrier.
 //    Two quads of a warp under way keep memory busy; with three a token comes later and blocks end less together.
-// 4. All blocks have the same work, and it is as many as multiprocessors, or a few less.
+// 4. Two teams share a column of units of down, and each copies whole units though it needs half: memory brings them once, and what
+//    comes out of the L2 cache a second time costs less than teams that wait for each other would.
+// 5. All blocks have the same work, and there are as many as multiprocessors, or a few less.
 //
-// Limits: both sizes are multiples of 64; num_slots and the tiles are up to 32. Any scale but 255 will do.
+// Limits: both sizes are multiples of 64; num_slots and the tiles are up to 32. Any scale but 255 will do. Where a feature of a token
+// is beyond 2^100 times others, products of these that are below 2^-20 lose bits.
 
 #include "experts/fragments.cuh"
 #include "common/barriers.cuh"
@@ -219,6 +222,7 @@ __device__ __forceinline__ void run_chunk(const SingleArguments& a) {
     __shared__ __align__(16) uint32_t zeros[4];
     __shared__ uint64_t meetings[kTeams];
     __shared__ uint32_t largest;
+    static_assert(sizeof(of_warps) + sizeof(zeros) + sizeof(meetings) + sizeof(largest) <= 4096 - 128, "as path.rs counts it");
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = warp / kTeamWarps, member = warp % kTeamWarps;
     if (threadIdx.x < 4) zeros[threadIdx.x] = 0;
     if (threadIdx.x == 0) largest = 0;

@@ -619,7 +619,8 @@ impl MoeBlock {
 fn everyone_to(experts: &Experts, hidden: &Tensor, topk_ids: &Tensor, num_tokens: usize) -> Result<Tensor> {
     let num_experts = experts.num_experts();
     let Routing { topk_ids, topk_weights } = everyone(topk_ids, num_experts)?;
-    let order = ExpertOrder::new(&topk_ids, num_experts, 0..num_experts)?.among(num_tokens, 1);
+    let order = ExpertOrder::new(&topk_ids, num_experts, 0..num_experts)?
+        .among(num_tokens.saturating_mul(num_experts), num_experts);
     experts.forward_weighted(hidden, &topk_weights, &order, None, DType::F32)
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! gate     logits = round(W x + b)                     to the router's dtype
 //! routing  RoutedOrder                                 ids, weights, order and tiles in one launch or two
-//! experts  forward_weighted                            sums over the slots, rounded once where nothing is added
+//! experts  forward_weighted_to                         sums over the slots, rounded once where nothing is added
 //! shared   forward_weighted of everyone, added in f32
 //! ```
 //!

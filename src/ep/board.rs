@@ -21,14 +21,15 @@
 //!    who is blamed.
 //! 4. Only handles move under the lock. Rows are copied and added by each rank after it has left.
 //! 5. A rank of another process that did not come may be waiting itself, in the call before, for one that sent its posts to
-//!    this process and no further. So at its deadline a rank tells the others that it waits, and only a moment later blames
-//!    those that are missing and have not told the same of the call before. If all of them have, they know better whom to
-//!    blame: there is another moment to hear it.
+//!    this process and no further. So at its deadline a rank tells the others where it waits and for whom; who waits in the
+//!    call before answers with the same, whatever its own deadline is. A moment later those are blamed that are missing and
+//!    have told nothing; if all have, those that they miss.
 //! 6. A rank of another process may be done with a round that this one still waits for, and be one call ahead. It cannot be
 //!    two ahead without this process's post.
 
 use super::call::{Post, Site};
 use super::error::{Collective, EpError, EpErrorKind};
+use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -54,8 +55,8 @@ struct State {
     posts: Vec<Option<Post>>,
     /// Of the round after it, by rank.
     early: Vec<Option<Post>>,
-    /// The last round in which a rank told that it waits beyond its deadline.
-    overdue: Vec<Option<u64>>,
+    /// What ranks of other processes told last of waiting.
+    waiting: Vec<Option<Waiting>>,
     /// Since when two posts of the current round disagree.
     disagreement: Option<Instant>,
     finished: Option<Finished>,
@@ -63,6 +64,13 @@ struct State {
     fault: Option<Arc<Fault>>,
     /// The generation that took this one's place.
     successor: Option<u64>,
+}
+
+/// Where a rank waits, and for whom.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Waiting {
+    pub(super) step: u64,
+    pub(super) missing: Vec<usize>,
 }
 
 struct Finished {
@@ -120,7 +128,7 @@ impl Board {
                 round: 0,
                 posts: no_posts(),
                 early: no_posts(),
-                overdue: vec![None; world_size],
+                waiting: vec![None; world_size],
                 disagreement: None,
                 finished: None,
                 presence: vec![Presence::Here; world_size],
@@ -149,16 +157,16 @@ impl Board {
         self.lock().successor
     }
 
-    /// Posts and waits for the others; returns everybody's posts of this round in rank order. Calls `tell_overdue` if the
-    /// deadline has passed and the others should know that this rank waits.
+    /// Posts and waits for the others; returns everybody's posts of this round in rank order. Calls `tell` if the deadline has
+    /// passed and the others should know that this rank waits; it must not wait, for it has the lock.
     pub(super) fn meet(
         &self,
         rank: usize,
         post: Post,
         deadline: Duration,
-        tell_overdue: impl FnOnce(),
+        tell: impl FnOnce(Waiting),
     ) -> Result<Arc<Vec<Post>>, Arc<Fault>> {
-        let mut tell_overdue = Some(tell_overdue);
+        let mut tell = Some(tell);
         let arrived = Instant::now();
         let site = post.site.clone();
         let mut state = self.lock();
@@ -181,9 +189,9 @@ impl Board {
                 Err(kind) => kind,
                 Ok(wait) => {
                     if arrived.elapsed() >= deadline
-                        && let Some(tell) = tell_overdue.take()
+                        && let Some(tell) = tell.take()
                     {
-                        tell();
+                        tell(state.waiting());
                     }
                     state = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
                     continue;
@@ -204,11 +212,15 @@ impl Board {
         Ok(())
     }
 
-    /// Notes that a rank of another process waits in call `step` beyond its deadline.
-    pub(super) fn wait_overdue(&self, rank: usize, step: u64) {
-        if let Some(place) = self.lock().overdue.get_mut(rank) {
-            *place = Some(step);
+    /// Notes where rank `other` of another process waits. What rank `own` of this process has to answer, if it waits in the call
+    /// before.
+    pub(super) fn hear_waiting(&self, other: usize, waiting: Waiting, own: usize) -> Option<Waiting> {
+        let mut state = self.lock();
+        let waits_before = state.posts.get(own).is_some_and(Option::is_some) && is_before(state.round, waiting.step);
+        if let Some(place) = state.waiting.get_mut(other) {
+            *place = Some(waiting);
         }
+        waits_before.then(|| state.waiting())
     }
 
     /// Poisons the group, unless it is; returns the fault that counts.
@@ -362,16 +374,34 @@ impl State {
         if !wait.is_zero() {
             return Ok(wait);
         }
-        let missing: Vec<usize> = absent().map(|(rank, _)| rank).collect();
-        let silent: Vec<usize> = missing.iter().copied().filter(|rank| !self.waits_itself(*rank)).collect();
-        let (blamed, moments) = if silent.is_empty() { (missing, 2) } else { (silent, 1) };
-        let patience = deadline.saturating_add(news * moments).saturating_sub(waited);
-        if patience.is_zero() { Err(EpErrorKind::Timeout { missing: blamed, deadline }) } else { Ok(patience) }
+        let patience = deadline.saturating_add(news).saturating_sub(waited);
+        if patience.is_zero() { Err(EpErrorKind::Timeout { missing: self.blamed(), deadline }) } else { Ok(patience) }
     }
 
-    /// Has a rank that is missing told that it waits in the call before?
-    fn waits_itself(&self, rank: usize) -> bool {
-        self.overdue.get(rank).is_some_and(|step| step.is_some_and(|step| step.wrapping_add(1) == self.round))
+    /// Where this process's rank waits.
+    fn waiting(&self) -> Waiting {
+        Waiting { step: self.round, missing: self.missing() }
+    }
+
+    fn missing(&self) -> Vec<usize> {
+        self.posts.iter().enumerate().filter(|(_, post)| post.is_none()).map(|(rank, _)| rank).collect()
+    }
+
+    /// Those who are missing and do not wait themselves in the call before; if all do, those that they miss.
+    fn blamed(&self) -> Vec<usize> {
+        let missing = self.missing();
+        let told = |rank: &usize| {
+            let waiting = self.waiting.get(*rank).and_then(Option::as_ref);
+            waiting.filter(|waiting| is_before(waiting.step, self.round)).map(|waiting| &waiting.missing)
+        };
+        let silent: Vec<usize> = missing.iter().copied().filter(|rank| told(rank).is_none()).collect();
+        if !silent.is_empty() {
+            return silent;
+        }
+        let mut missed: Vec<usize> = missing.iter().filter_map(told).flatten().copied().collect();
+        missed.sort_unstable();
+        missed.dedup();
+        if missed.is_empty() { missing } else { missed }
     }
 
     /// Who made another call than the largest party; `None` while more posts could tell, unless
@@ -394,6 +424,11 @@ impl State {
         let (expected, found) = truth.difference(odd);
         Some(EpErrorKind::Desync { rank, expected, found })
     }
+}
+
+/// Is `step` the call before `next`?
+fn is_before(step: u64, next: u64) -> bool {
+    step.wrapping_add(1) == next
 }
 
 /// The error of `rank`'s call at `site`.

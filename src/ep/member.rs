@@ -8,7 +8,7 @@
 //!     put the result together        else: poison the group, Tensor
 //! ```
 
-use super::board::{Board, Fault, error_at};
+use super::board::{Board, Fault, Waiting, error_at};
 use super::call::{Offer, Payload, Place, Post, Site, Terms};
 use super::communicator::{AbortHandle, Communicator, Deadlines, Health};
 use super::error::{Collective, EpError, EpErrorKind, reason};
@@ -27,8 +27,8 @@ pub(super) trait Outside: Send + Sync + 'static {
     /// Sends news of a fault, without waiting. They may be old.
     fn tell(&self, fault: &Fault);
 
-    /// Says that this rank waits in call `step` beyond its deadline, without waiting for that to arrive.
-    fn tell_overdue(&self, step: u64);
+    /// Says where this rank waits, without waiting for that to arrive.
+    fn tell_waiting(&self, waiting: Waiting);
 }
 
 /// All ranks share the board.
@@ -41,7 +41,7 @@ impl Outside for Nobody {
 
     fn tell(&self, _: &Fault) {}
 
-    fn tell_overdue(&self, _: u64) {}
+    fn tell_waiting(&self, _: Waiting) {}
 }
 
 pub(super) struct Member<O> {
@@ -92,7 +92,7 @@ impl<O: Outside> Member<O> {
         if let Err(what) = self.outside.carry(&post) {
             return Err(self.give_up(&site, EpErrorKind::BadArgument(what)));
         }
-        match self.board.meet(self.rank, post, self.deadline, || self.outside.tell_overdue(site.step)) {
+        match self.board.meet(self.rank, post, self.deadline, |waiting| self.outside.tell_waiting(waiting)) {
             Ok(posts) => Ok((site, posts)),
             Err(fault) => Err(self.hear(&site, &fault)),
         }

@@ -16,7 +16,7 @@
 //! 4. Whoever finds a fault tells everybody; what arrives twice or late is ignored.
 //! 5. A peer that breaks the rules is treated as one that died.
 
-use super::board::{Board, Fault, Presence};
+use super::board::{Board, Fault, Presence, Waiting};
 use super::call::Post;
 use super::communicator::{Communicator, Deadlines};
 use super::environment::Environment;
@@ -219,8 +219,8 @@ impl Outside for Links {
         self.send_all(Message::failed(fault));
     }
 
-    fn tell_overdue(&self, step: u64) {
-        self.send_all(Message::Overdue { step });
+    fn tell_waiting(&self, waiting: Waiting) {
+        self.send_all(Message::Waits(waiting));
     }
 }
 
@@ -278,8 +278,12 @@ impl Reader {
                 Message::Call(call) => {
                     call.into_post(payload, self.other, self.rank).and_then(|post| self.board.arrive(self.other, post))
                 }
-                Message::Overdue { step } => {
-                    self.board.wait_overdue(self.other, step);
+                Message::Waits(waiting) => {
+                    if let Some(own) = self.board.hear_waiting(self.other, waiting, self.rank) {
+                        // A writer that has ended has nobody to write to.
+                        let answer = Outgoing::message(self.generation, Message::Waits(own));
+                        let _ = answer.map(|answer| self.queue.send(Job::Send(answer)));
+                    }
                     Ok(())
                 }
                 Message::Failed { cause, heard, since } => {

@@ -10,7 +10,7 @@
 //! A peer may be anything that found the port. So lengths are limited before anything is read, a payload is stored as it
 //! comes in and never reserved in advance, and its length must be the one that dtype and shape make it.
 
-use super::board::{Fault, error_at};
+use super::board::{Fault, Waiting, error_at};
 use super::call::{Payload, Post, Site, Terms};
 use super::error::{Collective, EpError, EpErrorKind, reason};
 use crate::host::{try_filled, with_slice};
@@ -57,8 +57,8 @@ pub(super) enum Message {
     Refused { kind: EpErrorKind },
     /// A rank's part in a call.
     Call(Call),
-    /// A rank waits in this call beyond its deadline.
-    Overdue { step: u64 },
+    /// Where a rank waits, beyond its deadline or asked by one that does.
+    Waits(Waiting),
     /// The group has failed.
     Failed { cause: EpError, heard: EpErrorKind, since: u64 },
     /// A rank drops its handle.

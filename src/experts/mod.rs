@@ -65,7 +65,10 @@ impl ExpertProjection {
                 if !matches!(bias.dtype(), DType::F32 | DType::BF16 | DType::F16) {
                     bail!("{OP}: bias has dtype {:?}, expected f32, bf16 or f16", bias.dtype())
                 }
-                Some(bias.to_dtype(DType::F32)?.contiguous()?)
+                let bias = bias.to_dtype(DType::F32)?.contiguous()?;
+                // Kernels copy 16 bytes at a time.
+                let is_aligned = bias.layout().start_offset().is_multiple_of(4);
+                Some(if is_aligned { bias } else { bias.force_contiguous()? })
             }
         };
         Ok(Self { weights, bias })
@@ -297,11 +300,11 @@ impl Experts {
     }
 
     /// [`forward_weighted`](Self::forward_weighted) to memory that is there: contiguous `sums`, `[num_tokens, hidden_size]` in f32
-    /// or the dtype of `hidden`, on its device. On CUDA an allocation between two kernels keeps the second from beginning while
-    /// the first ends; with memory from before the routing there is none from there to the sums.
+    /// or the dtype of `hidden`, on its device, on CUDA at a multiple of 16 bytes. There an allocation between two kernels keeps
+    /// the second from beginning while the first ends; with memory from before the routing there is none from there to the sums.
     ///
     /// # Errors
-    /// As [`forward_weighted`](Self::forward_weighted); `sums` of another shape, device or layout.
+    /// As [`forward_weighted`](Self::forward_weighted); `sums` of another shape, dtype, device or layout.
     pub fn forward_weighted_to(
         &self,
         hidden: &Tensor,
@@ -311,8 +314,14 @@ impl Experts {
         sums: &Tensor,
     ) -> Result<()> {
         let expected = [order.num_tokens(), self.hidden_size()];
-        if sums.dims() != expected || !sums.is_contiguous() || !sums.device().same_device(hidden.device()) {
-            bail!("{OP}: sums has shape {:?}, expected contiguous {expected:?} on the device of hidden", sums.shape())
+        if sums.dims() != expected || !sums.is_contiguous() {
+            bail!("{OP}: sums has {:?}, expected {expected:?} side by side", sums.layout())
+        }
+        if !sums.device().same_device(hidden.device()) {
+            bail!("{OP}: sums is on {:?}, expected it where hidden is", sums.device().location())
+        }
+        if sums.dtype() != DType::F32 && sums.dtype() != hidden.dtype() {
+            bail!("{OP}: sums has dtype {:?}, expected F32 or that of hidden, {:?}", sums.dtype(), hidden.dtype())
         }
         #[cfg(feature = "cuda")]
         if let Device::Cuda(device) = hidden.device() {

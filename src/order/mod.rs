@@ -57,7 +57,7 @@ pub struct ExpertOrder {
 }
 
 /// What the kernels of experts are chosen by: all that was ordered and, where ranks share a batch, what they ordered, so that all
-/// ranks choose alike.
+/// ranks with devices of the same kind choose alike.
 #[derive(Debug, Clone, Copy)]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the CPU has kernels of one kind"))]
 pub(crate) struct Batch {

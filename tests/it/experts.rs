@@ -403,48 +403,58 @@ fn tensor_cores_take_any_number_of_tokens() {
     }
 }
 
-/// Slots so few that on CUDA each is worked on by itself, in MXFP4: chunks of all lengths, every scale, tokens of all sizes.
+/// Slots so few that on CUDA each is worked on by itself, in MXFP4: chunks of all lengths.
 #[test]
 fn a_token_by_itself_equals_the_oracle() {
     let mut random = Random(57);
+    let silu = Case { rows: GateUpRows::Concatenated, activation: Activation::Silu, bias: None, ..gpt_oss(5, 64, 320) };
+    // The last one goes round every ring, and has more chunks than are added up at once.
+    for case in [gpt_oss(5, 128, 64), gpt_oss(5, 64, 192), silu, gpt_oss(5, 1088, 1600)] {
+        let model = Model::new(&mut random, case);
+        let token = hidden_states(&mut random, 1, model.case.hidden_size, 1.0, DType::BF16);
+        for ids in [vec![4, 0, 3, 1], vec![2, NO_EXPERT, 2, 2, 0, NO_EXPERT], vec![NO_EXPERT; 4]] {
+            let top_k = ids.len();
+            model.check(&token, &order_of(ids, top_k, 5));
+        }
+        if let Some(device) = devices::cuda() {
+            let tile_rows = model.experts.to_device(device).unwrap().tile_rows(1, 4, DType::BF16, device).unwrap();
+            assert_eq!(tile_rows, Some(1), "a kernel for more tokens");
+        }
+        let ids = Tensor::from_vec(random.distinct(15, 6), (1, 6), &Device::Cpu).unwrap();
+        for first in [0, 3, 10] {
+            model.check(&token, &ExpertOrder::new(&ids, 15, first..first + 5).unwrap());
+        }
+    }
+}
+
+/// Every scale, and tokens of all sizes.
+#[test]
+fn a_token_by_itself_may_be_any() {
+    let mut random = Random(58);
     let oss = gpt_oss(5, 128, 64);
     let wide = || Format::Mxfp4(0..=207);
-    let silu = Case { rows: GateUpRows::Concatenated, activation: Activation::Silu, bias: None, ..gpt_oss(5, 64, 320) };
-    for case in [
-        oss.clone(),
-        gpt_oss(5, 64, 192),
-        Case { rows: GateUpRows::Concatenated, ..gpt_oss(5, 320, 256) },
-        silu,
-        Case { gate_up: wide(), down: Format::Mxfp4(0..=1), ..oss.clone() },
-        Case { gate_up: Format::Mxfp4(124..=131), down: wide(), ..oss },
+    for (case, most) in [
+        (Case { rows: GateUpRows::Concatenated, ..gpt_oss(5, 320, 256) }, 1e30),
+        (Case { activation: Activation::Silu, ..gpt_oss(5, 64, 128) }, 1e9),
+        (Case { gate_up: wide(), down: Format::Mxfp4(0..=1), ..oss.clone() }, 1e9),
+        (Case { gate_up: Format::Mxfp4(124..=131), down: wide(), ..oss }, 1e30),
     ] {
         let model = Model::new(&mut random, case);
         let hidden_size = model.case.hidden_size;
-        for (ids, top_k) in [
-            (vec![4, 0, 3, 1], 4),
-            // Twice the same expert, and slots of nobody.
-            (vec![2, NO_EXPERT, 2, 2, 0, NO_EXPERT], 6),
-            (vec![NO_EXPERT; 4], 4),
-            (vec![3; 16], 1),
-            ((0..4).flat_map(|_| random.distinct(5, 4)).collect(), 4),
-            (random.distinct(5, 5), 5),
-        ] {
+        for (ids, top_k) in
+            [(vec![3; 16], 1), ((0..4).flat_map(|_| random.distinct(5, 4)).collect(), 4), (random.distinct(5, 5), 5)]
+        {
             for scale in [1.0, 1e-30, 30.0, 1e6] {
                 let hidden = hidden_states(&mut random, ids.len() / top_k, hidden_size, scale, DType::BF16);
                 model.check(&hidden, &order_of(ids.clone(), top_k, 5));
             }
         }
         // A feature that dwarfs the others, none at all, and some that are no number.
-        for (value, others) in [(1e30, 1.0), (0.0, 0.0), (f32::NAN, 1.0), (f32::INFINITY, 1.0), (-1e-38, 0.0)] {
+        for (value, others) in [(most, 1.0), (0.0, 0.0), (f32::NAN, 1.0), (f32::INFINITY, 1.0), (-1e-38, 0.0)] {
             let mut token = random.units(hidden_size, others);
             token[random.below(hidden_size)] = value;
             let hidden = oracle::floats(&token, &[1, hidden_size], DType::BF16).0;
             model.check(&hidden, &order_of(random.distinct(5, 4), 4, 5));
-        }
-        let ids = Tensor::from_vec(random.distinct(15, 6), (1, 6), &Device::Cpu).unwrap();
-        let hidden = hidden_states(&mut random, 1, hidden_size, 1.0, DType::BF16);
-        for first in [0, 3, 10] {
-            model.check(&hidden, &ExpertOrder::new(&ids, 15, first..first + 5).unwrap());
         }
     }
 }
@@ -550,7 +560,8 @@ fn the_kernels_follow_the_number_of_tokens() {
     let model = Model::new(&mut Random(55), gpt_oss(4, 64, 64));
     let experts = model.experts.to_device(device).unwrap();
     let tile_rows = |num_tokens, dtype| experts.tile_rows(num_tokens, 4, dtype, device).unwrap();
-    assert_eq!([1, 6].map(|num_tokens| tile_rows(num_tokens, DType::BF16)), [Some(8); 2]);
+    assert_eq!([1, 4].map(|num_tokens| tile_rows(num_tokens, DType::BF16)), [Some(1); 2]);
+    assert_eq!([5, 6].map(|num_tokens| tile_rows(num_tokens, DType::BF16)), [Some(8); 2]);
     assert_eq!([7, 9].map(|num_tokens| tile_rows(num_tokens, DType::BF16)), [Some(16); 2]);
     let many = [10, 80, 81, 8192].map(|num_tokens| tile_rows(num_tokens, DType::BF16));
     // Of compute capability 9.0, and others.
@@ -1009,6 +1020,33 @@ fn a_row_has_the_same_bits_whatever_else_is_in_the_batch() {
 
 // ---------------------------------------------------------------------------------------------
 // The weighted sum
+
+#[test]
+fn memory_for_sums_must_fit() {
+    let mut random = Random(59);
+    let model = Model::new(&mut random, gpt_oss(3, 64, 64));
+    let order = order_of(vec![0, 2], 1, 3);
+    let hidden = hidden_states(&mut random, 2, 64, 1.0, DType::BF16);
+    for device in devices::all() {
+        let experts = model.experts.to_device(&device).unwrap();
+        let (order, hidden) = (devices::order_to(&device, &order), hidden.to_device(&device).unwrap());
+        let weights = Tensor::ones((2, 1), DType::F32, &Device::Cpu).unwrap().to_device(&device).unwrap();
+        let room =
+            |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap().to_device(&device).unwrap();
+        let refused =
+            |sums: &Tensor| experts.forward_weighted_to(&hidden, &weights, &order, None, sums).unwrap_err().to_string();
+        assert!(refused(&room(&[3, 64], DType::BF16)).contains("[2, 64]"));
+        assert!(refused(&room(&[64, 2], DType::BF16).t().unwrap()).contains("side by side"));
+        assert!(refused(&room(&[2, 64], DType::F16)).contains("sums has dtype F16"));
+        let odd = room(&[129], DType::BF16).narrow(0, 1, 128).unwrap().reshape((2, 64)).unwrap();
+        if device.is_cuda() {
+            assert!(refused(&odd).contains("multiple of 16"));
+            assert!(refused(&Tensor::zeros((2, 64), DType::BF16, &Device::Cpu).unwrap()).contains("where hidden is"));
+        } else {
+            experts.forward_weighted_to(&hidden, &weights, &order, None, &odd).unwrap();
+        }
+    }
+}
 
 #[test]
 fn the_weighted_sum_adds_in_slot_order_and_skips_slots_outside_the_order() {

@@ -561,7 +561,7 @@ fn a_rank_that_waits_itself_is_not_blamed() {
         let call = r#""op":"Barrier","label":"","dtype":null,"shape":[],"counts":[],"num_rows":0"#;
         frame(&format!(r#"{{"generation":0,"message":{{"Call":{{"step":{step},{call}}}}}}}"#), 0, &[])
     };
-    for deadlines in [[300, 350], [350, 300], [300, 300]].map(|ms| ms.map(Duration::from_millis)) {
+    for deadlines in [[300, 350], [350, 300], [300, 300], [300, 1500]].map(|ms| ms.map(Duration::from_millis)) {
         let port = free_port();
         let serve = |rank: usize| {
             let mut ranks = Procs::join(config(rank, 3, port), PATIENT).unwrap();

@@ -17,6 +17,8 @@ use path::{Kernel, Path, chunks, general_format, general_launch, parts_launch, s
 /// Threads of a block that brings rows home, and bytes of a row that a thread has.
 const HOME_THREADS: u32 = 256;
 const HOME_BYTES: usize = 16;
+/// Of what kernels store at once.
+const ROOM_ALIGNMENT: u64 = 16;
 /// Tokens of a tile of the general kernel of linear layers.
 const LINEAR_ROWS: usize = 16;
 /// `kChunk` and `kLinearThreads` of the source, and blocks of small tiles that one wave or a few of them have.
@@ -296,7 +298,8 @@ impl<'a> Call<'a> {
             chunks: chunks(experts) as u32,
         };
         let how = single_launch(experts, self.num_slots);
-        // SAFETY: `SingleArguments` is the kernel's parameter; `parts` has `chunks` rows for each slot, and the rest is as in `project`.
+        // SAFETY: `SingleArguments` is the kernel's parameter; `parts` has `chunks` rows for each slot, and the rest is as in
+        // `project`.
         unsafe { launch(self.device, Binary::ExpertsSingle, "single", how, arguments) }
     }
 
@@ -454,7 +457,11 @@ fn room(tensor: &Tensor, num_rows: usize, hidden_size: usize, device: &CudaDevic
     if tensor.dims() != [num_rows, hidden_size] || !tensor.is_contiguous() {
         bail!("{OP}: there is room for {:?}, expected [{num_rows}, {hidden_size}] side by side", tensor.shape())
     }
-    Held::new(tensor, device, "room")
+    let held = Held::new(tensor, device, "room")?;
+    if !held.address()?.is_multiple_of(ROOM_ALIGNMENT) {
+        bail!("{OP}: there is room from {:#x} on, expected a multiple of {ROOM_ALIGNMENT}", held.address()?)
+    }
+    Ok(held)
 }
 
 pub(super) fn linear(projection: &ExpertProjection, hidden: &Tensor, device: &CudaDevice) -> Result<Tensor> {

@@ -26,15 +26,19 @@ const PART_BYTES: usize = 7680;
 const SUM_BYTES: usize = 16;
 /// Shared memory that its kernels have beside that of the launch.
 const RESIDENT_STATIC_SHARED: usize = 5120;
-/// Of `cuda/experts/single.cu`: threads of a block, features of a chunk, rows of sums beside those of its teams, bytes of the
-/// rings of a block, and of a block that adds up parts: threads and columns.
-const SINGLE_THREADS: u32 = 480;
-const SINGLE_FEATURES: usize = 96;
-const SINGLE_SUM_ROWS: usize = 4;
-const SINGLE_RING_BYTES: usize = 15 * 2 * 2176;
+/// Of `cuda/experts/single.cu`: teams of a block and warps of a team, features of a team, quads that a warp has under way, bytes of
+/// a quad, and shared memory that the kernel has beside that of the launch.
+const SINGLE_TEAMS: usize = 3;
+const SINGLE_WARPS: usize = SINGLE_TEAMS * 5;
+const SINGLE_FEATURES: usize = SINGLE_TEAMS * 32;
+const SINGLE_QUADS: usize = 2;
+const SINGLE_QUAD_BYTES: usize = 2176;
+const SINGLE_STATIC_SHARED: usize = 4096;
+/// Of a block there that adds up parts: threads and columns.
 const PART_THREADS: u32 = 512;
 const PART_COLUMNS: usize = 32;
-/// Slots of a batch up to which each is worked on by itself, where the device has a multiprocessor for each chunk.
+/// Slots of a batch up to which each is worked on by itself, where the device has a multiprocessor for each chunk: the kernel has
+/// room for twice as many tiles.
 const SINGLE_SLOTS: usize = 16;
 /// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
 const FEW_SLOTS: usize = 6;
@@ -56,7 +60,7 @@ const SIGNALS: usize = 2;
 pub(super) enum Path {
     /// `cuda/experts/general.cu`: everything.
     General,
-    /// `cuda/experts/single.cu`: a token, in MXFP4.
+    /// `cuda/experts/single.cu`: a token, or few slots, in MXFP4.
     Single,
     /// `cuda/experts/resident.cuh`: few tokens for each expert, in tiles of 8 times `blocks` places.
     Resident { blocks: usize },
@@ -122,7 +126,7 @@ impl Path {
     pub(super) fn tile_rows(self) -> usize {
         match self {
             Self::General => GENERAL_TILE_ROWS,
-            Self::Single => 8,
+            Self::Single => 1,
             Self::Resident { blocks } => 8 * blocks,
             Self::Tiled(size) => size.places(),
         }
@@ -136,12 +140,11 @@ impl Path {
             (Self::General, _) => true,
             (_, None) => false,
             (Self::Single, Some(format)) => {
-                let num_slots = num_slots.max(batch.num_slots);
                 matches!(format, Format::Mxfp4 { .. })
                     && dtype == DType::BF16
-                    && num_slots <= SINGLE_SLOTS
-                    && num_slots * chunks(experts) <= device.num_multiprocessors
-                    && single_shared(experts).is_some_and(|shared| shared <= device.max_shared)
+                    && num_slots.max(batch.num_slots) <= SINGLE_SLOTS
+                    && batch.num_slots * chunks(experts) <= device.num_multiprocessors
+                    && single_shared(experts).is_some_and(|shared| shared + SINGLE_STATIC_SHARED <= device.max_shared)
             }
             (Self::Resident { blocks }, Some(format)) => {
                 u32::try_from(max_items).is_ok() && Resident::new(format, experts, blocks, device).is_some()
@@ -244,14 +247,15 @@ pub(super) fn chunks(experts: &Experts) -> usize {
 fn single_shared(experts: &Experts) -> Option<usize> {
     let (hidden_size, intermediate_size) = (experts.hidden_size(), experts.intermediate_size());
     let token = hidden_size * size_of::<u16>();
-    (hidden_size > 0 && intermediate_size > 0)
-        .then(|| token + SINGLE_SUM_ROWS * hidden_size * size_of::<f32>() + SINGLE_RING_BYTES)
+    let sums = (1 + SINGLE_TEAMS) * hidden_size * size_of::<f32>();
+    let rings = SINGLE_WARPS * SINGLE_QUADS * SINGLE_QUAD_BYTES;
+    (hidden_size > 0 && intermediate_size > 0).then_some(token + sums + rings)
 }
 
 /// The launch of its first kernel.
 pub(super) fn single_launch(experts: &Experts, num_slots: usize) -> Launch {
     let shared = single_shared(experts).unwrap_or_default();
-    Launch { starts_early: true, ..Launch::new(num_slots * chunks(experts), SINGLE_THREADS, shared) }
+    Launch { starts_early: true, ..Launch::new(num_slots * chunks(experts), 32 * SINGLE_WARPS as u32, shared) }
 }
 
 /// The launch of the one that adds up the parts of `count` tokens, or slots.
