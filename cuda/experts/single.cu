@@ -349,12 +349,18 @@ struct PartsArguments {
     uint32_t hidden_size;
 };
 
-// A block has kPartColumns times 4 columns of a token, kPartSlots of its slots at once, with kPartGroups threads for each.
-constexpr uint32_t kPartColumns = 8, kPartGroups = 16, kPartSlots = 4;
+// A block has kPartColumns times 4 columns of a token, kPartSlots of its slots at once, with kPartGroups threads for each, of
+// which a warp has some.
+constexpr uint32_t kPartColumns = 8, kPartGroups = 16, kPartSlots = 4, kGroupWarps = kPartGroups * kPartColumns / 32;
 constexpr uint32_t kPartThreads = kPartColumns * kPartGroups * kPartSlots;
 
 __device__ __forceinline__ float4 added(const float4& a, const float4& b) {
     return {__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y), __fadd_rn(a.z, b.z), __fadd_rn(a.w, b.w)};
+}
+// That of the lane whose number differs in this bit.
+__device__ __forceinline__ float4 across(const float4& a, uint32_t bit) {
+    return {__shfl_xor_sync(kAllLanes, a.x, bit), __shfl_xor_sync(kAllLanes, a.y, bit), __shfl_xor_sync(kAllLanes, a.z, bit),
+            __shfl_xor_sync(kAllLanes, a.w, bit)};
 }
 __device__ __forceinline__ float4 times(float weight, const float4& a) {
     return {__fmul_rn(weight, a.x), __fmul_rn(weight, a.y), __fmul_rn(weight, a.z), __fmul_rn(weight, a.w)};
@@ -364,7 +370,7 @@ __device__ __forceinline__ float4 times(float weight, const float4& a) {
 // with each slot's, in the order of slots, times the slot's weight if kWeighted; 0 for slots that are nowhere.
 template <bool kWeighted, typename Take>
 __device__ __forceinline__ void add_parts(const PartsArguments& a, Take take) {
-    __shared__ float4 of_groups[kPartSlots][kPartGroups][kPartColumns];
+    __shared__ float4 of_warps[kPartSlots][kGroupWarps][kPartColumns];
     allow_next_kernel();
     const uint32_t columns = a.hidden_size / 4, blocks = (columns + kPartColumns - 1) / kPartColumns;
     const uint32_t token = blockIdx.x / blocks, own = threadIdx.x % kPartColumns;
@@ -388,16 +394,18 @@ __device__ __forceinline__ void add_parts(const PartsArguments& a, Take take) {
 #pragma unroll 2
             for (uint32_t chunk = group; chunk < a.chunks; chunk += kPartGroups) row = added(row, __ldcg(parts + chunk * columns));
         }
-        of_groups[nth][group][own] = row;
+#pragma unroll
+        for (uint32_t bit = kPartColumns; bit < 32; bit *= 2) row = added(row, across(row, bit));
+        if (threadIdx.x % 32 < kPartColumns) of_warps[nth][threadIdx.x / 32 % kGroupWarps][own] = row;
         __syncthreads();
         if (group == 0 && rank != kNothing) {
 #pragma unroll
-            for (uint32_t i = 1; i < kPartGroups; ++i) row = added(row, of_groups[nth][i][own]);
-            of_groups[nth][0][own] = kWeighted ? times(weight, row) : row;
+            for (uint32_t i = 1; i < kGroupWarps; ++i) row = added(row, of_warps[nth][i][own]);
+            of_warps[nth][0][own] = kWeighted ? times(weight, row) : row;
         }
         __syncthreads();
         if (threadIdx.x < kPartColumns && column < columns) {
-            for (uint32_t i = 0; i < min(kPartSlots, a.top_k - first); ++i) take(token, column, of_groups[i][0][own]);
+            for (uint32_t i = 0; i < min(kPartSlots, a.top_k - first); ++i) take(token, column, of_warps[i][0][own]);
         }
         __syncthreads();
     }
