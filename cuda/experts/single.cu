@@ -226,7 +226,7 @@ __device__ __forceinline__ void run_chunk(const SingleArguments& a) {
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = warp / kTeamWarps, member = warp % kTeamWarps;
     if (threadIdx.x < 4) zeros[threadIdx.x] = 0;
     if (threadIdx.x == 0) largest = 0;
-    if (threadIdx.x < kTeams) start_barrier(shared_address(meetings + threadIdx.x), kTeamWarps);
+    if (threadIdx.x < kTeams) start_barrier(shared_address(meetings + threadIdx.x), 32 * kTeamWarps);
     __syncthreads();
 
     const ProjectionArguments &up = a.gate_up, &down = a.down;
@@ -298,8 +298,7 @@ __device__ __forceinline__ void run_chunk(const SingleArguments& a) {
     }
     of_warps[team][member][lane % 4 * kBandRows + lane / 4] = parts[0];
     of_warps[team][member][lane % 4 * kBandRows + lane / 4 + 8] = parts[1];
-    __syncwarp();
-    if (lane == 0) arrive(shared_address(meetings + team));
+    arrive(shared_address(meetings + team));
     wait_for_phase(shared_address(meetings + team), 0);
 
     // A lane has a feature, in every warp of the team.
