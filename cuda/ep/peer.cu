@@ -1,7 +1,8 @@
 // Dispatch and combine between devices that reach each other's memory.
 //
 //     dispatch   every rank pushes the row of each token to the ranks that have some of its experts, once to each, and the ids and
-//                weights of all its tokens to all; the last block comes to the round, and waits for the others
+//                weights of all its tokens to all; the last block comes to the round, and waits for the others, or leaves
+//                that to `arrive`, which comes when the stream has done something else meanwhile
 //     sums       everybody comes; then each rank pulls, for each of its tokens, the partial sums of the ranks that have some
 //                of its experts, and adds them in float32 in rank order
 //     rows       the same of the rows of the slots, which are weighted and added in slot order, as on one device
@@ -48,6 +49,7 @@ struct DispatchArguments {
     uint32_t num_tokens;
     uint32_t top_k;
     uint32_t row_units;
+    uint32_t waits;             // 0: not for the others
 };
 
 // Of pulling; also where a rank's tokens begin among those of all, at each rank.
@@ -99,6 +101,16 @@ __device__ __forceinline__ void push(const DispatchArguments& a) {
     }
     if (!is_last_block(g)) return;
     come(g, round);
+    if (a.waits == 0) return;
+    wait_for_ranks(g, round);
+    end_round(g, round);
+}
+
+// The end of a round to which this rank has come; one block.
+__device__ __forceinline__ void arrive_all(const Group& g) {
+    wait_for_previous_kernel();
+    allow_next_kernel();
+    const uint32_t round = present_round(g);
     wait_for_ranks(g, round);
     end_round(g, round);
 }
@@ -235,3 +247,4 @@ extern "C" __global__ void __launch_bounds__(32) peer_meet(const __grid_constant
     moe::wait_for_ranks(g, round);
     moe::end_round(g, round);
 }
+extern "C" __global__ void __launch_bounds__(32) peer_arrive(const __grid_constant__ moe::Group g) { moe::arrive_all(g); }

@@ -7,12 +7,13 @@
 //! shared   forward_weighted of everyone, added in f32
 //! ```
 //!
-//! Among several ranks dispatch and combine stand around the experts, as on the CPU, and the order is made of what dispatch brings.
+//! Among several ranks dispatch and combine stand around the experts, as on the CPU, and the order is made of what dispatch brings;
+//! shared experts work while tokens are on their way.
 
 use super::{MoeBlock, MoeOutput, everyone_to};
 #[cfg(feature = "cuda")]
 use crate::ep::work_among_peers;
-use crate::ep::{Communicator, Dispatched, Sharing, Step, Strategy, combine, combine_sums, dispatch};
+use crate::ep::{Communicator, Dispatched, Sharing, Step, Strategy, combine, combine_sums, dispatch, dispatch_beside};
 use crate::order::{ExpertOrder, OrderOptions, RoutedOrder};
 use crate::routing::Routing;
 use candle_core::{DType, Result, Tensor};
@@ -56,12 +57,18 @@ impl MoeBlock {
         let routing = self.route(router_logits, step)?;
         let sharing =
             Sharing { strategy: self.choice.strategy(), reduction: self.reduction, placement: &self.placement };
-        let dispatched = dispatch(communicator, step, &sharing, hidden, &routing)?;
+        let num_all = if sharing.strategy == Strategy::Replicated { hidden.dims()[0] } else { step.num_tokens() };
+        let (dispatched, everyone) = match self.shared_experts.as_ref().filter(|_| hidden.dims()[0] > 0) {
+            Some(shared) => {
+                let everyone = || everyone_to(shared, hidden, &routing.topk_ids, num_all).map(Some);
+                dispatch_beside(communicator, step, &sharing, hidden, &routing, everyone)?
+            }
+            None => (dispatch(communicator, step, &sharing, hidden, &routing)?, None),
+        };
         let local = self.placement.local(self.ep_rank)?;
         let num_physical = self.placement.num_physical();
-        let num_tokens = if sharing.strategy == Strategy::Replicated { hidden.dims()[0] } else { step.num_tokens() };
         let order = ExpertOrder::new(dispatched.topk_ids(), num_physical, local)?
-            .among(num_tokens.saturating_mul(self.router.top_k()), num_physical);
+            .among(num_all.saturating_mul(self.router.top_k()), num_physical);
         // As one rank would round them.
         let mut sum = self.work_on_device(communicator, &dispatched, &order, self.dtype_of_sums(hidden))?;
         if let Some(load) = &self.load {
@@ -74,8 +81,8 @@ impl MoeBlock {
         if hidden.dims()[0] == 0 {
             return Ok((hidden.clone(), routing));
         }
-        if let Some(shared) = &self.shared_experts {
-            sum = (sum + everyone_to(shared, hidden, &routing.topk_ids, num_tokens)?)?;
+        if let Some(everyone) = everyone {
+            sum = (sum + everyone)?;
         }
         Ok((sum.to_dtype(hidden.dtype())?, routing))
     }

@@ -130,10 +130,39 @@ pub fn dispatch(
         Strategy::Gather => gather::dispatch(communicator, step, sharing, hidden, routing),
         Strategy::Exchange => exchange::dispatch(communicator, sharing, hidden, routing),
         #[cfg(feature = "cuda")]
-        Strategy::Peer => pushed::dispatch(communicator, step, sharing, hidden, routing),
+        Strategy::Peer => {
+            let nothing = None::<fn() -> Result<()>>;
+            pushed::dispatch(communicator, step, sharing, (hidden, routing), nothing).map(|(dispatched, _)| dispatched)
+        }
         #[cfg(not(feature = "cuda"))]
         Strategy::Peer => bail!("{DISPATCH}: the strategy is peer, expected another without the feature `cuda`"),
     }
+}
+
+/// [`dispatch`], and `beside`, which needs nothing of it: with [`Strategy::Peer`] the device does it while tokens are on their
+/// way, with the others afterwards.
+///
+/// # Errors
+/// Those of [`dispatch`] and of `beside`. Where `beside` fails the others do not hear of it.
+pub fn dispatch_beside<T>(
+    communicator: &mut dyn Communicator,
+    step: &Step,
+    sharing: &Sharing<'_>,
+    hidden: &Tensor,
+    routing: &Routing,
+    beside: impl FnOnce() -> Result<T>,
+) -> Result<(Dispatched, T)> {
+    #[cfg(feature = "cuda")]
+    if sharing.strategy == Strategy::Peer {
+        check_sharing(communicator, step, sharing)?;
+        check_tokens(step.token_counts()[communicator.rank()], hidden, routing)?;
+        return match pushed::dispatch(communicator, step, sharing, (hidden, routing), Some(beside))? {
+            (dispatched, Some(made)) => Ok((dispatched, made)),
+            (_, None) => bail!("{DISPATCH}: nothing came of what was to be done beside"),
+        };
+    }
+    let dispatched = dispatch(communicator, step, sharing, hidden, routing)?;
+    Ok((dispatched, beside()?))
 }
 
 /// Brings the results of this rank's tokens home and sums them: f32 `[token_counts[rank], hidden_size]`. A collective.

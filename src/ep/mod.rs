@@ -81,7 +81,7 @@ mod wire;
 
 pub use choice::{Choice, Problem, Traffic};
 pub use communicator::{AbortHandle, Communicator, Deadlines, Health};
-pub use dispatch::{Dispatched, Sharing, combine, combine_sums, dispatch};
+pub use dispatch::{Dispatched, Sharing, combine, combine_sums, dispatch, dispatch_beside};
 pub use environment::{Environment, Launcher, Overrides};
 pub(crate) use error::reason;
 pub use error::{Collective, EpError, EpErrorKind};

@@ -41,21 +41,25 @@ fn peer_of(communicator: &mut dyn Communicator) -> Result<&mut Peer> {
     }
 }
 
-pub(super) fn dispatch(
+/// With what `beside` gives, which the device does while tokens are on their way.
+pub(super) fn dispatch<T>(
     communicator: &mut dyn Communicator,
     step: &Step,
     sharing: &Sharing<'_>,
-    hidden: &Tensor,
-    routing: &Routing,
-) -> Result<Dispatched> {
-    let pushed = peer_of(communicator)?.push(step.token_counts(), sharing.placement, hidden, routing)?;
+    (hidden, routing): (&Tensor, &Routing),
+    beside: Option<impl FnOnce() -> Result<T>>,
+) -> Result<(Dispatched, Option<T>)> {
+    let peer = peer_of(communicator)?;
+    let (pushed, beside) = peer.push(step.token_counts(), sharing.placement, (hidden, routing), beside)?;
+    let beside = beside.transpose()?;
     let pulled = Pulled {
         routing: routing.clone(),
         weights_here: (sharing.reduction == Reduction::RankPartial).then_some(pushed.topk_weights),
         counts: step.token_counts().to_vec(),
         placement: sharing.placement.clone(),
     };
-    Ok(Dispatched { hidden: pushed.hidden, topk_ids: pushed.topk_ids, way_home: WayHome::Pulled(pulled) })
+    let way_home = WayHome::Pulled(pulled);
+    Ok((Dispatched { hidden: pushed.hidden, topk_ids: pushed.topk_ids, way_home }, beside))
 }
 
 /// Of rows in the order `order`.

@@ -62,6 +62,7 @@ pub(super) struct DispatchArguments {
     pub(super) num_tokens: u32,
     pub(super) top_k: u32,
     pub(super) row_units: u32,
+    pub(super) waits: u32,
 }
 
 /// `CombineArguments` of the source.
@@ -148,7 +149,23 @@ pub(super) unsafe fn pull(
 /// # Safety
 /// All ranks of the group launch it.
 pub(super) unsafe fn meet(device: &CudaDevice, group: Group) -> Result<()> {
-    let how = Launch { starts_early: true, ..Launch::new(1, 32, 0) };
     // SAFETY: the caller's promise.
-    unsafe { launch(device, Binary::Peer, "peer_meet", how, group) }
+    unsafe { wait(device, "peer_meet", group) }
+}
+
+/// Waits for the ranks where [`push`] did not.
+///
+/// # Safety
+/// All ranks of the group push.
+pub(super) unsafe fn arrive(device: &CudaDevice, group: Group) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { wait(device, "peer_arrive", group) }
+}
+
+/// # Safety
+/// That of the kernel.
+unsafe fn wait(device: &CudaDevice, kernel: &str, group: Group) -> Result<()> {
+    let how = Launch { starts_early: true, ..Launch::new(1, 32, 0) };
+    // SAFETY: the caller's promise; the kernel waits for the one before it.
+    unsafe { launch(device, Binary::Peer, kernel, how, group) }
 }

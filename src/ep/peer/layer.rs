@@ -40,14 +40,15 @@ impl Way<'_> {
 
 impl Peer {
     /// Sends each of this rank's tokens to the ranks that have some of its experts. `hidden` and `routing` have
-    /// `counts[rank]` rows, and the ids are physical experts.
-    pub(in super::super) fn push(
+    /// `counts[rank]` rows, and the ids are physical experts. What `beside` puts on the stream, if there is something, stands
+    /// between sending and waiting for the others.
+    pub(in super::super) fn push<T>(
         &mut self,
         counts: &[usize],
         placement: &Placement,
-        hidden: &Tensor,
-        routing: &Routing,
-    ) -> Result<Pushed, EpError> {
+        (hidden, routing): (&Tensor, &Routing),
+        beside: Option<impl FnOnce() -> CandleResult<T>>,
+    ) -> Result<(Pushed, Option<CandleResult<T>>), EpError> {
         let (hidden_size, top_k) = (hidden.dims()[1], routing.topk_ids.dims()[1]);
         let terms = self.ground.place().all_gather(hidden, counts);
         let shape = vec![hidden_size, top_k, placement.num_physical()];
@@ -78,17 +79,32 @@ impl Peer {
                 num_tokens: own_ids.dims()[0] as u32,
                 top_k: top_k as u32,
                 row_units: 0,
+                waits: u32::from(beside.is_none()),
             };
             // SAFETY: every rank has rooms for the tokens of all, this one's from `first` on, and all ranks have met.
             unsafe { kernels::push(cuda, arguments, row_bytes) }.map_err(|error| tensor_kind(&error))
         })?;
-        self.prepared(&site, || {
+        let beside = match beside {
+            Some(beside) => {
+                let made = beside();
+                // Also where that failed: the others have heard that this rank came.
+                self.put(&site, arrived, |cuda, group| {
+                    // SAFETY: all ranks have met, to push.
+                    unsafe { kernels::arrive(cuda, group) }.map_err(|error| tensor_kind(&error))
+                })?;
+                Some(made)
+            }
+            None => None,
+        };
+        self.ground.leave(&site)?;
+        let pushed = self.prepared(&site, || {
             Ok(Pushed {
                 hidden: to_hidden.view(num_tokens, hidden_size)?,
                 topk_ids: to_ids.view(num_tokens, top_k)?,
                 topk_weights: to_weights.view(num_tokens, top_k)?,
             })
-        })
+        })?;
+        Ok((pushed, beside))
     }
 
     /// Pulls the ranks' sums over their slots, `[num_received, hidden_size]` on each, and adds them in rank order:
@@ -173,8 +189,7 @@ impl Peer {
     ) -> Result<(), EpError> {
         let (cuda, group) = (self.ground.cuda.clone(), self.group);
         let done = self.ground.enqueue(site, arrived, |_, _| work(&cuda, group).map_err(words));
-        done.map_err(|kind| self.ground.control.give_up(site, kind))?;
-        self.ground.leave(site)
+        done.map_err(|kind| self.ground.control.give_up(site, kind))
     }
 }
 
