@@ -58,9 +58,12 @@ impl MoeBlock {
         let sharing =
             Sharing { strategy: self.choice.strategy(), reduction: self.reduction, placement: &self.placement };
         let num_all = if sharing.strategy == Strategy::Replicated { hidden.dims()[0] } else { step.num_tokens() };
-        let (dispatched, everyone) = match self.shared_experts.as_ref().filter(|_| hidden.dims()[0] > 0) {
+        let (dispatched, everyone) = match &self.shared_experts {
             Some(shared) => {
-                let everyone = || everyone_to(shared, hidden, &routing.topk_ids, num_all).map(Some);
+                let everyone = || match hidden.dims()[0] {
+                    0 => Ok(None),
+                    _ => everyone_to(shared, hidden, &routing.topk_ids, num_all).map(Some),
+                };
                 dispatch_beside(communicator, step, &sharing, hidden, &routing, everyone)?
             }
             None => (dispatch(communicator, step, &sharing, hidden, &routing)?, None),

@@ -139,8 +139,9 @@ pub fn dispatch(
     }
 }
 
-/// [`dispatch`], and `beside`, which needs nothing of it: with [`Strategy::Peer`] the device does it while tokens are on their
-/// way, with the others afterwards.
+/// [`dispatch`], and `beside`, which needs nothing of it: with [`Strategy::Peer`] and once the group serves
+/// ([`Communicator::start_serving`]) the device does it while tokens are on their way, otherwise before or after. All ranks have
+/// something to do beside, be it nothing, or none has.
 ///
 /// # Errors
 /// Those of [`dispatch`] and of `beside`. Where `beside` fails the others do not hear of it.

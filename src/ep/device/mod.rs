@@ -69,6 +69,10 @@ impl<C: Carrier> OnDevice<C> {
         }
     }
 
+    pub(super) fn is_serving(&self) -> bool {
+        self.is_serving
+    }
+
     /// Warm-up is over: kernels are loaded.
     pub(super) fn start_serving(&mut self) {
         self.is_serving = true;

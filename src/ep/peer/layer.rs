@@ -40,8 +40,9 @@ impl Way<'_> {
 
 impl Peer {
     /// Sends each of this rank's tokens to the ranks that have some of its experts. `hidden` and `routing` have
-    /// `counts[rank]` rows, and the ids are physical experts. What `beside` puts on the stream, if there is something, stands
-    /// between sending and waiting for the others.
+    /// `counts[rank]` rows, and the ids are physical experts. What `beside` puts on the stream stands between sending and
+    /// waiting for the others, from [`Communicator::start_serving`] on: before, it may load kernels, and comes first. All ranks
+    /// have something to do beside, or none has.
     pub(in super::super) fn push<T>(
         &mut self,
         counts: &[usize],
@@ -49,6 +50,10 @@ impl Peer {
         (hidden, routing): (&Tensor, &Routing),
         beside: Option<impl FnOnce() -> CandleResult<T>>,
     ) -> Result<(Pushed, Option<CandleResult<T>>), EpError> {
+        let (beside, first) = match beside {
+            Some(beside) if !self.ground.is_serving() => (None, Some(beside())),
+            beside => (beside, None),
+        };
         let (hidden_size, top_k) = (hidden.dims()[1], routing.topk_ids.dims()[1]);
         let terms = self.ground.place().all_gather(hidden, counts);
         let shape = vec![hidden_size, top_k, placement.num_physical()];
@@ -64,7 +69,7 @@ impl Peer {
             let Routing { topk_ids, topk_weights } = routing;
             Ok((aligned(hidden)?, aligned(topk_ids)?, aligned(topk_weights)?, Owners::new(placement)?))
         })?;
-        let first = first_of(counts, self.rank());
+        let begin = first_of(counts, self.rank());
         let row_bytes = hidden_size * hidden.dtype().size_in_bytes();
         self.put(&site, arrived, |cuda, group| {
             let arguments = DispatchArguments {
@@ -73,18 +78,18 @@ impl Peer {
                 hidden: address_of(&own, cuda)?,
                 topk_ids: address_of(&own_ids, cuda)?,
                 topk_weights: address_of(&own_weights, cuda)?,
-                to_hidden: to_hidden.at(first * row_bytes),
-                to_topk_ids: to_ids.at(first * top_k * size_of::<u32>()),
-                to_topk_weights: to_weights.at(first * top_k * size_of::<f32>()),
+                to_hidden: to_hidden.at(begin * row_bytes),
+                to_topk_ids: to_ids.at(begin * top_k * size_of::<u32>()),
+                to_topk_weights: to_weights.at(begin * top_k * size_of::<f32>()),
                 num_tokens: own_ids.dims()[0] as u32,
                 top_k: top_k as u32,
                 row_units: 0,
                 waits: u32::from(beside.is_none()),
             };
-            // SAFETY: every rank has rooms for the tokens of all, this one's from `first` on, and all ranks have met.
+            // SAFETY: every rank has rooms for the tokens of all, this one's from `begin` on, and all ranks have met.
             unsafe { kernels::push(cuda, arguments, row_bytes) }.map_err(|error| tensor_kind(&error))
         })?;
-        let beside = match beside {
+        let made = match beside {
             Some(beside) => {
                 let made = beside();
                 // Also where that failed: the others have heard that this rank came.
@@ -94,7 +99,7 @@ impl Peer {
                 })?;
                 Some(made)
             }
-            None => None,
+            None => first,
         };
         self.ground.leave(&site)?;
         let pushed = self.prepared(&site, || {
@@ -104,7 +109,7 @@ impl Peer {
                 topk_weights: to_weights.view(num_tokens, top_k)?,
             })
         })?;
-        Ok((pushed, beside))
+        Ok((pushed, made))
     }
 
     /// Pulls the ranks' sums over their slots, `[num_received, hidden_size]` on each, and adds them in rank order:

@@ -170,7 +170,15 @@ fn give_what_one_device_does<R: DeviceRank>(strategies: &[Strategy]) {
                         let context = format!("{counts:?} {hidden_size} {dtype:?} {strategy} {reduction}");
                         let of_ranks = on_devices(world_size, |mut ranks: R| {
                             let own = if strategy == Strategy::Replicated { &all } else { &hidden[ranks.rank()] };
-                            run(&layer, &mut ranks, own, strategy, reduction)
+                            let warm = run(&layer, &mut ranks, own, strategy, reduction);
+                            // Once they serve, shared experts work beside dispatch.
+                            if layer.shared.is_some() {
+                                ranks.start_serving();
+                                let (again, counted) = run(&layer, &mut ranks, own, strategy, reduction);
+                                assert_eq!(oracle::bits_of(&again), oracle::bits_of(&warm.0), "{context}: served");
+                                assert_eq!(counted, warm.1, "{context}: served");
+                            }
+                            warm
                         });
                         let (outputs, counted): (Vec<_>, Vec<_>) = of_ranks.into_iter().unzip();
                         assert!(counted.iter().all(|counted| *counted == slots), "{context}: {counted:?}");
