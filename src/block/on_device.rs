@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Among several ranks dispatch and combine stand around the experts, as on the CPU, and the order is made of what dispatch brings;
-//! shared experts work while tokens are on their way.
+//! shared experts work while tokens are on their way, where dispatch lets them ([`dispatch_beside`]).
 
 use super::{MoeBlock, MoeOutput, everyone_to};
 #[cfg(feature = "cuda")]

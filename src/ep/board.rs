@@ -185,7 +185,7 @@ impl Board {
             if let Some(fault) = state.fault_at(round) {
                 return Err(fault);
             }
-            let kind = match state.verdict(deadline, arrived.elapsed(), self.news) {
+            let kind = match state.verdict(rank, deadline, arrived.elapsed(), self.news) {
                 Err(kind) => kind,
                 Ok(wait) => {
                     if arrived.elapsed() >= deadline
@@ -354,7 +354,13 @@ impl State {
     }
 
     /// How much longer to wait for the current round, or why it is lost.
-    fn verdict(&self, deadline: Duration, waited: Duration, news: Duration) -> Result<Duration, EpErrorKind> {
+    fn verdict(
+        &self,
+        own: usize,
+        deadline: Duration,
+        waited: Duration,
+        news: Duration,
+    ) -> Result<Duration, EpErrorKind> {
         let mut wait = deadline.saturating_sub(waited);
         if let Some(since) = self.disagreement {
             wait = wait.min(GRACE.saturating_sub(since.elapsed()));
@@ -375,7 +381,11 @@ impl State {
             return Ok(wait);
         }
         let patience = deadline.saturating_add(news).saturating_sub(waited);
-        if patience.is_zero() { Err(EpErrorKind::Timeout { missing: self.blamed(), deadline }) } else { Ok(patience) }
+        if patience.is_zero() {
+            Err(EpErrorKind::Timeout { missing: self.blamed(own), deadline })
+        } else {
+            Ok(patience)
+        }
     }
 
     /// Where this process's rank waits.
@@ -387,8 +397,9 @@ impl State {
         self.posts.iter().enumerate().filter(|(_, post)| post.is_none()).map(|(rank, _)| rank).collect()
     }
 
-    /// Those who are missing and do not wait themselves in the call before; if all do, those that they miss.
-    fn blamed(&self) -> Vec<usize> {
+    /// Those who are missing and do not wait themselves in the call before; if all do, those that they miss, but for the rank
+    /// `own`, which came there.
+    fn blamed(&self, own: usize) -> Vec<usize> {
         let missing = self.missing();
         let told = |rank: &usize| {
             let waiting = self.waiting.get(*rank).and_then(Option::as_ref);
@@ -398,7 +409,8 @@ impl State {
         if !silent.is_empty() {
             return silent;
         }
-        let mut missed: Vec<usize> = missing.iter().filter_map(told).flatten().copied().collect();
+        let mut missed: Vec<usize> =
+            missing.iter().filter_map(told).flatten().copied().filter(|rank| *rank != own).collect();
         missed.sort_unstable();
         missed.dedup();
         if missed.is_empty() { missing } else { missed }

@@ -53,7 +53,8 @@ pub trait Communicator: Send {
         self.deadline().into()
     }
 
-    /// Says that warm-up is over: from now on [`Deadlines::serving`] counts.
+    /// Says that warm-up is over: kernels are loaded, and from now on [`Deadlines::serving`] counts. All ranks say it between the same
+    /// calls.
     fn start_serving(&mut self) {
         let serving = self.deadlines().serving;
         self.set_deadline(serving);

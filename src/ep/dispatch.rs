@@ -139,9 +139,8 @@ pub fn dispatch(
     }
 }
 
-/// [`dispatch`], and `beside`, which needs nothing of it: with [`Strategy::Peer`] and once the group serves
-/// ([`Communicator::start_serving`]) the device does it while tokens are on their way, otherwise before or after. All ranks have
-/// something to do beside, be it nothing, or none has.
+/// [`dispatch`], and `beside`, which needs nothing of it: with [`Strategy::Peer`], in captures and once the group serves
+/// ([`Communicator::start_serving`]), the device does it while tokens are on their way, otherwise before or after.
 ///
 /// # Errors
 /// Those of [`dispatch`] and of `beside`. Where `beside` fails the others do not hear of it.

@@ -18,7 +18,7 @@ use pulse::Pulse;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
-use watchdog::{GivenUp, Watchdog};
+use watchdog::{Entry, GivenUp, Watchdog};
 
 /// What a rank with a device is made of; `C` is what carries its rows to the others.
 pub(super) struct OnDevice<C: Carrier> {
@@ -128,10 +128,27 @@ impl<C: Carrier> OnDevice<C> {
         arrived: Instant,
         work: impl FnOnce(&C, &CudaStream) -> Result<(), String>,
     ) -> Result<(), EpErrorKind> {
+        self.put((site, arrived, Entry::Call), work)
+    }
+
+    /// More work of the call that was enqueued last.
+    pub(super) fn enqueue_more(
+        &self,
+        site: &Site,
+        work: impl FnOnce(&C, &CudaStream) -> Result<(), String>,
+    ) -> Result<(), EpErrorKind> {
+        self.put((site, Instant::now(), Entry::More), work)
+    }
+
+    fn put(
+        &self,
+        (site, since, entry): (&Site, Instant, Entry),
+        work: impl FnOnce(&C, &CudaStream) -> Result<(), String>,
+    ) -> Result<(), EpErrorKind> {
         let stream = self.cuda.cuda_stream();
         let is_captured = self.is_captured()?;
         stream.context().bind_to_thread().map_err(|error| device_kind(&error))?;
-        let carrier = self.watchdog.enter(site, arrived, self.control.deadline()).map_err(given_up)?;
+        let carrier = self.watchdog.enter((site, entry), since, self.control.deadline()).map_err(given_up)?;
         let done = work(&carrier, &stream);
         let behind = match &done {
             Ok(()) if !is_captured => Some(self.event()),
@@ -167,7 +184,7 @@ impl<C: Carrier> OnDevice<C> {
                 "the stream is being captured, there is nothing to wait for".to_string(),
             ));
         }
-        self.watchdog.enter(site, Instant::now(), self.control.deadline()).map_err(given_up)?;
+        self.watchdog.enter((site, Entry::Call), Instant::now(), self.control.deadline()).map_err(given_up)?;
         let (event, recorded) = match self.event() {
             Ok(event) => (Some(event), Ok(())),
             Err(kind) => (None, Err(kind)),

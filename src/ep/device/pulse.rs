@@ -78,11 +78,12 @@ impl Pulse {
         }
     }
 
-    /// The other ranks that have not begun as many calls as this one, or of which nothing is seen any more.
+    /// The other ranks that have not begun as many calls as this one, or of which nothing is seen any more. Those of which
+    /// nothing was seen ever are on other machines.
     pub(super) fn behind(&self) -> Vec<usize> {
-        let is_behind = |&(rank, (_, since)): &(usize, &(u64, Instant))| {
+        let is_behind = |&(rank, (beats, since)): &(usize, &(u64, Instant))| {
             let begun = self.word(rank, Word::Begun).load(Ordering::Acquire);
-            rank != self.rank && (begun < self.begun || since.elapsed() > SILENCE)
+            rank != self.rank && *beats > 0 && (begun < self.begun || since.elapsed() > SILENCE)
         };
         self.seen.iter().enumerate().filter(is_behind).map(|(rank, _)| rank).collect()
     }

@@ -101,6 +101,14 @@ struct Watched {
     behind: Option<CudaEvent>,
 }
 
+/// What the owner enters the library for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Entry {
+    Call,
+    /// The rest of the last call, which the other ranks need not have.
+    More,
+}
+
 /// The group was given up before the call could be made, or while it was made.
 pub(in super::super) struct GivenUp;
 
@@ -128,11 +136,16 @@ impl<C: Carrier> Watchdog<C> {
     }
 
     /// The owner enters the library for the call at `site`, which began at `since`. [`Watchdog::leave`] follows.
-    pub(super) fn enter(&self, site: &Site, since: Instant, deadline: Duration) -> Result<C, GivenUp> {
+    pub(super) fn enter(
+        &self,
+        (site, entry): (&Site, Entry),
+        since: Instant,
+        deadline: Duration,
+    ) -> Result<C, GivenUp> {
         let mut state = self.shared.lock();
         let carrier = state.carrier.clone().ok_or(GivenUp)?;
         state.inside = true;
-        if let Some(pulse) = &mut state.pulse {
+        if let Some(pulse) = state.pulse.as_mut().filter(|_| entry == Entry::Call) {
             pulse.begin();
         }
         state.watched.push_back(Watched { site: site.clone(), since, deadline, behind: None });

@@ -41,8 +41,8 @@ impl Way<'_> {
 impl Peer {
     /// Sends each of this rank's tokens to the ranks that have some of its experts. `hidden` and `routing` have
     /// `counts[rank]` rows, and the ids are physical experts. What `beside` puts on the stream stands between sending and
-    /// waiting for the others, from [`Communicator::start_serving`] on: before, it may load kernels, and comes first. All ranks
-    /// have something to do beside, or none has.
+    /// waiting for the others, in captures and from [`Communicator::start_serving`] on: before, it may load kernels, and comes
+    /// first.
     pub(in super::super) fn push<T>(
         &mut self,
         counts: &[usize],
@@ -50,8 +50,11 @@ impl Peer {
         (hidden, routing): (&Tensor, &Routing),
         beside: Option<impl FnOnce() -> CandleResult<T>>,
     ) -> Result<(Pushed, Option<CandleResult<T>>), EpError> {
+        let waits = beside.is_none();
+        // A stream that does not say whether it is captured will not take the call either.
+        let may_load = !self.ground.is_serving() && !self.ground.is_captured().unwrap_or(false);
         let (beside, first) = match beside {
-            Some(beside) if !self.ground.is_serving() => (None, Some(beside())),
+            Some(beside) if may_load => (None, Some(beside())),
             beside => (beside, None),
         };
         let (hidden_size, top_k) = (hidden.dims()[1], routing.topk_ids.dims()[1]);
@@ -84,23 +87,20 @@ impl Peer {
                 num_tokens: own_ids.dims()[0] as u32,
                 top_k: top_k as u32,
                 row_units: 0,
-                waits: u32::from(beside.is_none()),
+                waits: u32::from(waits),
             };
             // SAFETY: every rank has rooms for the tokens of all, this one's from `begin` on, and all ranks have met.
             unsafe { kernels::push(cuda, arguments, row_bytes) }.map_err(|error| tensor_kind(&error))
         })?;
-        let made = match beside {
-            Some(beside) => {
-                let made = beside();
-                // Also where that failed: the others have heard that this rank came.
-                self.put(&site, arrived, |cuda, group| {
-                    // SAFETY: all ranks have met, to push.
-                    unsafe { kernels::arrive(cuda, group) }.map_err(|error| tensor_kind(&error))
-                })?;
-                Some(made)
-            }
-            None => first,
-        };
+        let made = first.or_else(|| beside.map(|beside| beside()));
+        if !waits {
+            // Also where that failed: the others have heard that this rank came.
+            let (cuda, group) = (self.ground.cuda.clone(), self.group);
+            // SAFETY: all ranks have met, to push.
+            let arrive = || unsafe { kernels::arrive(&cuda, group) }.map_err(|error| words(tensor_kind(&error)));
+            let arrives = self.ground.enqueue_more(&site, |_, _| arrive());
+            arrives.map_err(|kind| self.ground.control.give_up(&site, kind))?;
+        }
         self.ground.leave(&site)?;
         let pushed = self.prepared(&site, || {
             Ok(Pushed {

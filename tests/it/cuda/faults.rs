@@ -36,7 +36,7 @@ impl<R: DeviceRank> Member<R> {
     /// Ready to step. Emulated devices capture nothing that a library carries.
     fn new(mut ranks: R, strategy: Strategy) -> Self {
         let mut random = Random(17);
-        let layer = Layer::new(&mut random, 128, 192, DType::BF16, false);
+        let layer = Layer::new(&mut random, 128, 192, DType::BF16, true);
         let device = ranks.device().clone();
         let all: Vec<_> = (0..ranks.world_size()).map(|_| layer.hidden(&mut random, NUM_TOKENS)).collect();
         let input = all[ranks.rank()].to_device(&device).unwrap();
