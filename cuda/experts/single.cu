@@ -23,11 +23,11 @@
 //    comes out of the L2 cache a second time costs less than teams that wait for each other would.
 // 5. All blocks have the same work, and there are as many as multiprocessors, or a few less.
 //
-// Limits: both sizes are multiples of 64; num_slots and the tiles are up to 32. Any scale but 255 will do. Where a feature of a token
-// is beyond 2^100 times others, products of these that are below 2^-20 lose bits.
+// Limits: both sizes are multiples of 64; num_slots and the tiles are up to 32. Any scale but 255 will do. Where a feature of a
+// token is beyond 2^100 times others, products of these that are below 2^-20 lose bits.
 
-#include "experts/fragments.cuh"
 #include "common/barriers.cuh"
+#include "experts/fragments.cuh"
 
 namespace moe {
 
