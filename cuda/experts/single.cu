@@ -31,7 +31,7 @@
 
 namespace moe {
 
-// src/experts/cuda/path.rs knows these.
+// src/experts/cuda/single.rs knows these.
 constexpr uint32_t kTeams = 3, kTeamWarps = 5, kSingleWarps = kTeams * kTeamWarps, kSingleThreads = 32 * kSingleWarps;
 constexpr uint32_t kTeamFeatures = 32, kTeamBands = kTeamFeatures / 8;
 constexpr uint32_t kQuadsAhead = 2;
@@ -222,7 +222,7 @@ __device__ __forceinline__ void run_chunk(const SingleArguments& a) {
     __shared__ __align__(16) uint32_t zeros[4];
     __shared__ uint64_t meetings[kTeams];
     __shared__ uint32_t largest;
-    static_assert(sizeof(of_warps) + sizeof(zeros) + sizeof(meetings) + sizeof(largest) <= 4096 - 128, "as path.rs counts it");
+    static_assert(sizeof(of_warps) + sizeof(zeros) + sizeof(meetings) + sizeof(largest) <= 4096 - 128, "as single.rs counts it");
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = warp / kTeamWarps, member = warp % kTeamWarps;
     if (threadIdx.x < 4) zeros[threadIdx.x] = 0;
     if (threadIdx.x == 0) largest = 0;

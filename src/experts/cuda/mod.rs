@@ -3,6 +3,7 @@
 pub(super) mod fragments;
 mod held;
 mod path;
+mod single;
 
 use super::weights::Values;
 use super::{Activation, ExpertProjection, Experts, GateUpRows, OP};
@@ -12,7 +13,7 @@ use crate::order::{Batch, ExpertOrder, TileMap};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use held::{Fresh, Held, output};
-use path::{Kernel, Path, chunks, general_format, general_launch, parts_launch, single_launch};
+use path::{Kernel, Path, general_format, general_launch};
 
 /// Threads of a block that brings rows home, and bytes of a row that a thread has.
 const HOME_THREADS: u32 = 256;
@@ -62,29 +63,6 @@ struct LayerArguments {
     signals: u64,
 }
 
-/// `SingleArguments` of the source.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct SingleArguments {
-    gate_up: Arguments,
-    down: Arguments,
-    slot_rank: u64,
-    chunks: u32,
-}
-
-/// `PartsArguments` of the source.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct PartsArguments {
-    parts: u64,
-    topk_weights: u64,
-    slot_rank: u64,
-    output: u64,
-    chunks: u32,
-    top_k: u32,
-    hidden_size: u32,
-}
-
 impl Kernel {
     /// With the shape of the kernel's blocks, for the first or the second projection.
     fn tell(&self, arguments: Arguments, projection: usize) -> Arguments {
@@ -112,10 +90,6 @@ struct HomeArguments {
 unsafe impl DeviceRepr for Arguments {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for LayerArguments {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for SingleArguments {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for PartsArguments {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for HomeArguments {}
 
@@ -240,9 +214,7 @@ impl<'a> Call<'a> {
             return Ok(());
         }
         if self.path == Path::Single {
-            self.make_parts(between.parts)?;
-            let arguments = PartsArguments { output: rows, top_k: 1, ..self.parts(between.parts)? };
-            return self.add_parts("single_rows", self.num_slots, arguments);
+            return self.single_rows(between.parts, rows);
         }
         let experts = self.experts;
         let weights = (Weights::new(&experts.gate_up, self.device)?, Weights::new(&experts.down, self.device)?);
@@ -277,50 +249,11 @@ impl<'a> Call<'a> {
     /// Puts the sums of all slots of a token in `dtype`, weighted by those of `home`, on the stream, and what is before them.
     fn bring_home(&self, home: &Home<'_>, between: Between, rows: u64, dtype: DType, sums: u64) -> Result<()> {
         if self.path == Path::Single && !self.is_empty() {
-            self.make_parts(between.parts)?;
-            let topk_weights = home.topk_weights.address()?;
-            let arguments = PartsArguments { topk_weights, output: sums, ..self.parts(between.parts)? };
-            return self.add_parts(&format!("single_sums_{}", dtype.as_str()), home.num_tokens, arguments);
+            return self.single_sums(home, between.parts, dtype, sums);
         }
         let rows_dtype = self.path.rows_dtype(self.dtype, dtype, self.experts.hidden_size());
         self.project(between, rows, rows_dtype)?;
         home.put(rows_dtype, rows, dtype, sums, !self.is_empty())
-    }
-
-    /// Puts the parts of rows of [`Path::Single`] on the stream.
-    fn make_parts(&self, parts: u64) -> Result<()> {
-        let experts = self.experts;
-        let weights = (Weights::new(&experts.gate_up, self.device)?, Weights::new(&experts.down, self.device)?);
-        let arguments = SingleArguments {
-            gate_up: self.gate_up(&weights.0, 0)?,
-            down: self.down(&weights.1, 0, parts)?,
-            slot_rank: self.slot_rank.address()?,
-            chunks: chunks(experts) as u32,
-        };
-        let how = single_launch(experts, self.num_slots);
-        // SAFETY: `SingleArguments` is the kernel's parameter; `parts` has `chunks` rows for each slot, and the rest is as in
-        // `project`.
-        unsafe { launch(self.device, Binary::ExpertsSingle, "single", how, arguments) }
-    }
-
-    fn parts(&self, parts: u64) -> Result<PartsArguments> {
-        Ok(PartsArguments {
-            parts,
-            topk_weights: 0,
-            slot_rank: self.slot_rank.address()?,
-            output: 0,
-            chunks: chunks(self.experts) as u32,
-            top_k: self.top_k as u32,
-            hidden_size: self.experts.hidden_size() as u32,
-        })
-    }
-
-    /// Adds up parts to rows or sums, `count` of them.
-    fn add_parts(&self, kernel: &str, count: usize, arguments: PartsArguments) -> Result<()> {
-        let how = parts_launch(count, self.experts.hidden_size());
-        // SAFETY: `PartsArguments` is the kernel's parameter; ranks of the order are below its slots, which have parts, the output
-        // has `count` rows, and the kernel waits for the one in front of it.
-        unsafe { launch(self.device, Binary::ExpertsSingle, kernel, how, arguments) }
     }
 
     fn gate_up(&self, weights: &Weights<'_>, activated: u64) -> Result<Arguments> {
@@ -356,7 +289,7 @@ impl<'a> Call<'a> {
         }
         let (hidden_size, intermediate_size) = (self.experts.hidden_size(), self.experts.intermediate_size());
         if self.path == Path::Single {
-            let parts = self.bytes_of_rows(chunks(self.experts) * hidden_size, DType::F32)?;
+            let parts = self.bytes_of_rows(single::chunks(self.experts) * hidden_size, DType::F32)?;
             let [parts] = workspace(self.device, OP, [parts])?;
             return Ok((Between { parts, ..Between::default() }, 0));
         }

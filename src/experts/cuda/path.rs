@@ -4,6 +4,7 @@ use super::super::weights::{ExpertWeights, Values};
 use super::super::{ExpertProjection, Experts};
 use super::HOME_BYTES;
 use super::fragments::{BAND_ROWS, Format, UNIT_COLUMNS};
+use super::single;
 use crate::cuda::{Binary, Launch, Properties};
 use crate::order::Batch;
 use candle_core::DType;
@@ -26,20 +27,6 @@ const PART_BYTES: usize = 7680;
 const SUM_BYTES: usize = 16;
 /// Shared memory that its kernels have beside that of the launch.
 const RESIDENT_STATIC_SHARED: usize = 5120;
-/// Of `cuda/experts/single.cu`: teams of a block and warps of a team, features of a team, quads that a warp has under way, bytes of
-/// a quad, and shared memory that the kernel has beside that of the launch.
-const SINGLE_TEAMS: usize = 3;
-const SINGLE_WARPS: usize = SINGLE_TEAMS * 5;
-const SINGLE_FEATURES: usize = SINGLE_TEAMS * 32;
-const SINGLE_QUADS: usize = 2;
-const SINGLE_QUAD_BYTES: usize = 2176;
-const SINGLE_STATIC_SHARED: usize = 4096;
-/// Of a block there that adds up parts: threads and columns.
-const PART_THREADS: u32 = 512;
-const PART_COLUMNS: usize = 32;
-/// Slots of a batch up to which each is worked on by itself, where the device has a multiprocessor for each chunk. They are in
-/// fewer tiles than a warp has lanes.
-const SINGLE_SLOTS: usize = 16;
 /// Slots per expert up to which tokens wait in shared memory for the weights, in tiles of 8 places.
 const FEW_SLOTS: usize = 6;
 /// Slots per expert up to which they do so in tiles of 16 places.
@@ -143,9 +130,7 @@ impl Path {
             (Self::Single, Some(format)) => {
                 matches!(format, Format::Mxfp4 { .. })
                     && dtype == DType::BF16
-                    && num_slots.max(batch.num_slots) <= SINGLE_SLOTS
-                    && batch.num_slots * chunks(experts) <= device.num_multiprocessors
-                    && single_shared(experts).is_some_and(|shared| shared + SINGLE_STATIC_SHARED <= device.max_shared)
+                    && single::fits(experts, num_slots, batch, device)
             }
             (Self::Resident { blocks }, Some(format)) => {
                 u32::try_from(max_items).is_ok() && Resident::new(format, experts, blocks, device).is_some()
@@ -237,31 +222,6 @@ fn format_of_both(experts: &Experts, dtype: DType) -> Option<Format> {
         }
         _ => (gate_up == down).then_some(gate_up),
     }
-}
-
-/// Chunks of the intermediate features of a place, in `cuda/experts/single.cu`.
-pub(super) fn chunks(experts: &Experts) -> usize {
-    experts.intermediate_size().div_ceil(SINGLE_FEATURES)
-}
-
-/// Bytes of shared memory of its blocks; `None` if there is nothing to multiply.
-fn single_shared(experts: &Experts) -> Option<usize> {
-    let (hidden_size, intermediate_size) = (experts.hidden_size(), experts.intermediate_size());
-    let token = hidden_size * size_of::<u16>();
-    let sums = (1 + SINGLE_TEAMS) * hidden_size * size_of::<f32>();
-    let rings = SINGLE_WARPS * SINGLE_QUADS * SINGLE_QUAD_BYTES;
-    (hidden_size > 0 && intermediate_size > 0).then_some(token + sums + rings)
-}
-
-/// The launch of its first kernel.
-pub(super) fn single_launch(experts: &Experts, num_slots: usize) -> Launch {
-    let shared = single_shared(experts).unwrap_or_default();
-    Launch { starts_early: true, ..Launch::new(num_slots * chunks(experts), 32 * SINGLE_WARPS as u32, shared) }
-}
-
-/// The launch of the one that adds up the parts of `count` tokens, or slots.
-pub(super) fn parts_launch(count: usize, hidden_size: usize) -> Launch {
-    Launch { starts_early: true, ..Launch::new(count * hidden_size.div_ceil(PART_COLUMNS), PART_THREADS, 0) }
 }
 
 /// A kernel and how it is launched.
